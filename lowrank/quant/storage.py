@@ -1,0 +1,38 @@
+"""A quantized weight: named tensors with the shape and dtype they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What a quantizer makes of one weight [N, K].
+
+    `tensors` are the quantizer's own, in the dtypes it computes with; `QuantLinear` keeps them as
+    integer parameters and gives them back. `dtype` is the dtype of the weight before quantization.
+    `options` are what the quantizer needs, beside the tensors, to read them.
+    """
+
+    scheme: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    tensors: Mapping[str, Tensor]
+    options: Mapping[str, int | float | bool | str] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """Stored bits, scales and codebook included, for each weight of [N, K]."""
+        return 8 * self.nbytes / max(1, torch.Size(self.shape).numel())
