@@ -1,0 +1,115 @@
+"""What every test has: the data beside the checkout, fresh random input, poisoned memory, honest skips.
+
+A test that cannot run here skips with a reason, and the end of the run lists every reason. With CI=true
+the run fails unless each reason begins with one of `CI_MAY_SKIP`: in CI everything else is there to be run.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+CI_MAY_SKIP = ("needs a GPU", "needs a CPU with")
+
+# Directories whose code allocates outputs for kernels to fill.
+POISONED = {"ops", "nn", "quant"}
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes rather than seconds; `make test-slow` runs these")
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is False"))
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of data sets that lies beside the checkout (CONTRIBUTING.md names their sources)."""
+    folder = Path(os.environ.get("LOWRANK_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no test data in {folder}: set LOWRANK_TEST_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as GGUF, which `make test-slow` gets from the package index."""
+    path = Path(os.environ.get("LOWRANK_SMOLLM2", ROOT / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"))
+    if not path.is_file():
+        pytest.skip(f"no SmolLM2 in {path}: run `make smollm2` or set LOWRANK_SMOLLM2")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def seed(request) -> int:
+    """Seeds torch and random; LOWRANK_TEST_SEED repeats a run, and a failing test reports it."""
+    value = int(os.environ.get("LOWRANK_TEST_SEED", 0)) or random.SystemRandom().randrange(1, 2**31)
+    torch.manual_seed(value)
+    random.seed(value)
+    request.node.user_properties.append(("LOWRANK_TEST_SEED", value))
+    return value
+
+
+@pytest.fixture
+def generator(seed: int) -> torch.Generator:
+    """A torch.Generator of the test's own, from the same seed."""
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty(request):
+    """Fills torch.empty with NaN (integers with their maximum), so what a kernel leaves unwritten shows."""
+    if not POISONED.intersection(request.path.relative_to(ROOT).parts):
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)          # fill_uninitialized_memory is on by default
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    report = yield
+    if report.failed:
+        values = [f"{name}={value}" for name, value in item.user_properties]
+        report.sections.append(("to repeat", " ".join(values)))
+    return report
+
+
+def skip_reasons(config) -> Counter[str]:
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    reports = reporter.stats.get("skipped", []) if reporter else []
+    return Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in reports)
+
+
+def not_allowed(reasons: Counter[str]) -> list[str]:
+    return [reason for reason in reasons if not reason.startswith(CI_MAY_SKIP)]
+
+
+def pytest_sessionfinish(session, exitstatus):
+    if os.environ.get("CI") == "true" and exitstatus == 0 and not_allowed(skip_reasons(session.config)):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    reasons = skip_reasons(config)
+    if reasons:
+        terminalreporter.section("skipped, by reason")
+        for reason, count in sorted(reasons.items()):
+            terminalreporter.line(f"{count:5}  {reason}")
+    if os.environ.get("CI") == "true":
+        for reason in not_allowed(reasons):
+            terminalreporter.line(f"FAILED: in CI a test may not skip because: {reason}", red=True)
