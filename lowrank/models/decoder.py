@@ -1,0 +1,177 @@
+"""One decoder for the Llama family, driven by its config, with Hugging Face's parameter names."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lowrank.errors import ShapeError
+from lowrank.models.attention import Attention, KVCache, Plan, make_plan
+from lowrank.models.config import DecoderConfig
+from lowrank.models.layers import RMSNorm, swiglu
+from lowrank.ops import linear_cross_entropy
+
+IGNORE = -100  # a label that asks for nothing
+_CHUNK_ROWS = 256  # rows of logits alive at once where the head is not a frozen nn.Linear
+
+
+class MLP(nn.Module):
+    """down_proj(silu(gate_proj(x)) * up_proj(x)), x [..., H]."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        H, I, bias = config.hidden_size, config.intermediate_size, config.mlp_bias  # noqa: E741
+        self.gate_proj = nn.Linear(H, I, bias=bias)
+        self.up_proj = nn.Linear(H, I, bias=bias)
+        self.down_proj = nn.Linear(I, H, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), x [B, S, H]."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, plan: Plan) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), plan)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Body(nn.Module):
+    """Embedding, blocks and the last norm: everything below the head."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Decoder(nn.Module):
+    """A causal language model of the Llama family.   Touvron et al., arXiv:2302.13971.
+
+    Parameters are named as in transformers' LlamaForCausalLM. With `gradient_checkpointing` set,
+    each block keeps only its input and is run again in the backward.
+    """
+
+    supports_packing = True
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.name_or_path: str | None = None
+        self.gradient_checkpointing = False
+        self.model = Body(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make the head share the embedding's weight, if the config says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        logits_to_keep: int | Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits [B, S, V] of the token after each of input_ids [B, S].
+
+        attention_mask [B, S] (with a cache [B, past + S]) is 0 at padding, left or right; positions
+        then count from a row's first token. position_ids [B, S] without a mask mean packed
+        examples: every position 0 starts one, and attention stays inside it. `logits_to_keep` n
+        keeps the last n positions, a LongTensor those it indexes along S. A `cache` is read, and
+        extended by S.
+        """
+        h = self._hidden(input_ids, attention_mask, position_ids, cache)
+        if isinstance(logits_to_keep, Tensor):
+            h = h[:, logits_to_keep]
+        elif logits_to_keep:
+            h = h[:, -logits_to_keep:]
+        return self.lm_head(self.model.norm(h))
+
+    def loss(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Sum over labelled tokens of the next-token cross entropy, a float32 scalar.
+
+        labels [B, S] stand at their own token's position (the shift happens here); -100, and the
+        first token of every example, ask for nothing, and where nothing is asked no logits are
+        formed.
+        """
+        if labels.shape != input_ids.shape:
+            raise ShapeError(
+                f"labels: expected shape {tuple(input_ids.shape)}; got {tuple(labels.shape)}"
+            )
+        h = self._hidden(input_ids, attention_mask, position_ids, None)
+        target = F.pad(
+            labels[:, 1:], (0, 1), value=IGNORE
+        )  # [B, S]: what each position is to predict
+        if position_ids is not None:
+            target = target.masked_fill(F.pad(position_ids[:, 1:] == 0, (0, 1)), IGNORE)
+        target = target.flatten()
+        rows = (target != IGNORE).nonzero().flatten()
+        x = self.model.norm(h.flatten(0, 1).index_select(0, rows))  # [T, H]
+        return _head_loss(self.lm_head, x, target.index_select(0, rows))
+
+    def _hidden(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: KVCache | None,
+    ) -> Tensor:
+        """What the last block gives, before the last norm: [B, S, H]."""
+        if input_ids.ndim != 2:
+            raise ShapeError(f"input_ids: expected shape [B, S]; got {tuple(input_ids.shape)}")
+        B, S = input_ids.shape
+        h = self.model.embed_tokens(input_ids)
+        plan = make_plan(
+            self.config, (B, S), attention_mask, position_ids, cache, device=h.device, dtype=h.dtype
+        )
+        if plan.lengths is not None:
+            h = h.view(1, B * S, -1)
+        for block in self.model.layers:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                h = checkpoint(block, h, plan, use_reentrant=False)
+            else:
+                h = block(h, plan)
+        if cache is not None:
+            cache.length += S
+        return h.view(B, S, -1)
+
+
+def _head_loss(head: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    """Sum of the cross entropy of head(x), x [T, H], at target [T]; logits in chunks of rows."""
+    if type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad:
+        return linear_cross_entropy(x.to(head.weight.dtype), head.weight, target)
+
+    def chunk_loss(x: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(head(x).float(), target, reduction="sum")
+
+    total = x.new_zeros((), dtype=torch.float32)
+    for x_chunk, target_chunk in zip(x.split(_CHUNK_ROWS), target.split(_CHUNK_ROWS), strict=True):
+        total = total + checkpoint(chunk_loss, x_chunk, target_chunk, use_reentrant=False)
+    return total
