@@ -31,12 +31,15 @@ _REGISTRY: dict[str, type] = {}
 
 
 def register(name: str) -> Callable[[_Q], _Q]:
-    """Class decorator: make a quantizer available to `get(name, **options)`, as `cls(**options)`."""
+    """Class decorator: `get(name, **options)` makes `cls(**options)`, and `cls.name` is the name."""
 
     def add(cls: _Q) -> _Q:
         if _REGISTRY.get(name, cls) is not cls:
-            raise ConfigError(f"quantizer {name!r} is already registered by {_REGISTRY[name]}; choose another name")
+            raise ConfigError(
+                f"quantizer {name!r} is already registered by {_REGISTRY[name]}; choose another name"
+            )
         _REGISTRY[name] = cls
+        cls.name = name
         return cls
 
     return add

@@ -1,0 +1,11 @@
+"""The operators, and which backend runs them."""
+
+from . import schema as schema
+from .dispatch import explain as explain
+from .dispatch import use_backend as use_backend
+from .functions import BLOCK_SIZES as BLOCK_SIZES
+from .functions import codebook_dequantize as codebook_dequantize
+from .functions import codebook_linear as codebook_linear
+from .functions import codebook_linear_dx as codebook_linear_dx
+from .functions import codebook_quantize as codebook_quantize
+from .functions import linear_cross_entropy as linear_cross_entropy

@@ -1,0 +1,143 @@
+"""Which backend runs an operator, and why.
+
+The choice is made inside the operator, so a compiled graph holds one call whatever runs it. A
+backend is a module of this package with a function for each operator it offers, and
+`refuse(op, *args) -> str | None`: a reason, or None if it will run. What is missing (a compiler, a
+GPU, Triton) is a reason too, never an error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+
+import torch
+
+from lowrank.errors import BackendError, ConfigError
+
+BACKENDS = ("cpu", "triton", "reference")
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+_ANY_DEVICE = ("reference",)
+
+# For the whole process, not a thread: autograd runs the backward of CUDA graphs in threads of its own.
+_named: str | None = os.environ.get("LOWRANK_BACKEND") or None
+
+
+class use_backend:
+    """Run every operator on the backend of this name, or on the best one again with None.
+
+    A call holds until the next one; `with use_backend("reference"):` holds inside the block. Where
+    the named backend refuses a call, BackendError says why; operators that it does not offer at
+    all run on the reference. The environment's LOWRANK_BACKEND sets it at start.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        global _named
+        _check_name(name)
+        self._before, _named = _named, name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exc_info) -> None:
+        global _named
+        _named = self._before
+
+
+def runner(op: str) -> Callable:
+    """The implementation of `op` that is registered with torch: choose a backend, run it."""
+
+    def run(*args):
+        kernel = _choose(op, args)
+        device_type = args[0].device.type
+        # A kernel picks its own precision; autocast would round its float32 products to bf16.
+        if torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                return kernel(*args)
+        return kernel(*args)
+
+    run.__name__ = op
+    return run
+
+
+def explain(op: str, *args) -> str:
+    """Say, a line for each backend, whether it runs `op` on these arguments, or why it refuses.
+
+    `args` are the operator's own, as `torch.ops.lowrank.<op>` takes them; without any, the text says
+    which backends are there at all.
+    """
+    from .schema import OPERATORS
+
+    if op not in OPERATORS:
+        raise ConfigError(f"op: expected one of {', '.join(OPERATORS)}; got {op!r}")
+    if not args:
+        lines = [f"{op}: backends that are here"]
+        for name in BACKENDS:
+            backend = _load(name)
+            reason = backend if isinstance(backend, str) else _offers(name, backend, op)
+            lines.append(f"  {name}: {reason or 'here'}")
+        return "\n".join(lines)
+    expected = len(getattr(torch.ops.lowrank, op).default._schema.arguments)
+    if len(args) != expected:
+        raise ConfigError(
+            f"explain({op!r}): expected {expected} arguments or none; got {len(args)}"
+        )
+    device_type = args[0].device.type
+    lines, found = [f"{op} on {device_type}"], False
+    for name in _order(device_type, op):
+        reason = _refusal(name, op, args)
+        if reason is not None:
+            lines.append(f"  {name}: refuses: {reason}")
+        else:
+            lines.append(f"  {name}: {'would run if asked by name' if found else 'runs'}")
+            found = True
+    if _named is not None:
+        lines.append(f"  ({_named!r} was asked for by name)")
+    return "\n".join(lines)
+
+
+def _choose(op: str, args: tuple) -> Callable:
+    reason = ""
+    for name in _order(args[0].device.type, op):
+        reason = _refusal(name, op, args)
+        if reason is None:
+            return getattr(_load(name), op)
+    raise BackendError(f"{op}: backend {_named!r}, asked for by name, refuses: {reason}")
+
+
+def _order(device_type: str, op: str) -> tuple[str, ...]:
+    if _named is None:
+        return _PREFERENCE.get(device_type, _ANY_DEVICE)
+    _check_name(_named)
+    backend = _load(_named)
+    if isinstance(backend, ModuleType) and not hasattr(backend, op):
+        return _ANY_DEVICE
+    return (_named,)
+
+
+def _refusal(name: str, op: str, args: tuple) -> str | None:
+    backend = _load(name)
+    if isinstance(backend, str):
+        return backend
+    return _offers(name, backend, op) or backend.refuse(op, *args)
+
+
+def _offers(name: str, backend: ModuleType, op: str) -> str | None:
+    return None if hasattr(backend, op) else f"has no {op}"
+
+
+@cache
+def _load(name: str) -> ModuleType | str:
+    """The backend's module, or the reason why it cannot be imported."""
+    try:
+        return importlib.import_module(f"lowrank.ops.{name}")
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"cannot be imported: {error}"
+
+
+def _check_name(name: str | None) -> None:
+    if name is not None and name not in BACKENDS:
+        raise ConfigError(f"backend: expected one of {', '.join(BACKENDS)}; got {name!r}")

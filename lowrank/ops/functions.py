@@ -1,0 +1,209 @@
+"""The operators as functions: check every argument, then call `torch.ops.lowrank`.
+
+The checks read shapes and dtypes only, so a compiler evaluates them once while tracing. Letters and
+the tensors of a weight are as in `schema.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowrank.errors import ConfigError, DtypeError, ShapeError
+
+ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def codebook_quantize(
+    weight: Tensor, codebook: Tensor, block_size: int = 64
+) -> tuple[Tensor, Tensor]:
+    """Packed codes and float32 absmax of weight [N, K]; `codebook` is float32 [1, 16] or [N, 16].
+
+    NaN or inf in a block makes its absmax NaN or inf: `quant` refuses such a weight.
+    """
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise ShapeError(f"weight: expected [N, K] with N, K >= 1; got {_shape(weight)}")
+    _check_dtype("weight", weight, WEIGHTS)
+    _check_block_size(block_size)
+    _check_codebook(codebook, weight.shape[0], weight.device)
+    return torch.ops.lowrank.codebook_quantize(weight, codebook, block_size)
+
+
+def codebook_dequantize(
+    packed: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    codebook: Tensor,
+    K: int,
+    block_size: int = 64,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The weight [N, K] in `dtype`: one float32 product, rounded once."""
+    if dtype not in ACTIVATIONS:
+        raise DtypeError(f"dtype: expected {_names(ACTIVATIONS)}; got {dtype}")
+    _check_weight(packed, absmax, absmax_scale, codebook, K, block_size)
+    return torch.ops.lowrank.codebook_dequantize(
+        packed, absmax, absmax_scale, codebook, K, block_size, dtype
+    )
+
+
+def codebook_linear(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    codebook: Tensor,
+    bias: Tensor | None = None,
+    block_size: int = 64,
+) -> Tensor:
+    """y = x Wᵀ + b: [..., K] -> [..., N] in the dtype of x, accumulated in float32.
+
+    Differentiable, twice too, in x and bias; `bias` [N] has the dtype of x.
+    """
+    if x.dim() == 0:
+        raise ShapeError("x: expected [..., K]; got a scalar")
+    _check_weight(packed, absmax, absmax_scale, codebook, x.shape[-1], block_size)
+    _check_activation("x", x, packed)
+    if bias is not None:
+        if bias.shape != packed.shape[:1]:
+            raise ShapeError(f"bias: expected [N={packed.shape[0]}]; got {_shape(bias)}")
+        if bias.dtype != x.dtype:
+            raise DtypeError(
+                f"bias: expected the dtype of x, {x.dtype}; got {bias.dtype}; cast one of them"
+            )
+        _check_device("bias", bias, packed.device)
+    return torch.ops.lowrank.codebook_linear(
+        x, packed, absmax, absmax_scale, codebook, bias, block_size
+    )
+
+
+def codebook_linear_dx(
+    dy: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    codebook: Tensor,
+    K: int,
+    block_size: int = 64,
+) -> Tensor:
+    """dx = dy W: [..., N] -> [..., K] in the dtype of dy, accumulated in float32."""
+    _check_weight(packed, absmax, absmax_scale, codebook, K, block_size)
+    if dy.dim() == 0 or dy.shape[-1] != packed.shape[0]:
+        raise ShapeError(f"dy: expected [..., N={packed.shape[0]}]; got {_shape(dy)}")
+    _check_activation("dy", dy, packed)
+    return torch.ops.lowrank.codebook_linear_dx(
+        dy, packed, absmax, absmax_scale, codebook, K, block_size
+    )
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Summed cross entropy of softmax(x Wᵀ) against labels, without ever holding all logits.
+
+    x [..., H], frozen weight [V, H], labels int64 [...] with -100 where nothing is to be predicted.
+    Returns a float32 scalar, differentiable once in x; the gradient is formed in the forward.
+    """
+    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ShapeError(
+            f"x, weight: expected [..., H] and [V, H]; got {_shape(x)} and {_shape(weight)}"
+        )
+    if labels.shape != x.shape[:-1]:
+        raise ShapeError(
+            f"labels: expected {list(x.shape[:-1])}, one for each row of x; got {_shape(labels)}"
+        )
+    _check_dtype("x", x, ACTIVATIONS)
+    _check_dtype("weight", weight, ACTIVATIONS)
+    _check_dtype("labels", labels, (torch.int64,))
+    _check_device("weight", weight, x.device)
+    _check_device("labels", labels, x.device)
+    with_dx = torch.is_grad_enabled() and x.requires_grad
+    if torch.is_grad_enabled() and weight.requires_grad:
+        raise ConfigError(
+            "weight: linear_cross_entropy gives no gradient to the head; got one that requires grad; "
+            "freeze it with weight.requires_grad_(False) or use torch.nn.functional.cross_entropy"
+        )
+    x = x.reshape(-1, x.shape[-1])
+    return torch.ops.lowrank.linear_cross_entropy(x, weight, labels.reshape(-1), with_dx)[0]
+
+
+def _check_weight(
+    packed: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    codebook: Tensor,
+    K: int,
+    block_size: int,
+) -> None:
+    _check_block_size(block_size)
+    if packed.dim() != 2 or packed.shape[1] != (K + 31) // 32 * 16:
+        raise ShapeError(
+            f"packed: expected [N, {(K + 31) // 32 * 16}] for K={K}; got {_shape(packed)}"
+        )
+    N, blocks, device = packed.shape[0], -(-K // block_size), packed.device
+    if absmax.shape != (N, blocks):
+        raise ShapeError(
+            f"absmax: expected [N={N}, {blocks}] for K={K} and block size {block_size}; got {_shape(absmax)}"
+        )
+    _check_dtype("packed", packed, (torch.uint8,))
+    if absmax_scale is None:
+        if absmax.dtype != torch.float32:
+            raise DtypeError(
+                f"absmax: expected torch.float32, or uint8 with its absmax_scale; got {absmax.dtype} without"
+            )
+    else:
+        if absmax_scale.shape != (N, 2):
+            raise ShapeError(f"absmax_scale: expected [N={N}, 2]; got {_shape(absmax_scale)}")
+        _check_dtype("absmax", absmax, (torch.uint8,))
+        _check_constant("absmax_scale", absmax_scale)
+        _check_device("absmax_scale", absmax_scale, device)
+    _check_codebook(codebook, N, device)
+    _check_constant("absmax", absmax)
+    _check_device("absmax", absmax, device)
+
+
+def _check_codebook(codebook: Tensor, N: int, device: torch.device) -> None:
+    if codebook.dim() != 2 or codebook.shape[1] != 16 or codebook.shape[0] not in (1, N):
+        raise ShapeError(f"codebook: expected [1, 16] or [N={N}, 16]; got {_shape(codebook)}")
+    _check_constant("codebook", codebook)
+    _check_dtype("codebook", codebook, (torch.float32,))
+    _check_device("codebook", codebook, device)
+
+
+def _check_activation(name: str, x: Tensor, packed: Tensor) -> None:
+    _check_dtype(name, x, ACTIVATIONS)
+    _check_device(name, x, packed.device)
+
+
+def _check_constant(name: str, tensor: Tensor) -> None:
+    if tensor.requires_grad:
+        raise ConfigError(
+            f"{name}: a quantized weight is frozen; got requires_grad=True; detach it"
+        )
+
+
+def _check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    if tensor.dtype not in allowed:
+        raise DtypeError(f"{name}: expected {_names(allowed)}; got {tensor.dtype}")
+
+
+def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ConfigError(
+            f"{name}: expected on {device}, with the rest; got {tensor.device}; move it with .to()"
+        )
+
+
+def _check_block_size(block_size: int) -> None:
+    if block_size not in BLOCK_SIZES:
+        raise ConfigError(
+            f"block_size: expected a power of two from 32 to 4096; got {block_size!r}"
+        )
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(str(d) for d in dtypes)
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(list(tensor.shape))

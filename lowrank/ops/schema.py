@@ -1,0 +1,158 @@
+"""Every `lowrank::` operator in one table: what it takes and returns, its fake, and its gradient.
+
+M rows of x, N out features, K in features, G block size, V words. A weight [N, K] is
+    packed        uint8   [N, ceil(K / 32) * 16]   two codes a byte, the even element in the high nibble
+    absmax        float32 [N, ceil(K / G)], or uint8 of that shape when double-quantized
+    absmax_scale  None, or float32 [N, 2] = (step, offset) of each row of uint8 absmax
+    codebook      float32 [T, 16], T = 1 or N
+and w[n, k] = codebook[t, code[n, k]] * absmax[n, k // G]. `reference.py` says what each operator means.
+
+Backward saves the weight's tensors and never x: a frozen weight has no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import dispatch
+
+
+class Operator(NamedTuple):
+    schema: str
+    fake: Callable  # inputs -> empty outputs, for meta tensors and tracing
+    setup: Callable  # (ctx, inputs, output): what the forward keeps
+    backward: Callable  # (ctx, *grads) -> one gradient for each input
+
+
+_WEIGHT = "Tensor packed, Tensor absmax, Tensor? absmax_scale, Tensor codebook"
+_NO_WEIGHT_GRADS = (None, None, None, None)
+
+
+# codebook_quantize and codebook_dequantize: constants in, constants out.
+
+
+def _quantize_fake(weight: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    N, K = weight.shape
+    packed = weight.new_empty(N, (K + 31) // 32 * 16, dtype=torch.uint8)
+    return packed, weight.new_empty(N, (K + block_size - 1) // block_size, dtype=torch.float32)
+
+
+def _dequantize_fake(packed, absmax, absmax_scale, codebook, K, block_size, dtype) -> Tensor:
+    return packed.new_empty(packed.shape[0], K, dtype=dtype)
+
+
+def _mark_constant(ctx, inputs, output) -> None:
+    ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
+
+
+def _no_gradients(count: int) -> Callable:
+    return lambda ctx, *grads: (None,) * count
+
+
+# codebook_linear: y = x Wᵀ + b, so dx = dy W and db = sum of dy over the rows.
+
+
+def _linear_fake(x, packed, absmax, absmax_scale, codebook, bias, block_size) -> Tensor:
+    return x.new_empty(*x.shape[:-1], packed.shape[0])
+
+
+def _linear_setup(ctx, inputs, output) -> None:
+    x, packed, absmax, absmax_scale, codebook, _, block_size = inputs
+    ctx.save_for_backward(packed, absmax, absmax_scale, codebook)
+    ctx.K, ctx.block_size = x.shape[-1], block_size
+
+
+def _linear_backward(ctx, dy: Tensor):
+    dx = dbias = None
+    if ctx.needs_input_grad[0]:
+        dx = torch.ops.lowrank.codebook_linear_dx(dy, *ctx.saved_tensors, ctx.K, ctx.block_size)
+    if ctx.needs_input_grad[5]:
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
+    return dx, *_NO_WEIGHT_GRADS, dbias, None
+
+
+# codebook_linear_dx: dx = dy W is linear in dy, so its gradient is the forward: d(dy) = d(dx) Wᵀ.
+
+
+def _linear_dx_fake(dy, packed, absmax, absmax_scale, codebook, K, block_size) -> Tensor:
+    return dy.new_empty(*dy.shape[:-1], K)
+
+
+def _linear_dx_setup(ctx, inputs, output) -> None:
+    _, packed, absmax, absmax_scale, codebook, _, block_size = inputs
+    ctx.save_for_backward(packed, absmax, absmax_scale, codebook)
+    ctx.block_size = block_size
+
+
+def _linear_dx_backward(ctx, ddx: Tensor):
+    ddy = torch.ops.lowrank.codebook_linear(ddx, *ctx.saved_tensors, None, ctx.block_size)
+    return ddy, *_NO_WEIGHT_GRADS, None, None
+
+
+# linear_cross_entropy: the forward has already formed d loss / dx.
+
+
+def _cross_entropy_fake(x, weight, labels, with_dx) -> tuple[Tensor, Tensor]:
+    loss = x.new_empty((), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return loss, x.new_empty(x.shape if with_dx else (0,))
+
+
+def _cross_entropy_setup(ctx, inputs, output) -> None:
+    dx = output[1]
+    ctx.mark_non_differentiable(dx)
+    ctx.save_for_backward(dx)
+
+
+@once_differentiable
+def _cross_entropy_backward(ctx, dloss: Tensor, _):
+    (dx,) = ctx.saved_tensors
+    return dx * dloss.to(dx.dtype), None, None, None
+
+
+OPERATORS = {
+    "codebook_quantize": Operator(
+        "(Tensor weight, Tensor codebook, int block_size) -> (Tensor packed, Tensor absmax)",
+        _quantize_fake,
+        _mark_constant,
+        _no_gradients(3),
+    ),
+    "codebook_dequantize": Operator(
+        f"({_WEIGHT}, SymInt K, int block_size, ScalarType dtype) -> Tensor",
+        _dequantize_fake,
+        _mark_constant,
+        _no_gradients(7),
+    ),
+    "codebook_linear": Operator(
+        f"(Tensor x, {_WEIGHT}, Tensor? bias, int block_size) -> Tensor",
+        _linear_fake,
+        _linear_setup,
+        _linear_backward,
+    ),
+    "codebook_linear_dx": Operator(
+        f"(Tensor dy, {_WEIGHT}, SymInt K, int block_size) -> Tensor",
+        _linear_dx_fake,
+        _linear_dx_setup,
+        _linear_dx_backward,
+    ),
+    "linear_cross_entropy": Operator(
+        "(Tensor x, Tensor weight, Tensor labels, bool with_dx) -> (Tensor loss_sum, Tensor dx)",
+        _cross_entropy_fake,
+        _cross_entropy_setup,
+        _cross_entropy_backward,
+    ),
+}
+
+_library = torch.library.Library("lowrank", "DEF")
+
+for _name, _op in OPERATORS.items():
+    _library.define(_name + _op.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, dispatch.runner(_name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lowrank::{_name}", _op.fake, lib=_library)
+    torch.library.register_autograd(
+        f"lowrank::{_name}", _op.backward, setup_context=_op.setup, lib=_library
+    )

@@ -1,0 +1,88 @@
+"""Weights as 4-bit codes into a table of 16 values, scaled block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lowrank import ops
+from lowrank.errors import ConfigError, DtypeError, ShapeError, WeightError
+
+from . import double_quant as scales
+from .storage import Storage
+
+
+class CodebookQuantizer:
+    """w[n, k] = codebook[code[n, k]] * absmax[n, k // G], for any table of 16 values in [-1, 1].
+
+    `codebook` is 16 values, or one such row for each row of the weight [N, 16]. Blocks of G =
+    `block_size` never cross rows. With `double_quant` the absmax are kept in 8 bits.
+
+    The Storage holds packed uint8 [N, ceil(K / 32) * 16] (even element in the high nibble), absmax
+    float32 [N, ceil(K / G)] or uint8 with absmax_scale float32 [N, 2], and codebook [T, 16].
+    """
+
+    name = "codebook"
+
+    def __init__(
+        self, codebook: Tensor | Sequence[float], block_size: int = 64, double_quant: bool = False
+    ) -> None:
+        table = torch.as_tensor(codebook, dtype=torch.float32).detach().cpu()
+        if table.dim() not in (1, 2) or table.shape[-1] != 16 or table.numel() == 0:
+            raise ShapeError(
+                f"codebook: expected 16 values or [N, 16]; got shape {list(table.shape)}"
+            )
+        if not bool(torch.isfinite(table).all()) or bool((table.abs() > 1).any()):
+            raise ConfigError(
+                "codebook: expected values in [-1, 1], which absmax scales; got others"
+            )
+        if block_size not in ops.BLOCK_SIZES:
+            raise ConfigError(
+                f"block_size: expected a power of two from 32 to 4096; got {block_size!r}"
+            )
+        self.codebook = table.reshape(-1, 16).clone()  # [T, 16]
+        self.block_size = block_size
+        self.double_quant = bool(double_quant)
+
+    @property
+    def row_local(self) -> bool:
+        """Whether quantizing a slice of rows gives that slice of the whole."""
+        return self.codebook.shape[0] == 1
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        return {"block_size": self.block_size, "double_quant": self.double_quant}
+
+    def quantize(self, weight: Tensor) -> Storage:
+        """Nearest codes of weight [N, K]; a tie goes to the lower value. NaN and inf: WeightError."""
+        if not weight.is_floating_point():
+            raise DtypeError(f"weight: expected a floating-point dtype; got {weight.dtype}")
+        source = weight.detach()
+        if source.dtype == torch.float64:
+            source = source.float()
+        codebook = self.codebook.to(source.device, copy=True)
+        packed, absmax = ops.codebook_quantize(source, codebook, self.block_size)
+        if not absmax.is_meta and not bool(torch.isfinite(absmax).all()):
+            row = int((~torch.isfinite(absmax)).any(dim=1).nonzero()[0])
+            raise WeightError(f"weight: expected finite values; got NaN or inf in row {row}")
+        tensors = {"packed": packed, "absmax": absmax}
+        if self.double_quant:
+            tensors["absmax"], tensors["absmax_scale"] = scales.compress(absmax)
+        tensors["codebook"] = codebook
+        return Storage(self.name, tuple(weight.shape), weight.dtype, tensors, self.options)
+
+    def dequantize(self, storage: Storage, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [N, K]: one float32 product, rounded once to `dtype`."""
+        block_size = storage.options["block_size"]
+        return ops.codebook_dequantize(*_operands(storage), storage.shape[1], block_size, dtype)
+
+    def linear(self, x: Tensor, storage: Storage, bias: Tensor | None = None) -> Tensor:
+        """y = x Wᵀ + b straight from the codes; differentiable in x and bias."""
+        return ops.codebook_linear(x, *_operands(storage), bias, storage.options["block_size"])
+
+
+def _operands(storage: Storage) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    tensors = storage.tensors
+    return tensors["packed"], tensors["absmax"], tensors.get("absmax_scale"), tensors["codebook"]
