@@ -33,6 +33,10 @@ class DataError(LowrankError, ValueError):
     """A training example cannot be read or used; the message names the file and line."""
 
 
+class TrainingError(LowrankError, RuntimeError):
+    """Training cannot go on: the loss is not finite, or no gradient reaches what is to be trained."""
+
+
 class MissingPackageError(LowrankError, ImportError):
     """An optional package is needed; the message is the pip command that installs it."""
 

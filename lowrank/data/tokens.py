@@ -1,0 +1,229 @@
+"""Examples to token ids and labels: which tokens are learned, the end of text, truncation."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lowrank.data.examples import Examples, kind_of
+from lowrank.errors import DataError, LowrankError, MissingPackageError
+
+IGNORED = -100  # the label of a token that is not learned, as in F.cross_entropy
+
+
+class Tokenizer(Protocol):
+    """What tokenization asks of a tokenizer; `apply_chat_template` only for messages."""
+
+    eos_token_id: int | None
+    bos_token_id: int | None
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]: ...
+
+    def apply_chat_template(
+        self, messages: list[dict], add_generation_prompt: bool = False, tools: list | None = None
+    ) -> str: ...
+
+
+@dataclass
+class TokenizedExamples:
+    """All examples end to end: example i is ids[offsets[i] : offsets[i + 1]].
+
+    ids, labels: int32 [total]; the first label of each example is -100, since nothing precedes it.
+    labelled[i] counts the tokens of example i that are learned.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    offsets: list[int]
+    labelled: list[int]
+    truncated: int = 0
+    dropped: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.labelled)
+
+    def length(self, i: int) -> int:
+        return self.offsets[i + 1] - self.offsets[i]
+
+
+def tokenize(
+    example: Mapping[str, Any],
+    tokenizer: Tokenizer | None,
+    max_length: int | None = None,
+    completion_only_loss: bool = True,
+) -> dict[str, list[int]]:
+    """Turn one example into {"input_ids", "labels"}, two lists of one length, at most `max_length`.
+
+    labels[s] is input_ids[s], or -100 where it is not learned: the prompt of a completion and the turns of
+    messages that the assistant did not write, unless `completion_only_loss` is false. `text` and `completion`
+    end in EOS. The prompt's ids are those the prompt has alone, as when generating.
+    """
+    ids, labels, _ = _tokenize(
+        example, kind_of(example, "the example"), tokenizer, completion_only_loss
+    )
+    return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+
+
+def tokenize_all(
+    examples: Examples,
+    tokenizer: Tokenizer | None,
+    max_length: int | None = None,
+    completion_only_loss: bool = True,
+) -> TokenizedExamples:
+    """Tokenize every example once; those with nothing to learn are dropped, and `notes` says how many.
+
+    Raises DataError naming file and line where an example cannot be tokenized, or if none is left.
+    """
+    if tokenizer is None and examples.kind != "tokens":
+        raise DataError(
+            f"examples of kind '{examples.kind}' need a tokenizer; got None: pass tokenizer="
+        )
+    all_ids, all_labels = array("i"), array("i")
+    offsets, labelled = [0], []
+    truncated = dropped = unmasked = 0
+    for i, example in enumerate(examples):
+        try:
+            ids, labels, masked = _tokenize(example, examples.kind, tokenizer, completion_only_loss)
+        except MissingPackageError:
+            raise
+        except LowrankError as error:
+            raise DataError(f"{examples.where(i)}: {error}") from error
+        if max_length is not None and len(ids) > max_length:
+            ids, labels, truncated = ids[:max_length], labels[:max_length], truncated + 1
+        labels[:1] = [IGNORED] * len(labels[:1])
+        learned = len(labels) - labels.count(IGNORED)
+        if not learned:
+            dropped += 1
+            continue
+        unmasked += not masked
+        all_ids.extend(ids)
+        all_labels.extend(labels)
+        offsets.append(len(all_ids))
+        labelled.append(learned)
+    notes = _notes(len(examples), max_length, truncated, dropped, unmasked)
+    if not labelled:
+        raise DataError(
+            f"{examples.where(0)} and all after it: no token is left to learn: {'; '.join(notes)}"
+        )
+    ids, labels = (torch.frombuffer(values, dtype=torch.int32) for values in (all_ids, all_labels))
+    return TokenizedExamples(ids, labels, offsets, labelled, truncated, dropped, notes)
+
+
+def _notes(
+    total: int, max_length: int | None, truncated: int, dropped: int, unmasked: int
+) -> list[str]:
+    notes = []
+    if truncated:
+        notes.append(f"{truncated} of {total} examples were cut to max_length={max_length} tokens")
+    if dropped:
+        notes.append(
+            f"{dropped} of {total} examples have no token to learn (within max_length) and were dropped"
+        )
+    if unmasked:
+        notes.append(
+            f"{unmasked} of {total} conversations are learned whole: their chat template does not show "
+            "where the assistant's turns begin and end"
+        )
+    return notes
+
+
+def _tokenize(
+    example: Mapping[str, Any], kind: str, tokenizer: Tokenizer | None, completion_only: bool
+) -> tuple[list[int], list[int], bool]:
+    """ids, labels, and whether what is learned was told apart as asked."""
+    if kind == "tokens":
+        ids = [int(token) for token in example["input_ids"]]
+        return ids, [int(label) for label in example.get("labels", ids)], True
+    if kind == "messages":
+        turns = _turns(example, tokenizer, completion_only)
+        masked = not completion_only or any(learned for _, learned in turns)
+        return *_encode(turns if masked else [(text, True) for text, _ in turns], tokenizer), masked
+    if kind == "text":
+        segments = [(example["text"], True)]
+    else:
+        segments = [(example["prompt"], not completion_only), (example["completion"], True)]
+    ids, labels = _encode(segments, tokenizer)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if (
+        bos is not None
+        and ids[:1] != [bos]
+        and tokenizer.encode("", add_special_tokens=True)[:1] == [bos]
+    ):
+        ids, labels = [bos, *ids], [IGNORED, *labels]
+    if eos is not None and ids[-1:] != [eos]:
+        ids, labels = [*ids, eos], [*labels, eos]
+    return ids, labels, True
+
+
+def _encode(
+    segments: Sequence[tuple[str, bool]], tokenizer: Tokenizer
+) -> tuple[list[int], list[int]]:
+    """Token ids of the segments' joined text, and labels from each segment's `learned`.
+
+    The text is encoded whole where every border between segments falls between two tokens of it, and segment
+    by segment otherwise: either way the ids before a border are those of that text alone.
+    """
+    segments = [(text, learned) for text, learned in segments if text]
+    whole = tokenizer.encode("".join(text for text, _ in segments), add_special_tokens=False)
+    borders, before = [0], ""
+    for text, _ in segments[:-1]:
+        before += text
+        ids = tokenizer.encode(before, add_special_tokens=False)
+        if whole[: len(ids)] != ids:
+            break
+        borders.append(len(ids))
+    else:
+        borders.append(len(whole))
+        parts = [whole[start:end] for start, end in zip(borders, borders[1:], strict=False)]
+        return whole, _labels(parts, segments)
+    parts = [tokenizer.encode(text, add_special_tokens=False) for text, _ in segments]
+    return [token for part in parts for token in part], _labels(parts, segments)
+
+
+def _labels(parts: list[list[int]], segments: Sequence[tuple[str, bool]]) -> list[int]:
+    labels: list[int] = []
+    for part, (_, learned) in zip(parts, segments, strict=True):
+        labels.extend(part if learned else [IGNORED] * len(part))
+    return labels
+
+
+def _turns(
+    example: Mapping[str, Any], tokenizer: Tokenizer, completion_only: bool
+) -> list[tuple[str, bool]]:
+    """The rendered conversation cut into (text, learned): learned from the assistant's cue to its turn's end.
+
+    A turn's place is found by rendering the messages before it with the cue to answer, and up to it: both must
+    be what the whole conversation begins with. A template that shows past turns otherwise hides those turns.
+    """
+    messages, tools = list(example["messages"]), example.get("tools")
+    whole = _render(tokenizer, messages, False, tools)
+    if not completion_only:
+        return [(whole, True)]
+    segments, done = [], 0
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        try:
+            cue = _render(tokenizer, messages[:i], True, tools)
+            turn = _render(tokenizer, messages[: i + 1], False, tools)
+        except MissingPackageError:
+            raise
+        except LowrankError:  # some templates refuse a conversation that stops there
+            continue
+        if done <= len(cue) < len(turn) and whole.startswith(cue) and whole.startswith(turn):
+            segments += [(whole[done : len(cue)], False), (whole[len(cue) : len(turn)], True)]
+            done = len(turn)
+    return [*segments, (whole[done:], False)]
+
+
+def _render(tokenizer: Tokenizer, messages: list, cue: bool, tools: list | None) -> str:
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=cue, tools=tools)
+    if not isinstance(text, str):
+        raise DataError(f"apply_chat_template must return text; got {type(text).__name__}")
+    return text

@@ -1,0 +1,87 @@
+"""What is trained and its gradients: which parameters, whether any learns, their norm, checkpointing."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor, nn
+
+from lowrank.errors import ConfigError, TrainingError
+
+logger = logging.getLogger("lowrank.train")
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Names and parameters that require a gradient; ConfigError if there are none."""
+    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not found:
+        raise ConfigError(
+            f"{type(model).__name__} has no trainable parameter: all are frozen; "
+            "add an adapter with lowrank.inject(model, LoRAConfig(...))"
+        )
+    return found
+
+
+def check_gradients(parameters: dict[str, nn.Parameter]) -> None:
+    """After the first backward: TrainingError if no parameter has a gradient, a warning for layers without.
+
+    The two matrices of an adapter count as one, since the gradient of A is zero while B is.
+    """
+    learns: dict[str, bool] = {}
+    for name, p in parameters.items():
+        layer = name.split(".lora_")[0]
+        learns[layer] = learns.get(layer, False) or (
+            p.grad is not None and bool(p.grad.count_nonzero())
+        )
+    silent = [layer for layer, has in learns.items() if not has]
+    if len(silent) == len(learns):
+        raise TrainingError(
+            f"step 1: the gradient of all {len(parameters)} trainable tensors is zero or missing, so nothing "
+            f"would be learned: does the output depend on them ({silent[0]}, ...)?"
+        )
+    if silent:
+        logger.warning(
+            "%d of %d trained layers get no gradient: %s",
+            len(silent),
+            len(learns),
+            ", ".join(silent[:5]),
+        )
+
+
+def clip(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Scale the gradients so that their global 2-norm is at most `max_norm`; returns the norm before."""
+    if max_norm is not None:
+        return nn.utils.clip_grad_norm_(parameters, max_norm)
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def can_checkpoint(model: nn.Module) -> bool:
+    """Whether the model has a switch for recomputing activations in the backward."""
+    return hasattr(model, "gradient_checkpointing") or hasattr(
+        model, "gradient_checkpointing_enable"
+    )
+
+
+@contextlib.contextmanager
+def gradient_checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Recompute activations in the backward while inside, through the model's own switch.
+
+    That is the attribute `gradient_checkpointing`, or transformers' pair of methods.
+    """
+    if not wanted:
+        yield
+    elif hasattr(model, "gradient_checkpointing"):
+        before, model.gradient_checkpointing = model.gradient_checkpointing, True
+        try:
+            yield
+        finally:
+            model.gradient_checkpointing = before
+    else:
+        # the reentrant kind loses the gradient where the embedding is frozen
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        try:
+            yield
+        finally:
+            model.gradient_checkpointing_disable()

@@ -1,0 +1,69 @@
+"""The loss of a batch, for any module that predicts the next token."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowrank.data import Batch
+from lowrank.data.tokens import IGNORED
+from lowrank.errors import ShapeError
+
+# the batch -> the sum over its labelled tokens of the next-token cross entropy, fp32, a scalar
+BatchLoss = Callable[[Batch], Tensor]
+
+
+def packs(model: nn.Module) -> bool:
+    """Whether the model confines attention to each of several examples laid end to end."""
+    return bool(getattr(model, "supports_packing", False)) and hasattr(model, "loss")
+
+
+def batch_loss(model: nn.Module) -> BatchLoss:
+    """How to get this model's loss: sum over s with labels[s] != -100 of -log p(labels[s] | input_ids[:s]).
+
+    A model that packs has `loss(input_ids, labels, position_ids=, attention_mask=)`, which returns that sum.
+    Any other is called with input_ids (and attention_mask, if its forward takes one), and returns logits
+    [B, S, V] or an object with `.logits`.
+    """
+    if packs(model):
+
+        def loss(batch: Batch) -> Tensor:
+            return model.loss(
+                batch.input_ids,
+                batch.labels,
+                position_ids=batch.position_ids,
+                attention_mask=batch.attention_mask,
+            )
+
+        return loss
+
+    taken = inspect.signature(model.forward).parameters
+    masked = "attention_mask" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())
+
+    def loss_of_logits(batch: Batch) -> Tensor:
+        output = (
+            model(batch.input_ids, attention_mask=batch.attention_mask)
+            if masked
+            else model(batch.input_ids)
+        )
+        return next_token_loss(getattr(output, "logits", output), batch.labels)
+
+    return loss_of_logits
+
+
+def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum of -log softmax(logits[b, s - 1])[labels[b, s]] over labels that are not -100, in float32.
+
+    logits [B, S, V], labels [B, S]; only the rows of labelled tokens are brought to float32.
+    """
+    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != labels.shape:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ShapeError(
+            f"the model must return logits [B, S, V] (or .logits) for input_ids {tuple(labels.shape)}; got {got}"
+        )
+    rows, places = torch.nonzero(labels[:, 1:] != IGNORED, as_tuple=True)
+    return F.cross_entropy(logits[rows, places].float(), labels[rows, places + 1], reduction="sum")

@@ -1,0 +1,115 @@
+"""The files of a run: configuration, metrics as they come, loss plot, and what was trained."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowrank.errors import ConfigError
+
+logger = logging.getLogger("lowrank.train")
+
+CONFIG, METRICS, RESULTS, PLOT = "train_config.json", "metrics.jsonl", "results.json", "loss.png"
+TRAINED = ("adapter_model.safetensors", "adapter_config.json", "trained.safetensors")
+
+
+def check_output_dir(path: str | Path, overwrite: bool = False) -> None:
+    """Raise ConfigError if `path` holds a run, unless `overwrite`, or if it is not a directory."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"output_dir must be a directory; {path} is a file: name another")
+    held = [name for name in (METRICS, RESULTS, *TRAINED) if (path / name).exists()]
+    if held and not overwrite:
+        raise ConfigError(
+            f"output_dir {path} already holds a run ({', '.join(held)}): "
+            "name another, or set overwrite_output_dir to replace it"
+        )
+
+
+class RunDirectory:
+    """Writes a run's files into `path`; each is whole at every moment, the metrics line by line."""
+
+    def __init__(self, path: str | Path, overwrite: bool) -> None:
+        check_output_dir(path, overwrite)
+        self.path = Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for name in (CONFIG, METRICS, RESULTS, PLOT, *TRAINED):
+                (self.path / name).unlink(missing_ok=True)
+            self._metrics = open(self.path / METRICS, "a", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise ConfigError(f"output_dir {path} cannot be written: {error.strerror}") from None
+
+    def log(self, values: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl; it is in the file when this returns."""
+        self._metrics.write(json.dumps(values, allow_nan=False) + "\n")
+        self._metrics.flush()
+
+    def write_json(self, name: str, values: dict[str, Any]) -> None:
+        """Write `name` whole or not at all."""
+        aside = self.path / f".{name}.tmp"
+        aside.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(aside, self.path / name)
+
+    def save_model(self, model: nn.Module) -> Path:
+        """Save what was trained: adapters in PEFT's format, else the trained tensors; returns the file."""
+        from lowrank.io import save_adapter
+        from lowrank.io.safetensors import write_safetensors
+
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        adapters = {
+            name.split(".lora_A.")[1].split(".")[0] for name in trained if ".lora_A." in name
+        }
+        if not adapters:
+            tensors = {name: p.detach().contiguous() for name, p in trained.items()}
+            write_safetensors(self.path / TRAINED[-1], tensors)
+            return self.path / TRAINED[-1]
+        for adapter in sorted(adapters):
+            save_adapter(
+                model, self.path if len(adapters) == 1 else self.path / adapter, adapter=adapter
+            )
+        return self.path if len(adapters) > 1 else self.path / TRAINED[0]
+
+    def plot(self, losses: list[float], eval_losses: list[tuple[int, float]]) -> Path | None:
+        """Draw loss.png; without matplotlib say what to install, and go on."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            logger.warning("no loss plot: it needs matplotlib: pip install 'lowrank-torch[plots]'")
+            return None
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.add_subplot(xlabel="step", ylabel="loss per token (nats)")
+        axes.plot(range(1, len(losses) + 1), losses, color="tab:blue", linewidth=1, label="train")
+        if eval_losses:
+            axes.plot(*zip(*eval_losses, strict=True), "o-", color="tab:orange", label="held out")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        aside = self.path / f".{PLOT}.tmp"
+        figure.savefig(aside, format="png", dpi=120)
+        os.replace(aside, self.path / PLOT)
+        return self.path / PLOT
+
+    def close(self) -> None:
+        self._metrics.close()
+
+
+def versions() -> dict[str, str]:
+    """What the run was made with."""
+    try:
+        own = metadata.version("lowrank-torch")
+    except metadata.PackageNotFoundError:
+        own = "a source checkout, not installed"
+    return {
+        "lowrank": own,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
