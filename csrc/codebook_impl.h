@@ -1,0 +1,179 @@
+// Quantize, dequantize and multiply, once for every instruction set: a vector_*.h comes before it.
+//
+// All three walk a row block by block, 32 weights (16 packed bytes) at a time. A row's packed bytes
+// are padded to 32 weights; what is decoded from the padding is cut off or meets zeros of x.
+#pragma once
+
+#include <stdlib.h>
+
+#include "kernels.h"
+
+namespace {
+
+using lowrank::CodebookWeight;
+
+constexpr int CHUNK = 32;
+constexpr int VECTORS = CHUNK / W;
+constexpr int MAX_BLOCK = 4096;
+constexpr int64_t WORTH_THREADS = 1 << 15;  // weights; below it, waking threads costs more
+
+inline int64_t padded(int64_t K) { return (K + CHUNK - 1) / CHUNK * CHUNK; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline const float* codebook_of(const CodebookWeight& w, int64_t n) {
+  return w.codebook + (w.codebook_rows == 1 ? 0 : 16 * n);
+}
+
+// The scales of one row: floats, or 8-bit codes decoded as they are needed.
+struct RowScales {
+  const float* values;
+  const uint8_t* codes;
+  float step, offset;
+
+  RowScales(const CodebookWeight& w, int64_t n) {
+    const int64_t first = n * ((w.K + w.block_size - 1) / w.block_size);
+    values = static_cast<const float*>(w.absmax) + first;
+    codes = nullptr;
+    step = offset = 0;
+    if (w.absmax_scale) {
+      codes = static_cast<const uint8_t*>(w.absmax) + first;
+      step = w.absmax_scale[2 * n];
+      offset = w.absmax_scale[2 * n + 1];
+    }
+  }
+  // Two roundings, as stored: the compiler must not contract this (-ffp-contract=off).
+  float operator[](int64_t b) const { return codes ? float(codes[b]) * step + offset : values[b]; }
+};
+
+inline void decode32(const uint8_t* packed, const BlockTable& table, float* out) {
+  Vec v[VECTORS];
+  decode32(packed, table, v);
+  for (int i = 0; i < VECTORS; ++i) store(out + i * W, v[i]);
+}
+
+template <class T>
+struct TableFor {
+  BlockTable16 table;
+  TableFor(const Table& t, float absmax) : table(t, absmax, static_cast<T*>(nullptr)) {}
+};
+template <>
+struct TableFor<float> {
+  BlockTable table;
+  TableFor(const Table& t, float absmax) : table(t, absmax) {}
+};
+
+template <class T>
+void dequantize_row(const CodebookWeight& w, int64_t n, const Table& table, T* out) {
+  const uint8_t* packed = w.packed + n * (padded(w.K) / 2);
+  const RowScales scales(w, n);
+  for (int64_t k = 0, b = 0; k < w.K; ++b) {
+    const TableFor<T> block(table, scales[b]);
+    const int64_t end = smaller(k + w.block_size, w.K);
+    for (; k + CHUNK <= end; k += CHUNK) decode32(packed + k / 2, block.table, out + k);
+    if (k < end) {
+      T rest[CHUNK];
+      decode32(packed + k / 2, block.table, rest);
+      memcpy(out + k, rest, size_t(end - k) * sizeof(T));
+      k = end;
+    }
+  }
+}
+
+template <class T>
+void dequantize_rows(const CodebookWeight& w, int64_t n0, int64_t n1, T* out, int32_t threads) {
+#pragma omp parallel num_threads(threads) if ((n1 - n0) * w.K > WORTH_THREADS)
+  {
+    const Table shared(w.codebook);
+#pragma omp for schedule(static)
+    for (int64_t n = n0; n < n1; ++n) {
+      T* row = out + (n - n0) * w.K;
+      if (w.codebook_rows == 1) {
+        dequantize_row(w, n, shared, row);
+      } else {
+        dequantize_row(w, n, Table(codebook_of(w, n)), row);
+      }
+    }
+  }
+}
+
+void dequantize(const CodebookWeight& w, int64_t n0, int64_t n1, void* out, int32_t dtype,
+                int32_t threads) {
+  if (dtype == LOWRANK_F32) dequantize_rows(w, n0, n1, static_cast<float*>(out), threads);
+  if (dtype == LOWRANK_F16) dequantize_rows(w, n0, n1, static_cast<Half*>(out), threads);
+  if (dtype == LOWRANK_BF16) dequantize_rows(w, n0, n1, static_cast<Bfloat16*>(out), threads);
+}
+
+// `from` [length] -> floats, with zeros up to a multiple of 32.
+template <class T>
+void widen(const T* from, int64_t length, float* to) {
+  int64_t i = 0;
+  for (; i + W <= length; i += W) store(to + i, load(from + i));
+  for (; i < length; ++i) to[i] = to_float(from[i]);
+  for (; i < padded(length); ++i) to[i] = 0;
+}
+
+inline const float* widened_block(const float* from, int64_t length, float* room) {
+  if (length % CHUNK == 0) return from;
+  widen(from, length, room);
+  return room;
+}
+template <class T>
+const float* widened_block(const T* from, int64_t length, float* room) {
+  widen(from, length, room);
+  return room;
+}
+
+// One block [length <= G] of a row -> codes; returns its absmax.
+template <class T>
+float quantize_block(const T* from, int64_t length, bool full, const Encoder& encoder, uint8_t* packed) {
+  alignas(64) float room[MAX_BLOCK];
+  const float* values = widened_block(from, length, room);
+  AbsMax largest;
+  for (int64_t i = 0; i < length; i += W) largest.take(load(values + i));
+  const float absmax = largest.get();
+  const float divisor = absmax < 1e-38f ? 1e-38f : absmax;
+  const Vec inverse = set1(1.0f / divisor), one = set1(1.0f), minus_one = set1(-1.0f);
+  for (int64_t i = 0; i < length; i += CHUNK) {
+    Vec s[VECTORS];
+    for (int j = 0; j < VECTORS; ++j) {
+      const Vec v = load(values + i + j * W);
+      // bitsandbytes divides in a partial block and multiplies by the reciprocal in a full one.
+      s[j] = max(min(full ? mul(v, inverse) : div(v, set1(divisor)), one), minus_one);
+    }
+    encoder.encode32(s, packed + i / 2);
+  }
+  for (int64_t i = length; i < padded(length); ++i) packed[i / 2] &= i % 2 ? 0xF0 : 0x0F;
+  return absmax;
+}
+
+template <class T>
+void quantize_rows(const T* weight, int64_t stride, const CodebookWeight& shape, uint8_t* packed,
+                   float* absmax, int32_t threads) {
+  const int64_t N = shape.N, K = shape.K, G = shape.block_size, blocks = (K + G - 1) / G;
+#pragma omp parallel num_threads(threads) if (N * K > WORTH_THREADS)
+  {
+    const Levels shared(shape.codebook);
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < N; ++n) {
+      const Levels levels = shape.codebook_rows == 1 ? shared : Levels(codebook_of(shape, n));
+      const Encoder encoder(levels);
+      for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t length = smaller(G, K - b * G);
+        absmax[n * blocks + b] = quantize_block(weight + n * stride + b * G, length, length == G,
+                                                encoder, packed + (n * padded(K) + b * G) / 2);
+      }
+    }
+  }
+}
+
+void quantize(const void* weight, int32_t dtype, int64_t stride, const CodebookWeight& shape,
+              uint8_t* packed, float* absmax, int32_t threads) {
+  if (dtype == LOWRANK_F32)
+    quantize_rows(static_cast<const float*>(weight), stride, shape, packed, absmax, threads);
+  if (dtype == LOWRANK_F16)
+    quantize_rows(static_cast<const Half*>(weight), stride, shape, packed, absmax, threads);
+  if (dtype == LOWRANK_BF16)
+    quantize_rows(static_cast<const Bfloat16*>(weight), stride, shape, packed, absmax, threads);
+}
+
+}  // namespace

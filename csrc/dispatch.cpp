@@ -1,0 +1,115 @@
+// The exported functions: check the arguments, choose the instruction set, call its kernels.
+#include <atomic>
+
+#include "kernels.h"
+
+namespace {
+
+using lowrank::CodebookWeight;
+using lowrank::Kernels;
+
+const Kernels* kernels_of(int32_t isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq");
+  if (isa == LOWRANK_AVX2) return avx2 ? lowrank::kernels_avx2() : nullptr;
+  if (isa == LOWRANK_AVX512) return avx512 ? lowrank::kernels_avx512() : nullptr;
+#endif
+  return isa == LOWRANK_GENERIC ? lowrank::kernels_generic() : nullptr;
+}
+
+int32_t best_isa() {
+  for (int32_t isa = LOWRANK_AVX512; isa > LOWRANK_GENERIC; --isa) {
+    if (kernels_of(isa)) return isa;
+  }
+  return LOWRANK_GENERIC;
+}
+
+struct Choice {
+  int32_t isa;
+  const Kernels* kernels;
+};
+
+Choice choice_of(int32_t isa) { return {isa, kernels_of(isa)}; }
+
+const Choice choices[] = {choice_of(LOWRANK_GENERIC), choice_of(LOWRANK_AVX2),
+                          choice_of(LOWRANK_AVX512)};
+std::atomic<const Choice*> chosen{&choices[best_isa()]};
+
+const Kernels& kernels() { return *chosen.load(std::memory_order_relaxed)->kernels; }
+
+bool valid_dtype(int32_t dtype) { return dtype >= LOWRANK_F32 && dtype <= LOWRANK_BF16; }
+
+bool valid_sizes(const CodebookWeight& w, int32_t threads) {
+  const int64_t G = w.block_size;
+  const bool power_of_two = G >= 32 && G <= 4096 && (G & (G - 1)) == 0;
+  return power_of_two && w.N >= 0 && w.K >= 0 && w.codebook && threads >= 1 &&
+         (w.codebook_rows == 1 || w.codebook_rows == w.N);
+}
+
+}  // namespace
+
+int32_t lowrank_abi(void) { return LOWRANK_ABI; }
+
+int32_t lowrank_isa_in_use(void) { return chosen.load()->isa; }
+
+int32_t lowrank_isa_best(void) { return best_isa(); }
+
+int32_t lowrank_use_isa(int32_t isa) {
+  if (isa < LOWRANK_GENERIC || isa > LOWRANK_AVX512) return LOWRANK_BAD_ARGUMENT;
+  if (!choices[isa].kernels) return LOWRANK_UNSUPPORTED_ISA;
+  chosen.store(&choices[isa]);
+  return LOWRANK_OK;
+}
+
+int32_t lowrank_codebook_quantize(const void* weight, int32_t dtype, int64_t N, int64_t K,
+                                  int64_t stride, const float* codebook, int64_t codebook_rows,
+                                  int64_t block_size, uint8_t* packed, float* absmax,
+                                  int32_t threads) {
+  const CodebookWeight w{nullptr, nullptr, nullptr, codebook, codebook_rows, N, K, block_size};
+  if (!valid_sizes(w, threads) || !valid_dtype(dtype)) return LOWRANK_BAD_ARGUMENT;
+  if (N == 0 || K == 0) return LOWRANK_OK;
+  if (!weight || !packed || !absmax || stride < (N > 1 ? K : 0)) return LOWRANK_BAD_ARGUMENT;
+  kernels().quantize(weight, dtype, stride, w, packed, absmax, threads);
+  return LOWRANK_OK;
+}
+
+int32_t lowrank_codebook_dequantize(const uint8_t* packed, const void* absmax,
+                                    const float* absmax_scale, const float* codebook,
+                                    int64_t codebook_rows, int64_t N, int64_t K,
+                                    int64_t block_size, int64_t n0, int64_t n1, void* out,
+                                    int32_t dtype, int32_t threads) {
+  const CodebookWeight w{packed, absmax, absmax_scale, codebook, codebook_rows, N, K, block_size};
+  if (!valid_sizes(w, threads) || !valid_dtype(dtype)) return LOWRANK_BAD_ARGUMENT;
+  if (n0 < 0 || n0 > n1 || n1 > N) return LOWRANK_BAD_ARGUMENT;
+  if (n0 == n1 || K == 0) return LOWRANK_OK;
+  if (!packed || !absmax || !out) return LOWRANK_BAD_ARGUMENT;
+  kernels().dequantize(w, n0, n1, out, dtype, threads);
+  return LOWRANK_OK;
+}
+
+int32_t lowrank_codebook_linear(const void* x, int32_t dtype, int64_t M, const uint8_t* packed,
+                                const void* absmax, const float* absmax_scale,
+                                const float* codebook, int64_t codebook_rows, int64_t N, int64_t K,
+                                int64_t block_size, const float* bias, void* y, int32_t threads) {
+  const CodebookWeight w{packed, absmax, absmax_scale, codebook, codebook_rows, N, K, block_size};
+  if (!valid_sizes(w, threads) || !valid_dtype(dtype) || M < 0) return LOWRANK_BAD_ARGUMENT;
+  if (M == 0 || N == 0) return LOWRANK_OK;
+  if (!y || (K > 0 && (!x || !packed || !absmax))) return LOWRANK_BAD_ARGUMENT;
+  return kernels().linear(x, dtype, M, w, bias, y, threads);
+}
+
+int32_t lowrank_softmax_cross_entropy(float* logits, const int64_t* labels, int64_t T, int64_t V,
+                                      float* loss, int32_t gradient, int32_t threads) {
+  if (T < 0 || V < 1 || threads < 1) return LOWRANK_BAD_ARGUMENT;
+  if (T == 0) return LOWRANK_OK;
+  if (!logits || !labels || !loss) return LOWRANK_BAD_ARGUMENT;
+  for (int64_t t = 0; t < T; ++t) {
+    if (labels[t] < 0 || labels[t] >= V) return LOWRANK_BAD_ARGUMENT;
+  }
+  kernels().softmax_cross_entropy(logits, labels, T, V, loss, gradient != 0, threads);
+  return LOWRANK_OK;
+}

@@ -1,0 +1,31 @@
+// What one instruction set provides; dispatch.cpp validates arguments and calls the chosen table.
+#pragma once
+
+#include "lowrank.h"
+
+namespace lowrank {
+
+struct CodebookWeight {
+  const uint8_t* packed;
+  const void* absmax;
+  const float* absmax_scale;
+  const float* codebook;
+  int64_t codebook_rows, N, K, block_size;
+};
+
+struct Kernels {
+  void (*quantize)(const void* weight, int32_t dtype, int64_t stride, const CodebookWeight& shape,
+                   uint8_t* packed, float* absmax, int32_t threads);
+  void (*dequantize)(const CodebookWeight& w, int64_t n0, int64_t n1, void* out, int32_t dtype,
+                     int32_t threads);
+  int32_t (*linear)(const void* x, int32_t dtype, int64_t M, const CodebookWeight& w,
+                    const float* bias, void* y, int32_t threads);
+  void (*softmax_cross_entropy)(float* logits, const int64_t* labels, int64_t T, int64_t V,
+                                float* loss, bool gradient, int32_t threads);
+};
+
+const Kernels* kernels_generic();
+const Kernels* kernels_avx2();
+const Kernels* kernels_avx512();
+
+}  // namespace lowrank

@@ -1,0 +1,15 @@
+// The kernels for processors with AVX2, FMA and F16C.
+#include "vector_avx2.h"
+
+#include "codebook_impl.h"
+#include "linear_impl.h"
+#include "softmax_impl.h"
+
+namespace lowrank {
+
+const Kernels* kernels_avx2() {
+  static constexpr Kernels kernels{quantize, dequantize, linear, softmax_cross_entropy};
+  return &kernels;
+}
+
+}  // namespace lowrank

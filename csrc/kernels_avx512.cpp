@@ -1,0 +1,15 @@
+// The kernels for processors with AVX-512 F, BW, VL and DQ.
+#include "vector_avx512.h"
+
+#include "codebook_impl.h"
+#include "linear_impl.h"
+#include "softmax_impl.h"
+
+namespace lowrank {
+
+const Kernels* kernels_avx512() {
+  static constexpr Kernels kernels{quantize, dequantize, linear, softmax_cross_entropy};
+  return &kernels;
+}
+
+}  // namespace lowrank

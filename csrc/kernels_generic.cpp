@@ -1,0 +1,15 @@
+// The kernels for any processor.
+#include "vector_generic.h"
+
+#include "codebook_impl.h"
+#include "linear_impl.h"
+#include "softmax_impl.h"
+
+namespace lowrank {
+
+const Kernels* kernels_generic() {
+  static constexpr Kernels kernels{quantize, dequantize, linear, softmax_cross_entropy};
+  return &kernels;
+}
+
+}  // namespace lowrank

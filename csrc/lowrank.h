@@ -1,0 +1,77 @@
+// The one C ABI of lowrank's native kernels: no torch, no Python.
+//
+// Every function that computes returns a status. Sizes are int64, strides are in elements, `dtype`
+// and `isa` are the enumerations below, `threads` is the number of OpenMP threads to use.
+// Letters: N out features (rows of the weight), K in features, M rows of x, G block size.
+//
+// A weight [N, K] quantized in blocks of G (a power of two, 32..4096) that never cross rows is
+//   packed        uint8 [N, Kp / 2], Kp = K rounded up to 32; even elements in the high nibbles
+//   absmax        float32 [N, nb], nb = ceil(K / G); or, with absmax_scale, uint8 codes [N, nb]
+//   absmax_scale  null, or float32 [N, 2] = (step, offset): absmax = float32(code * step) + offset
+//   codebook      float32 [T, 16], T = 1 or N
+// and stands for w[n, k] = codebook[n, code[n, k]] * absmax[n, k / G], one float32 multiplication.
+#pragma once
+
+#include <stdint.h>
+
+#define LOWRANK_ABI 1
+
+#if defined(__GNUC__)
+#define LOWRANK_EXPORT __attribute__((visibility("default")))
+#else
+#define LOWRANK_EXPORT
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum lowrank_status {
+  LOWRANK_OK = 0,
+  LOWRANK_BAD_ARGUMENT = 1,
+  LOWRANK_UNSUPPORTED_ISA = 2,
+  LOWRANK_OUT_OF_MEMORY = 3,
+};
+
+enum lowrank_dtype { LOWRANK_F32 = 0, LOWRANK_F16 = 1, LOWRANK_BF16 = 2 };
+
+enum lowrank_isa { LOWRANK_GENERIC = 0, LOWRANK_AVX2 = 1, LOWRANK_AVX512 = 2 };
+
+// The number of this interface; a caller refuses a library whose number is not the one it knows.
+LOWRANK_EXPORT int32_t lowrank_abi(void);
+
+// The instruction set in use, and the widest that this processor and this build can run.
+LOWRANK_EXPORT int32_t lowrank_isa_in_use(void);
+LOWRANK_EXPORT int32_t lowrank_isa_best(void);
+
+// Use another instruction set from now on, in every thread.
+LOWRANK_EXPORT int32_t lowrank_use_isa(int32_t isa);
+
+// weight [N, K] of `dtype`, rows `stride` apart -> packed, absmax float32. A NaN or an infinity in
+// a block shows as a non-finite absmax of that block, and its codes mean nothing.
+LOWRANK_EXPORT int32_t lowrank_codebook_quantize(
+    const void* weight, int32_t dtype, int64_t N, int64_t K, int64_t stride, const float* codebook,
+    int64_t codebook_rows, int64_t block_size, uint8_t* packed, float* absmax, int32_t threads);
+
+// Rows n0 <= n < n1 of the weight -> out [n1 - n0, K] of `dtype`, contiguous.
+LOWRANK_EXPORT int32_t lowrank_codebook_dequantize(
+    const uint8_t* packed, const void* absmax, const float* absmax_scale, const float* codebook,
+    int64_t codebook_rows, int64_t N, int64_t K, int64_t block_size, int64_t n0, int64_t n1,
+    void* out, int32_t dtype, int32_t threads);
+
+// y [M, N] = x [M, K] w^T + bias, all contiguous; x and y of `dtype`, bias float32 [N] or null.
+// Made for small M: the weight is decoded once, in registers or the first-level cache.
+LOWRANK_EXPORT int32_t lowrank_codebook_linear(
+    const void* x, int32_t dtype, int64_t M, const uint8_t* packed, const void* absmax,
+    const float* absmax_scale, const float* codebook, int64_t codebook_rows, int64_t N, int64_t K,
+    int64_t block_size, const float* bias, void* y, int32_t threads);
+
+// loss[t] = logsumexp(logits[t]) - logits[t, labels[t]]; with `gradient` non-zero, logits [T, V] is
+// overwritten by its own gradient softmax(logits) - onehot(labels).
+LOWRANK_EXPORT int32_t lowrank_softmax_cross_entropy(
+    float* logits, const int64_t* labels, int64_t T, int64_t V, float* loss, int32_t gradient,
+    int32_t threads);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,173 @@
+// AVX2 (with FMA and F16C) primitives: a vector is 8 floats, a codebook four registers of bytes.
+#pragma once
+
+#include <immintrin.h>
+
+#include "scalar.h"
+
+namespace {
+
+constexpr int W = 8;
+constexpr int TILE_M = 2;  // rows of x held in accumulators, beside 4 rows of the weight
+using Vec = __m256;
+
+inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
+inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+inline Vec set1(float v) { return _mm256_set1_ps(v); }
+inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+inline Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+inline Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+// Both return b where either is NaN.
+inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+inline float sum(Vec v) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+// Largest |x| so far, compared as integers: there NaN is above infinity, and is not lost.
+struct AbsMax {
+  __m256i bits = _mm256_setzero_si256();
+  void take(Vec v) {
+    const __m256i abs = _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7FFFFFFF));
+    bits = _mm256_max_epi32(bits, abs);
+  }
+  float get() const {
+    __m128i m = _mm_max_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4E));
+    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0xB1));
+    return float_of(_mm_cvtsi128_si32(m));
+  }
+};
+
+// v * 2^n for the integer n nearest to t; v a normal float.
+inline Vec scale_by_power(Vec v, Vec t) {
+  const __m256i n = _mm256_slli_epi32(_mm256_cvtps_epi32(t), 23);
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(v), n));
+}
+inline Vec round_to_even(Vec v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Vec zero_below(Vec v, Vec x, Vec bound) {
+  return _mm256_andnot_ps(_mm256_cmp_ps(x, bound, _CMP_LT_OQ), v);
+}
+
+inline __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+inline void store128(void* p, __m128i v) { _mm_storeu_si128(static_cast<__m128i*>(p), v); }
+
+inline Vec load(const Half* p) { return _mm256_cvtph_ps(load128(p)); }
+inline Vec load(const Bfloat16* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load128(p)), 16));
+}
+inline void store(Half* p, Vec v) { store128(p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
+inline void store(Bfloat16* p, Vec v) {
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  const __m256i top = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  store128(p, _mm_packus_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1)));
+}
+
+// Byte plane p holds byte p of each of the sixteen floats, in both halves of the register, so that
+// four pshufb look up thirty-two codes and two rounds of unpacking make floats of their bytes.
+struct Table {
+  const float* codebook;
+  __m256i plane[4];
+  explicit Table(const float* values) : codebook(values) {
+    alignas(16) uint8_t bytes[4][16];
+    for (int i = 0; i < 16; ++i) {
+      const uint32_t bits = bits_of(values[i]);
+      for (int p = 0; p < 4; ++p) bytes[p][i] = uint8_t(bits >> (8 * p));
+    }
+    for (int p = 0; p < 4; ++p) plane[p] = _mm256_broadcastsi128_si256(load128(bytes[p]));
+  }
+};
+
+struct BlockTable {
+  const Table& table;
+  Vec absmax;
+  BlockTable(const Table& t, float scale) : table(t), absmax(set1(scale)) {}
+};
+
+// Codes of the bytes that `pick` names twice each: the high nibble, then the low.
+inline __m256i codes32(const uint8_t* packed, __m256i pick) {
+  const __m256i v = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load128(packed)), pick);
+  const __m256i high = _mm256_and_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi16(0x000F));
+  return _mm256_or_si256(high, _mm256_and_si256(v, _mm256_set1_epi16(0x0F00)));
+}
+
+// 16 packed bytes -> 32 weights.
+inline void decode32(const uint8_t* packed, const BlockTable& block, Vec (&out)[4]) {
+  // Unpacking works in each half by itself: the lower half takes elements 0-3 of every eight.
+  const __m256i pick = _mm256_setr_epi8(
+      0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13,
+      2, 2, 3, 3, 6, 6, 7, 7, 10, 10, 11, 11, 14, 14, 15, 15);
+  const __m256i codes = codes32(packed, pick);
+  const __m256i* plane = block.table.plane;
+  const __m256i b0 = _mm256_shuffle_epi8(plane[0], codes), b1 = _mm256_shuffle_epi8(plane[1], codes);
+  const __m256i b2 = _mm256_shuffle_epi8(plane[2], codes), b3 = _mm256_shuffle_epi8(plane[3], codes);
+  const __m256i low0 = _mm256_unpacklo_epi8(b0, b1), low1 = _mm256_unpackhi_epi8(b0, b1);
+  const __m256i high0 = _mm256_unpacklo_epi8(b2, b3), high1 = _mm256_unpackhi_epi8(b2, b3);
+  const __m256i bits[4] = {_mm256_unpacklo_epi16(low0, high0), _mm256_unpackhi_epi16(low0, high0),
+                           _mm256_unpacklo_epi16(low1, high1), _mm256_unpackhi_epi16(low1, high1)};
+  for (int i = 0; i < 4; ++i) out[i] = mul(_mm256_castsi256_ps(bits[i]), block.absmax);
+}
+
+// Two byte planes of the block's sixteen weights, already scaled and rounded to 16 bits.
+struct BlockTable16 {
+  __m256i low, high;
+  template <class T>
+  BlockTable16(const Table& table, float absmax, T*) {
+    T rounded[16];
+    store(rounded, mul(load(table.codebook), set1(absmax)));
+    store(rounded + 8, mul(load(table.codebook + 8), set1(absmax)));
+    const __m128i a = load128(rounded), b = load128(rounded + 8), byte = _mm_set1_epi16(0xFF);
+    low = _mm256_broadcastsi128_si256(_mm_packus_epi16(_mm_and_si128(a, byte), _mm_and_si128(b, byte)));
+    high = _mm256_broadcastsi128_si256(_mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8)));
+  }
+};
+
+template <class T>
+inline void decode32(const uint8_t* packed, const BlockTable16& block, T* out) {
+  const __m256i pick = _mm256_setr_epi8(
+      0, 0, 1, 1, 2, 2, 3, 3, 8, 8, 9, 9, 10, 10, 11, 11,
+      4, 4, 5, 5, 6, 6, 7, 7, 12, 12, 13, 13, 14, 14, 15, 15);
+  const __m256i codes = codes32(packed, pick);
+  const __m256i low = _mm256_shuffle_epi8(block.low, codes);
+  const __m256i high = _mm256_shuffle_epi8(block.high, codes);
+  __m256i* to = reinterpret_cast<__m256i*>(out);
+  _mm256_storeu_si256(to, _mm256_unpacklo_epi8(low, high));
+  _mm256_storeu_si256(to + 1, _mm256_unpackhi_epi8(low, high));
+}
+
+// 32 scaled weights -> 16 packed bytes: four steps down the tree of midpoints, then the nibbles.
+struct Encoder {
+  Vec level[4];
+  __m256i order;
+  explicit Encoder(const Levels& levels) : order(_mm256_broadcastsi128_si256(load128(levels.order))) {
+    for (int i = 0; i < 4; ++i) level[i] = load(levels.midpoints[i]);
+  }
+  __m256i ranks(Vec s) const {
+    __m256i rank = _mm256_setzero_si256();
+    for (int i = 0; i < 4; ++i) {
+      const Vec above = _mm256_cmp_ps(s, _mm256_permutevar8x32_ps(level[i], rank), _CMP_GT_OQ);
+      rank = _mm256_sub_epi32(_mm256_add_epi32(rank, rank), _mm256_castps_si256(above));
+    }
+    return rank;
+  }
+  void encode32(const Vec (&s)[4], uint8_t* packed) const {
+    const __m256i first = _mm256_packs_epi32(ranks(s[0]), ranks(s[1]));
+    const __m256i second = _mm256_packs_epi32(ranks(s[2]), ranks(s[3]));
+    const __m256i codes = _mm256_shuffle_epi8(order, _mm256_packus_epi16(first, second));
+    __m256i pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi16(0x0110));  // 16 even + odd
+    pairs = _mm256_packus_epi16(pairs, pairs);
+    // Packing worked in halves: the two bytes of each group of four come from either half in turn.
+    const __m128i low = _mm256_castsi256_si128(pairs), high = _mm256_extracti128_si256(pairs, 1);
+    store128(packed, _mm_unpacklo_epi16(low, high));
+  }
+};
+
+}  // namespace

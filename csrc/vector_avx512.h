@@ -1,0 +1,141 @@
+// AVX-512 (F, BW, VL, DQ) primitives: a vector is 16 floats, and a codebook is one register.
+#pragma once
+
+// GCC 12 warns about its own AVX-512 header, whose undefined registers initialise themselves.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+
+#include "scalar.h"
+
+namespace {
+
+constexpr int W = 16;
+constexpr int TILE_M = 4;  // rows of x held in accumulators, beside 4 rows of the weight
+using Vec = __m512;
+
+inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+inline Vec set1(float v) { return _mm512_set1_ps(v); }
+inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+inline Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+// Both return b where either is NaN.
+inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+inline float sum(Vec v) { return _mm512_reduce_add_ps(v); }
+
+// Largest |x| so far, compared as integers: there NaN is above infinity, and is not lost.
+struct AbsMax {
+  __m512i bits = _mm512_setzero_si512();
+  void take(Vec v) {
+    const __m512i abs = _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7FFFFFFF));
+    bits = _mm512_max_epi32(bits, abs);
+  }
+  float get() const { return float_of(_mm512_reduce_max_epi32(bits)); }
+};
+
+// v * 2^n for the integer n nearest to t; v a normal float.
+inline Vec scale_by_power(Vec v, Vec t) {
+  const __m512i n = _mm512_slli_epi32(_mm512_cvtps_epi32(t), 23);
+  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(v), n));
+}
+inline Vec round_to_even(Vec v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT); }
+inline Vec zero_below(Vec v, Vec x, Vec bound) {
+  return _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(x, bound, _CMP_LT_OQ), _mm512_setzero_ps());
+}
+
+inline Vec load(const Half* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline Vec load(const Bfloat16* p) {
+  const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+}
+inline void store(Half* p, Vec v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store(Bfloat16* p, Vec v) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+}
+
+// Sixteen floats in one register: vpermps looks up sixteen codes at once, by their low four bits.
+struct Table {
+  Vec values;
+  explicit Table(const float* codebook) : values(load(codebook)) {}
+};
+
+struct BlockTable {
+  Vec values;
+  BlockTable(const Table& table, float absmax) : values(mul(table.values, set1(absmax))) {}
+};
+
+// 16 packed bytes -> 32 weights.
+inline void decode32(const uint8_t* packed, const BlockTable& table, Vec (&out)[2]) {
+  const __m512i shifts = _mm512_set1_epi64(int64_t(4));  // 4, 0, 4, 0, ...: high nibble first
+  const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+  // Lane i of four dwords takes bytes 2i, 2i, 2i + 1, 2i + 1, and 8 further on for the second half.
+  const __m512i pick = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+  const __m512i first = _mm512_srlv_epi32(_mm512_shuffle_epi8(bytes, pick), shifts);
+  const __m512i second = _mm512_srlv_epi32(
+      _mm512_shuffle_epi8(bytes, _mm512_add_epi32(pick, _mm512_set1_epi32(8))), shifts);
+  out[0] = _mm512_permutexvar_ps(first, table.values);
+  out[1] = _mm512_permutexvar_ps(second, table.values);
+}
+
+// The block's sixteen weights, rounded to 16 bits, twice over: vpermw looks at five bits of a code.
+struct BlockTable16 {
+  __m512i values;
+  template <class T>
+  BlockTable16(const Table& table, float absmax, T*) {
+    T rounded[16];
+    store(rounded, mul(table.values, set1(absmax)));
+    values = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rounded)));
+  }
+};
+
+template <class T>
+inline void decode32(const uint8_t* packed, const BlockTable16& table, T* out) {
+  const __m512i v = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+  const __m512i codes = _mm512_or_si512(_mm512_srli_epi32(v, 4), _mm512_slli_epi32(v, 16));
+  _mm512_storeu_si512(out, _mm512_permutexvar_epi16(codes, table.values));
+}
+
+// 32 scaled weights -> 16 packed bytes: four steps down the tree of midpoints, then the nibbles.
+struct Encoder {
+  __m512 level[4];
+  __m128i order;
+  explicit Encoder(const Levels& levels)
+      : order(_mm_loadu_si128(reinterpret_cast<const __m128i*>(levels.order))) {
+    for (int i = 0; i < 4; ++i) {
+      level[i] = _mm512_castsi512_ps(_mm512_broadcast_i64x4(
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(levels.midpoints[i]))));
+    }
+  }
+  __m128i ranks(Vec s) const {
+    __m512i rank = _mm512_setzero_si512();
+    for (int i = 0; i < 4; ++i) {
+      const __mmask16 above = _mm512_cmp_ps_mask(s, _mm512_permutexvar_ps(rank, level[i]), _CMP_GT_OQ);
+      rank = _mm512_add_epi32(rank, rank);
+      rank = _mm512_mask_add_epi32(rank, above, rank, _mm512_set1_epi32(1));
+    }
+    return _mm512_cvtepi32_epi8(rank);
+  }
+  void encode32(const Vec (&s)[2], uint8_t* packed) const {
+    const __m256i order2 = _mm256_broadcastsi128_si256(order);
+    const __m256i ranks32 = _mm256_inserti128_si256(_mm256_castsi128_si256(ranks(s[0])), ranks(s[1]), 1);
+    const __m256i codes = _mm256_shuffle_epi8(order2, ranks32);
+    const __m256i pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi16(0x0110));  // 16 even + odd
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm256_cvtepi16_epi8(pairs));
+  }
+};
+
+}  // namespace

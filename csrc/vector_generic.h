@@ -1,0 +1,117 @@
+// The same primitives for any processor, through the compiler's four-float vectors.
+#pragma once
+
+#include <math.h>
+
+#include "scalar.h"
+
+namespace {
+
+constexpr int W = 4;
+constexpr int TILE_M = 2;  // rows of x held in accumulators, beside 4 rows of the weight
+typedef float Vec __attribute__((vector_size(16)));
+typedef int32_t Bits __attribute__((vector_size(16)));
+
+template <class T>
+inline Vec load(const T* p) {
+  return Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+}
+template <class T>
+inline void store(T* p, Vec v) {
+  for (int i = 0; i < W; ++i) from_float(v[i], p + i);
+}
+inline Vec set1(float v) { return Vec{v, v, v, v}; }
+inline Vec add(Vec a, Vec b) { return a + b; }
+inline Vec sub(Vec a, Vec b) { return a - b; }
+inline Vec mul(Vec a, Vec b) { return a * b; }
+inline Vec div(Vec a, Vec b) { return a / b; }
+inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+// Both return b where either is NaN.
+inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+inline float sum(Vec v) { return (v[0] + v[1]) + (v[2] + v[3]); }
+
+// Largest |x| so far, compared as integers: there NaN is above infinity, and is not lost.
+struct AbsMax {
+  Bits bits = {0, 0, 0, 0};
+  void take(Vec v) {
+    const Bits abs = reinterpret_cast<Bits>(v) & 0x7FFFFFFF;
+    bits = abs > bits ? abs : bits;
+  }
+  float get() const {
+    int32_t largest = 0;
+    for (int i = 0; i < W; ++i) largest = bits[i] > largest ? bits[i] : largest;
+    return float_of(uint32_t(largest));
+  }
+};
+
+inline Vec round_to_even(Vec v) {
+  return Vec{nearbyintf(v[0]), nearbyintf(v[1]), nearbyintf(v[2]), nearbyintf(v[3])};
+}
+// v * 2^n for the integer n nearest to t; v a normal float.
+inline Vec scale_by_power(Vec v, Vec t) {
+  const Bits n = __builtin_convertvector(t == t ? t : set1(0.0f), Bits);
+  return reinterpret_cast<Vec>(reinterpret_cast<Bits>(v) + n * (1 << 23));
+}
+inline Vec zero_below(Vec v, Vec x, Vec bound) { return x < bound ? set1(0.0f) : v; }
+
+struct Table {
+  const float* values;
+  explicit Table(const float* codebook) : values(codebook) {}
+};
+
+struct BlockTable {
+  float values[16];
+  BlockTable(const Table& table, float absmax) {
+    for (int i = 0; i < 16; ++i) values[i] = table.values[i] * absmax;
+  }
+};
+
+// 16 packed bytes -> 32 weights.
+inline void decode32(const uint8_t* packed, const BlockTable& table, Vec (&out)[8]) {
+  for (int i = 0; i < 8; ++i) {
+    const uint8_t a = packed[2 * i], b = packed[2 * i + 1];
+    out[i] = Vec{table.values[a >> 4], table.values[a & 15], table.values[b >> 4], table.values[b & 15]};
+  }
+}
+
+// The block's sixteen weights, rounded to 16 bits.
+struct BlockTable16 {
+  uint16_t values[16];
+  template <class T>
+  BlockTable16(const Table& table, float absmax, T*) {
+    for (int i = 0; i < 16; ++i) {
+      T rounded;
+      from_float(table.values[i] * absmax, &rounded);
+      values[i] = rounded.bits;
+    }
+  }
+};
+
+template <class T>
+inline void decode32(const uint8_t* packed, const BlockTable16& table, T* out) {
+  for (int i = 0; i < 16; ++i) {
+    out[2 * i].bits = table.values[packed[i] >> 4];
+    out[2 * i + 1].bits = table.values[packed[i] & 15];
+  }
+}
+
+// 32 scaled weights -> 16 packed bytes: four steps down the tree of midpoints, then the nibbles.
+struct Encoder {
+  const Levels& levels;
+  explicit Encoder(const Levels& l) : levels(l) {}
+  uint8_t code(float s) const {
+    int rank = 0;
+    for (int i = 0; i < 4; ++i) rank = 2 * rank + (s > levels.midpoints[i][rank]);
+    return levels.order[rank];
+  }
+  void encode32(const Vec (&s)[8], uint8_t* packed) const {
+    for (int i = 0; i < 16; ++i) {
+      const Vec v = s[i / 2];
+      const int e = 2 * (i % 2);
+      packed[i] = uint8_t(code(v[e]) << 4 | code(v[e + 1]));
+    }
+  }
+};
+
+}  // namespace
