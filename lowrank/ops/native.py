@@ -1,0 +1,107 @@
+"""Opens the native libraries of `lowrank/lib` through ctypes, and says why where it cannot.
+
+`FUNCTIONS` is the one table of what they export, kept as in `csrc/lowrank.h`. An absent library, or
+one of another ABI, is a reason that `lowrank.ops.explain` prints; it is never an import error.
+The environment's LOWRANK_ISA=generic, avx2 or avx512 forces an instruction set.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+# First: its OpenMP runtime is then the only one in the process; opened before it, ours would bring another.
+import torch
+
+from lowrank.errors import BackendError, ConfigError
+
+ABI = 1
+ISAS = ("generic", "avx2", "avx512")  # enum lowrank_isa
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum lowrank_dtype
+
+_LIB = Path(__file__).resolve().parents[1] / "lib"
+_WEIGHT = (c_void_p, c_void_p, c_void_p, c_void_p, c_int64)  # packed, absmax, absmax_scale, codebook, T
+
+# Every function returns int32; those of a lowrank_codebook or softmax computation, a status.
+FUNCTIONS = {
+    "lowrank_abi": (),
+    "lowrank_isa_in_use": (),
+    "lowrank_isa_best": (),
+    "lowrank_use_isa": (c_int32,),
+    # weight, dtype, N, K, stride, codebook, T, block_size, packed, absmax, threads
+    "lowrank_codebook_quantize": (
+        c_void_p, c_int32, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int32,
+    ),
+    # weight, N, K, block_size, n0, n1, out, dtype, threads
+    "lowrank_codebook_dequantize": (
+        *_WEIGHT, c_int64, c_int64, c_int64, c_int64, c_int64, c_void_p, c_int32, c_int32,
+    ),
+    # x, dtype, M, weight, N, K, block_size, bias, y, threads
+    "lowrank_codebook_linear": (
+        c_void_p, c_int32, c_int64, *_WEIGHT, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int32,
+    ),
+    # logits, labels, T, V, loss, gradient, threads
+    "lowrank_softmax_cross_entropy": (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int32, c_int32),
+}  # fmt: skip
+
+_STATUS = {
+    1: "an argument was refused",
+    2: "this processor, or this build, lacks the instruction set",
+    3: "out of memory",
+}
+
+
+@cache
+def load_cpu() -> ctypes.CDLL | str:
+    """The CPU library, its signatures set, or the reason why there is none."""
+    path = _LIB / "liblowrank_cpu.so"
+    if not path.exists():
+        return "liblowrank_cpu.so is not built; install a C++ compiler and reinstall lowrank"
+    try:
+        library = ctypes.CDLL(str(path))
+        for name, argtypes in FUNCTIONS.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = argtypes, c_int32
+    except (OSError, AttributeError) as error:
+        return f"{path} cannot be used: {error}; reinstall lowrank"
+    if library.lowrank_abi() != ABI:
+        return f"{path}: expected ABI {ABI}; got {library.lowrank_abi()}; reinstall lowrank"
+    asked = os.environ.get("LOWRANK_ISA")
+    if asked and asked not in ISAS:
+        return f"LOWRANK_ISA: expected one of {', '.join(ISAS)}; got {asked!r}"
+    if asked and library.lowrank_use_isa(ISAS.index(asked)):
+        return f"LOWRANK_ISA={asked}: {_STATUS[2]}; unset it"
+    return library
+
+
+def isa() -> str:
+    """The instruction set in use."""
+    return ISAS[_cpu().lowrank_isa_in_use()]
+
+
+def usable_isas() -> tuple[str, ...]:
+    """Those that this processor and this build can run, the widest last."""
+    return ISAS[: _cpu().lowrank_isa_best() + 1]
+
+
+def use_isa(name: str) -> None:
+    """Run the CPU kernels of another instruction set from now on."""
+    if name not in ISAS:
+        raise ConfigError(f"isa: expected one of {', '.join(ISAS)}; got {name!r}")
+    check(_cpu().lowrank_use_isa(ISAS.index(name)), f"use_isa({name!r})")
+
+
+def check(status: int, what: str) -> None:
+    """Raise BackendError unless a native function returned 0."""
+    if status:
+        raise BackendError(f"{what}: {_STATUS.get(status, f'status {status}')}")
+
+
+def _cpu() -> ctypes.CDLL:
+    library = load_cpu()
+    if isinstance(library, str):
+        raise BackendError(library)
+    return library
