@@ -98,7 +98,7 @@ class QuantLinear(nn.Module):
 
     @property
     def storage(self) -> Storage:
-        """The quantized weight: views of the parameters, in the dtypes the quantizer computes with."""
+        """The quantized weight: the parameters viewed in the dtypes the quantizer computes with."""
         parameters = self._parameters
         tensors = {
             name: parameters[name].view(dtype) for name, dtype in self._tensor_dtypes.items()
@@ -144,8 +144,9 @@ class QuantLinear(nn.Module):
         options = "".join(f", {key}={value}" for key, value in storage.options.items())
         compute = "" if self.compute_dtype is None else f", compute_dtype={self.compute_dtype}"
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"quantizer={storage.scheme}{options}, {storage.bits_per_parameter:.2f} bits/weight{compute}"
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, quantizer={storage.scheme}{options}, "
+            f"{storage.bits_per_parameter:.2f} bits/weight{compute}"
         )
 
     def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
@@ -202,13 +203,15 @@ class QuantLinear(nn.Module):
                 continue
             if tensor.dtype != expected.dtype:
                 raise DtypeError(
-                    f"{prefix}{name}: expected {expected.dtype} for {self._scheme} with {self._options}; "
-                    f"got {tensor.dtype}; make the layer with the options of the file"
+                    f"{prefix}{name}: expected {expected.dtype} for {self._scheme}, "
+                    f"{self._options}; got {tensor.dtype}; "
+                    "make the layer with the options of the file"
                 )
             if tensor.shape != expected.shape:
                 raise ShapeError(
-                    f"{prefix}{name}: expected {list(expected.shape)} for {self._scheme} with {self._options}; "
-                    f"got {list(tensor.shape)}; make the layer with the options of the file"
+                    f"{prefix}{name}: expected {list(expected.shape)} for {self._scheme}, "
+                    f"{self._options}; got {list(tensor.shape)}; "
+                    "make the layer with the options of the file"
                 )
 
 
@@ -217,7 +220,7 @@ def _resolve(quantizer: str | Quantizer) -> Quantizer:
         return quant.get(quantizer)
     if not isinstance(quantizer, Quantizer):
         raise ConfigError(
-            f"quantizer: expected a name or an object with quantize and dequantize; got {quantizer!r}"
+            f"quantizer: expected a name or an object with quantize, dequantize; got {quantizer!r}"
         )
     return quantizer
 
@@ -229,7 +232,7 @@ def _as_bits(tensor: Tensor) -> Tensor:
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype nn.Linear would compute in: autocast's where it is on, which leaves float64 alone."""
+    """The dtype nn.Linear would compute in: autocast's where it is on, but float64 stays."""
     device_type = x.device.type
     if x.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)

@@ -22,7 +22,7 @@ BACKENDS = ("cpu", "triton", "reference")
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 _ANY_DEVICE = ("reference",)
 
-# For the whole process, not a thread: autograd runs the backward of CUDA graphs in threads of its own.
+# For the process, not a thread: autograd runs the backward of CUDA tensors in its own threads.
 _named: str | None = os.environ.get("LOWRANK_BACKEND") or None
 
 
@@ -66,8 +66,8 @@ def runner(op: str) -> Callable:
 def explain(op: str, *args) -> str:
     """Say, a line for each backend, whether it runs `op` on these arguments, or why it refuses.
 
-    `args` are the operator's own, as `torch.ops.lowrank.<op>` takes them; without any, the text says
-    which backends are there at all.
+    `args` are the operator's own, as `torch.ops.lowrank.<op>` takes them; without any, the text
+    says which backends are there at all.
     """
     from .schema import OPERATORS
 

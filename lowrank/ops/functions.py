@@ -120,7 +120,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     with_dx = torch.is_grad_enabled() and x.requires_grad
     if torch.is_grad_enabled() and weight.requires_grad:
         raise ConfigError(
-            "weight: linear_cross_entropy gives no gradient to the head; got one that requires grad; "
+            "weight: expected a frozen head, as no gradient is formed for it; got requires_grad; "
             "freeze it with weight.requires_grad_(False) or use torch.nn.functional.cross_entropy"
         )
     x = x.reshape(-1, x.shape[-1])
@@ -143,13 +143,14 @@ def _check_weight(
     N, blocks, device = packed.shape[0], -(-K // block_size), packed.device
     if absmax.shape != (N, blocks):
         raise ShapeError(
-            f"absmax: expected [N={N}, {blocks}] for K={K} and block size {block_size}; got {_shape(absmax)}"
+            f"absmax: expected [N={N}, {blocks}] for K={K}, block size {block_size}; "
+            f"got {_shape(absmax)}"
         )
     _check_dtype("packed", packed, (torch.uint8,))
     if absmax_scale is None:
         if absmax.dtype != torch.float32:
             raise DtypeError(
-                f"absmax: expected torch.float32, or uint8 with its absmax_scale; got {absmax.dtype} without"
+                f"absmax: expected float32, or uint8 with absmax_scale; got {absmax.dtype} alone"
             )
     else:
         if absmax_scale.shape != (N, 2):

@@ -114,7 +114,7 @@ def codebook_linear_dx(
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, labels: Tensor, with_dx: bool
 ) -> tuple[Tensor, Tensor]:
-    """loss = Σ_t (logsumexp_v z[t, v] - z[t, label_t]) with z = x Wᵀ, for x [T, H] and a frozen W [V, H].
+    """loss = Σ_t (logsumexp_v z[t, v] - z[t, label_t]) with z = x Wᵀ; x [T, H], frozen W [V, H].
 
     Rows labelled -100 are dropped before the product. With e = exp(z - max z),
         d loss / dx[t] = (e[t] W) / Σ_v e[t, v] - W[label_t],
@@ -214,7 +214,7 @@ def _decode(
 def _pair_table(entries: Tensor) -> Tensor:
     """The two floats that each byte stands for, as one int64: [256].
 
-    One 8-byte lookup a byte is 17 times faster in torch than indexing by nibble (measured, one core).
+    One 8-byte lookup a byte is 17 times faster in torch than indexing by nibble (on one core).
     """
     pairs = torch.stack((entries.repeat_interleave(16), entries.repeat(16)), dim=-1)  # [256, 2]
     return pairs.view(torch.int64)[:, 0].contiguous()

@@ -1,11 +1,11 @@
 """Every `lowrank::` operator in one table: what it takes and returns, its fake, and its gradient.
 
 M rows of x, N out features, K in features, G block size, V words. A weight [N, K] is
-    packed        uint8   [N, ceil(K / 32) * 16]   two codes a byte, the even element in the high nibble
+    packed        uint8   [N, ceil(K / 32) * 16]: two codes a byte, the even in the high nibble
     absmax        float32 [N, ceil(K / G)], or uint8 of that shape when double-quantized
     absmax_scale  None, or float32 [N, 2] = (step, offset) of each row of uint8 absmax
     codebook      float32 [T, 16], T = 1 or N
-and w[n, k] = codebook[t, code[n, k]] * absmax[n, k // G]. `reference.py` says what each operator means.
+and w[n, k] = codebook[t, code[n, k]] * absmax[n, k // G]. `reference.py` says what each means.
 
 Backward saves the weight's tensors and never x: a frozen weight has no gradient.
 """

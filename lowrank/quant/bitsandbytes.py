@@ -1,9 +1,9 @@
 """One layer's bitsandbytes 4-bit tensors ↔ Storage, bit for bit. Format: docs of bitsandbytes 0.50.
 
 The keys of a layer are `weight` (the packed bytes, [n, 1], in any dtype), `weight.absmax`,
-`weight.quant_map`, with double quantization `weight.nested_absmax` and `weight.nested_quant_map`, and
-`weight.quant_state.bitsandbytes__nf4` or `__fp4`: JSON as uint8. Blocks run over the flat tensor, so
-they are ours where K is a multiple of the block size; the nibble order is ours too.
+`weight.quant_map`, with double quantization `weight.nested_absmax` and `weight.nested_quant_map`,
+and `weight.quant_state.bitsandbytes__nf4` or `__fp4`: JSON as uint8. Blocks run over the flat
+tensor, so they are ours where K is a multiple of the block size; the nibble order is ours too.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 
 
 def is_layer(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether these are the tensors of a bitsandbytes 4-bit layer, by the names (without prefix)."""
+    """Whether these are the tensors of a bitsandbytes 4-bit layer, by names without prefix."""
     return "weight" in tensors and "weight.absmax" in tensors
 
 
 def read(tensors: Mapping[str, Tensor], name: str = "") -> Storage:
     """The Storage of one layer's `tensors` (keys without the layer's prefix, which is `name`).
 
-    Nested scales become the float32 absmax that bitsandbytes computes with, so the weights are equal
-    bit for bit and the Storage is not double-quantized. FileFormatError for what is not such a layer.
+    Nested scales become the float32 absmax that bitsandbytes computes with, so the weights are
+    equal bit for bit and the Storage is not double-quantized. Raises FileFormatError.
     """
     state, kind = _state(tensors, name)
     N, K = state["shape"]
@@ -143,7 +143,7 @@ def _state(tensors: Mapping[str, Tensor], name: str) -> tuple[dict, str]:
 
 
 def _nested(absmax: Tensor, tensors: Mapping[str, Tensor], state: dict, name: str) -> Tensor:
-    """map[code] * nested_absmax[b // group] + offset in float32, multiply then add, as bitsandbytes."""
+    """map[code] * nested_absmax[b // group] + offset in float32: multiply, then add."""
     group, offset = state["nested_blocksize"], state.get("nested_offset")
     table = _entry(tensors, "weight.nested_quant_map", name).float()
     scales = _entry(tensors, "weight.nested_absmax", name).float()

@@ -56,7 +56,7 @@ class CodebookQuantizer:
         return {"block_size": self.block_size, "double_quant": self.double_quant}
 
     def quantize(self, weight: Tensor) -> Storage:
-        """Nearest codes of weight [N, K]; a tie goes to the lower value. NaN and inf: WeightError."""
+        """Nearest codes of weight [N, K]; a tie goes to the lower. WeightError: NaN or inf."""
         if not weight.is_floating_point():
             raise DtypeError(f"weight: expected a floating-point dtype; got {weight.dtype}")
         source = weight.detach()

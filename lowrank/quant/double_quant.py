@@ -1,4 +1,4 @@
-"""Double quantization: the block scales of each row in 8 bits, with a float32 step and offset a row.
+"""Double quantization: the block scales of a row in 8 bits, with a float32 step and offset a row.
 
 absmax[n, b] ≈ float32(code[n, b] * step[n]) + offset[n]: a multiply, then an add, each rounded.
 

@@ -31,12 +31,12 @@ _REGISTRY: dict[str, type] = {}
 
 
 def register(name: str) -> Callable[[_Q], _Q]:
-    """Class decorator: `get(name, **options)` makes `cls(**options)`, and `cls.name` is the name."""
+    """Class decorator: `get(name, **options)` makes `cls(**options)`; `cls.name` is the name."""
 
     def add(cls: _Q) -> _Q:
         if _REGISTRY.get(name, cls) is not cls:
             raise ConfigError(
-                f"quantizer {name!r} is already registered by {_REGISTRY[name]}; choose another name"
+                f"quantizer {name!r} is registered, by {_REGISTRY[name]}; choose another name"
             )
         _REGISTRY[name] = cls
         cls.name = name
