@@ -1,0 +1,3 @@
+"""`python -m benchmarks`: lowrank beside its installed peers, at the level of operator, layer and
+training step.
+"""

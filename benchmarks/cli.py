@@ -1,0 +1,255 @@
+"""The command line of `python -m benchmarks`."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+from benchmarks import machine, shapes, table
+from benchmarks.errors import MissingInputError, UsageError, WrongResultError
+
+BENCHMARKS = {
+    "codebook_quantize": "dense float32 weights to NF4 with double quantization",
+    "codebook_dequantize": "NF4 with double quantization back to float32 and bfloat16",
+    "codebook_linear": "forward, and forward with dX, of a linear layer over an NF4 weight",
+    "training_step": "QLoRA steps of SmolLM2-135M (its GGUF file is named by LOWRANK_SMOLLM2)",
+    "import_time": "what importing adds to `import torch`",
+}
+AGAINST = ("torch", "bitsandbytes", "peft")
+RESULTS = Path(__file__).parent / "results"
+USAGE_ERROR, WRONG_RESULT = 2, 1
+
+DESCRIPTION = """\
+lowrank beside its installed peers, at the level of operator, layer and training step.
+
+The contenders of a case take turns in one loop. Each call finds its inputs in memory, not in a
+cache, and its outputs begin as NaN where correctness is checked. Beside each time stand its spread,
+its share of what this machine reached in the same run, its error to float64 and its memory beyond
+inputs and outputs. Losses are printed like wins.
+"""
+
+EXAMPLES = """\
+examples:
+  python -m benchmarks                                             everything, 4096x4096
+  python -m benchmarks codebook_linear --shapes llama3-8b.gate 1024x4096 --rows 1,16,512
+  python -m benchmarks codebook_quantize codebook_dequantize --against bitsandbytes --json
+  LOWRANK_SMOLLM2=SmolLM2-135M-Instruct.Q4_1.gguf python -m benchmarks training_step
+  python -m benchmarks codebook_linear --isa avx2                  as if the CPU had no AVX-512
+  python -m benchmarks --table benchmarks/results/FILE.json --plot linear.png
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options; what they mean is in their help."""
+    made = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument(
+        "names", nargs="*", metavar="name", help=f"{', '.join(BENCHMARKS)} (default: all)"
+    )
+    made.add_argument(
+        "--list", action="store_true", help="list the benchmarks and the named shapes"
+    )
+    made.add_argument(
+        "--against",
+        metavar="PEERS",
+        default=",".join(AGAINST),
+        help=f"comma-separated, of {', '.join(AGAINST)}, or none (default: all that are installed)",
+    )
+    made.add_argument(
+        "--shapes",
+        metavar="SHAPE",
+        nargs="+",
+        default=list(shapes.HEADLINE),
+        help="names from --list, or NxK (default: %(default)s)",
+    )
+    made.add_argument("--rows", metavar="M,...", default=None, help="rows of x in codebook_linear")
+    made.add_argument(
+        "--seconds", type=float, default=6.0, help="time for each case (default: %(default)s)"
+    )
+    made.add_argument("--steps", type=int, default=20, help="training steps (default: %(default)s)")
+    made.add_argument(
+        "--threads", type=int, default=None, help="threads for everybody (default: torch's choice)"
+    )
+    made.add_argument(
+        "--isa",
+        choices=sorted(machine.ISA_VARIABLES),
+        default=None,
+        help="restrict everybody to an instruction set, as far as they let us",
+    )
+    made.add_argument(
+        "--json",
+        metavar="PATH",
+        nargs="?",
+        const="",
+        default=None,
+        help="write the results there (without PATH: benchmarks/results/<machine>-<date>.json)",
+    )
+    made.add_argument(
+        "--table",
+        metavar="FILE",
+        default=None,
+        help="run nothing; print FILE's results as Markdown",
+    )
+    made.add_argument(
+        "--plot",
+        metavar="PNG",
+        default=None,
+        help="draw codebook_linear's speeds (needs matplotlib)",
+    )
+    return made
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run; 0 when every result was right, 1 when one was wrong, 2 for a mistake in the command."""
+    options = parser()
+    given = options.parse_args(argv)
+    if given.list:
+        print(_listing())
+        return 0
+    try:
+        if given.table is not None:
+            result = _read(Path(given.table))
+            print(table.render(result), end="")
+        else:
+            result = _run(given)
+        if given.plot is not None:
+            from benchmarks.plot import plot
+
+            plot(result, Path(given.plot))
+    except UsageError as error:
+        print(f"python -m benchmarks: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    return WRONG_RESULT if result.get("wrong") else 0
+
+
+def _run(given: argparse.Namespace) -> dict:
+    names = _chosen("benchmark", given.names or list(BENCHMARKS), BENCHMARKS)
+    against = [] if given.against == "none" else _chosen("peer", given.against.split(","), AGAINST)
+    wanted_shapes = [shapes.parse(text) for text in given.shapes]
+    rows_of_x = _counts(given.rows) if given.rows is not None else None
+    if given.seconds <= 0 or given.steps < 3 or (given.threads or 1) < 1:
+        raise UsageError("--seconds and --threads must be positive, --steps at least 3")
+    machine.restrict(given.threads, given.isa)
+
+    import torch
+
+    from benchmarks import peers
+    from benchmarks.ceilings import better, ceilings
+    from benchmarks.settings import ROWS_OF_X, Settings
+
+    torch.manual_seed(0)
+    notes = machine.unrestricted(given.isa) if "bitsandbytes" in against else []
+    for name in list(against):
+        reason = peers.missing(name)
+        if reason is not None:
+            against.remove(name)
+            notes.append(f"without {name}: {reason}")
+    working_set = machine.working_set_bytes()
+    limits = ceilings(working_set)
+    result: dict = {
+        "machine": machine.describe(),
+        "run": {
+            "date": datetime.date.today().isoformat(),
+            "isa": given.isa,
+            "working_set": working_set,
+            "arguments": list(given.names),
+            "seconds": given.seconds,
+        },
+        "ceilings": limits,
+        "rows": [],
+        "notes": notes,
+        "wrong": [],
+    }
+    print(table.header(result), *notes, sep="\n\n", flush=True)
+    settings = Settings(
+        against,
+        wanted_shapes,
+        limits,
+        working_set,
+        rows_of_x or ROWS_OF_X,
+        given.seconds,
+        given.steps,
+        tell=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    for name in names:
+        try:
+            rows = importlib.import_module(f"benchmarks.{name}").run(settings)
+        except WrongResultError as error:
+            result["wrong"].append(f"{name}: {error}")
+            print(f"\nWRONG: {name}: {error}", flush=True)
+            continue
+        except MissingInputError as error:
+            result["notes"].append(f"{name} was left out: {error}")
+            print(f"\n{result['notes'][-1]}", flush=True)
+            continue
+        result["rows"] += rows
+        for case in table.cases(rows):
+            print(
+                f"\n### {case[0]['benchmark']}: {case[0]['case']}\n\n{table.table(case)}",
+                flush=True,
+            )
+    result["ceilings_after"] = ceilings(working_set)
+    best = better(limits, result["ceilings_after"])
+    print(
+        f"\nceilings after the run, better of both: copy {best['copy_gbs']:.1f} GB/s, "
+        f"read {best['read_gbs']:.1f} GB/s, matmul {best['matmul_tflops'] * 1e3:.0f} GFLOP/s"
+    )
+    if given.json is not None:
+        path = Path(given.json) if given.json else _default_path(result)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(path.name + ".part")
+        aside.write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(aside, path)
+        print(f"written: {path}")
+    return result
+
+
+def _read(path: Path) -> dict:
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--table: {path} cannot be read as JSON: {error}") from error
+    if not isinstance(result, dict) or not {"machine", "run", "ceilings", "rows"} <= result.keys():
+        raise UsageError(f"--table: {path} holds no results; expected a file written by --json")
+    return result
+
+
+def _default_path(result: dict) -> Path:
+    return (
+        RESULTS
+        / f"{machine.slug(result['machine'], result['run']['isa'])}-{result['run']['date']}.json"
+    )
+
+
+def _chosen(kind: str, wanted: list[str], known) -> list[str]:
+    for name in wanted:
+        if name not in known:
+            raise UsageError(f"{kind}: expected some of {', '.join(known)}; got {name!r}")
+    return list(dict.fromkeys(wanted))
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        counts = [0]
+    if min(counts) < 1:
+        raise UsageError(f"--rows: expected positive numbers like 1,16,512; got {text!r}")
+    return counts
+
+
+def _listing() -> str:
+    width = max(len(name) for name in BENCHMARKS) + 2
+    lines = [f"{name:{width}}{about}" for name, about in BENCHMARKS.items()]
+    lines += ["", "shapes, N out features x K in features:"]
+    lines += [f"{name:{width}}{rows}x{columns}" for name, (rows, columns) in shapes.SHAPES.items()]
+    return "\n".join(lines)

@@ -1,0 +1,17 @@
+"""What can go wrong in a run."""
+
+from __future__ import annotations
+
+
+class UsageError(Exception):
+    """A mistake in the command; exit status 2."""
+
+
+class MissingInputError(Exception):
+    """A benchmark lacks its model or data; it is left out with this reason."""
+
+
+class WrongResultError(Exception):
+    """A contender's result is not finite, or further from float64 than its dtype allows; exit
+    status 1.
+    """

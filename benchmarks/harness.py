@@ -1,0 +1,236 @@
+"""Timing that can be believed: contenders take turns, inputs come from memory, outputs start as
+NaN.
+
+`measure` runs contenders A, B, C as A B C, B C A, C A B, ... in one loop, so that a neighbour's
+noise or a change of clock speed hits all of them; each call takes the next of its contender's
+copies of the inputs, so that no call finds them in a cache; and the result is compared with float64
+before and after.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.errors import WrongResultError
+
+MIN_ROUNDS, MAX_ROUNDS = 7, 300
+SLOW_SECONDS = 2.0  # a contender this slow a call is not run once more only to be checked
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+@dataclass
+class Contender:
+    """One side of a comparison.
+
+    `call(i)` runs on the i-th copy of the inputs and returns the outputs (a tensor or a tuple);
+    `error(outputs)` is their distance to float64, relative; `limit` what is tolerated (None: only
+    finite). `moved` and `flops` are the bytes and floating-point operations that the task needs at
+    least.
+    """
+
+    name: str
+    call: Callable[[int], object]
+    copies: int
+    error: Callable[[object], float]
+    limit: float | None = None
+    moved: int = 0
+    flops: int = 0
+    path: str = ""
+
+
+@dataclass
+class Timing:
+    """Times of one contender in seconds, with its error and its memory beyond inputs and outputs."""
+
+    name: str
+    seconds: list[float]
+    error: float
+    extra_bytes: int | None
+
+    def summary(self) -> dict:
+        """Median and 10th and 90th percentile in milliseconds, the number of calls, error, extra
+        memory.
+        """
+        return {
+            "median_ms": statistics.median(self.seconds) * 1e3,
+            "p10_ms": percentile(self.seconds, 10) * 1e3,
+            "p90_ms": percentile(self.seconds, 90) * 1e3,
+            "n": len(self.seconds),
+            "error": self.error,
+            "extra_bytes": self.extra_bytes,
+        }
+
+
+def measure(contenders: Sequence[Contender], seconds: float) -> list[Timing]:
+    """Time every contender in turn for about `seconds` in all; at least seven rounds of those that
+    are fast.
+
+    A contender that would use up more than its share of the time is called in fewer of the rounds,
+    spread evenly. Raises WrongResultError.
+    """
+    keep_freed_memory()
+    prepared = [_first_calls(contender) for contender in contenders]
+    share = seconds / len(contenders)
+    quickest = min(took for took, _, _ in prepared)
+    rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(share / max(quickest, 1e-7))))
+    wanted = [min(rounds, max(2, int(share / max(took, 1e-7)))) for took, _, _ in prepared]
+
+    times: list[list[float]] = [[] for _ in contenders]
+    last: list[object] = [None] * len(contenders)
+    for turn in range(rounds):
+        for position in range(len(contenders)):
+            which = (position + turn) % len(contenders)
+            if (turn * wanted[which]) // rounds == ((turn + 1) * wanted[which]) // rounds:
+                continue
+            contender, last[which] = contenders[which], None
+            copy = (len(times[which]) + 2) % contender.copies
+            start = time.perf_counter_ns()
+            last[which] = contender.call(copy)
+            times[which].append((time.perf_counter_ns() - start) * 1e-9)
+    errors = [
+        check(contender, outputs) for contender, outputs in zip(contenders, last, strict=True)
+    ]
+    return [
+        Timing(contender.name, took, max(error, checked), extra)
+        for contender, took, error, (_, checked, extra) in zip(
+            contenders, times, errors, prepared, strict=True
+        )
+    ]
+
+
+def _first_calls(contender: Contender) -> tuple[float, float, int | None]:
+    """Seconds of a call, the error of one whose outputs began as NaN, and the memory that the first
+    one took.
+    """
+    holder: list[object] = []
+    start = time.perf_counter()
+    extra = extra_memory(lambda: holder.append(contender.call(0)), lambda: nbytes(holder[0]))
+    took = time.perf_counter() - start
+    if took > SLOW_SECONDS:
+        return took, check(contender, holder[0]), extra
+    holder.clear()
+    with poisoned():
+        error = check(contender, contender.call(1 % contender.copies))
+    start = time.perf_counter()
+    contender.call(0)
+    return time.perf_counter() - start, error, extra
+
+
+def check(contender: Contender, outputs: object) -> float:
+    """The relative error of `outputs`. Raises WrongResultError beyond the contender's limit."""
+    error = contender.error(outputs)
+    if not math.isfinite(error):
+        raise WrongResultError(f"{contender.name}: the result holds NaN or infinity")
+    if contender.limit is not None and error > contender.limit:
+        raise WrongResultError(
+            f"{contender.name}: relative error to float64 is {error:.2e}, "
+            f"at most {contender.limit:.0e} was expected"
+        )
+    return error
+
+
+def relative_error(result: torch.Tensor, exact: torch.Tensor) -> float:
+    """||result - exact|| / ||exact|| in float64."""
+    return float(
+        torch.linalg.vector_norm(result.double() - exact) / torch.linalg.vector_norm(exact)
+    )
+
+
+def percentile(values: Sequence[float], q: float) -> float:
+    """The q-th percentile, linear between the two nearest values."""
+    ordered = sorted(values)
+    place = (len(ordered) - 1) * q / 100
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def copies_for(call_bytes: int, working_set: int) -> int:
+    """How many copies of inputs of `call_bytes` make up the working set; at least 2."""
+    return max(2, math.ceil(working_set / max(call_bytes, 1)))
+
+
+def nbytes(outputs: object) -> int:
+    """Bytes of a tensor, or of all tensors in a tuple."""
+    if isinstance(outputs, torch.Tensor):
+        return outputs.numel() * outputs.element_size()
+    return sum(nbytes(item) for item in outputs) if isinstance(outputs, tuple) else 0
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Inside, torch.empty gives NaN (or the largest integer): an element never written is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def extra_memory(call: Callable[[], object], held: Callable[[], int]) -> int | None:
+    """Peak resident memory during `call` above that before it, less the `held()` bytes of its
+    result.
+
+    From the high-water mark that Linux keeps (VmHWM, reset through /proc/self/clear_refs); None
+    where that is not to be had. Memory that malloc kept from earlier calls is given back first.
+    """
+    gc.collect()
+    _libc_call("malloc_trim", 0)
+    if not reset_peak():
+        call()
+        return None
+    before = status_bytes("VmRSS")
+    call()
+    return max(0, status_bytes("VmHWM") - before - held())
+
+
+def reset_peak() -> bool:
+    """Set the process's peak resident memory to the present; False where Linux does not let us."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return status_bytes("VmHWM") - status_bytes("VmRSS") < 8 << 20
+
+
+def status_bytes(field: str) -> int:
+    """VmRSS or VmHWM of this process in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) << 10
+    return 0
+
+
+def keep_freed_memory() -> None:
+    """Let malloc keep what is freed, for every contender alike.
+
+    glibc maps each large tensor afresh and gives it back at once; the page faults of a 64 MB result
+    take longer than a good kernel needs to write it, and would be all that is measured.
+    """
+    _libc_call("mallopt", _M_MMAP_MAX, 0)
+    _libc_call("mallopt", _M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _libc_call(name: str, *args: int) -> None:
+    if sys.platform == "linux":
+        function = getattr(ctypes.CDLL(None), name, None)  # musl has neither
+        if function is not None:
+            function(*args)

@@ -1,0 +1,59 @@
+"""What `import lowrank` adds to `import torch`, and what the peers' imports add, each in a fresh
+process.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+
+from benchmarks import peers
+from benchmarks.harness import percentile
+from benchmarks.settings import Settings
+
+REPEATS = 7
+SCRIPT = """
+import logging, time
+logging.disable(logging.CRITICAL)
+import torch
+start = time.perf_counter()
+import {name}
+print(time.perf_counter() - start)
+"""
+
+
+def run(settings: Settings) -> list[dict]:
+    """One case: every package after torch, in turn."""
+    names = ["lowrank", *(name for name in ("bitsandbytes", "peft") if name in settings.against)]
+    names = [name for name in names if name == "lowrank" or peers.missing(name) is None]
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(REPEATS + 1):
+        for name in names:
+            took = _import_seconds(name)
+            if turn:  # the first round reads the files from disk
+                times[name].append(took)
+    ours = statistics.median(times["lowrank"])
+    return [
+        {
+            "benchmark": "import_time",
+            "case": "import after torch",
+            "contender": name,
+            "path": "",
+            "median_ms": statistics.median(taken) * 1e3,
+            "p10_ms": percentile(taken, 10) * 1e3,
+            "p90_ms": percentile(taken, 90) * 1e3,
+            "n": len(taken),
+            "baseline": "lowrank",
+            "speed": ours / statistics.median(taken),
+        }
+        for name, taken in times.items()
+    ]
+
+
+def _import_seconds(name: str) -> float:
+    script = SCRIPT.format(name=name)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    return float(done.stdout.split()[-1])

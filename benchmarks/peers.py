@@ -1,0 +1,157 @@
+"""The sides of a comparison: lowrank, dense torch, bitsandbytes, each as its own users would call
+it.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.oracle import decode_bitsandbytes, decode_lowrank
+
+BLOCK_SIZE = 64
+NAMES = ("torch", "bitsandbytes", "peft")
+
+
+def missing(name: str) -> str | None:
+    """Why the peer cannot take part, or None."""
+    if importlib.util.find_spec(name) is None:
+        return f"{name} is not installed: pip install {name}"
+    return None
+
+
+def bitsandbytes():
+    """The package, without its warning about an optional download."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import bitsandbytes as package
+
+    return package
+
+
+@dataclass
+class Layer:
+    """One side's linear layer over one weight: `exact` [N, K] float64 is what its stored weight
+    stands for.
+    """
+
+    name: str
+    module: nn.Module
+    dtype: torch.dtype
+    exact: Tensor
+    stored_bytes: int
+    checked: bool = (
+        False  # whether an inexact result is an error (ours) or a number to print (a peer's)
+    )
+
+    def copies(self, count: int) -> list[nn.Module]:
+        """`count` modules with memory of their own."""
+        return [self.module, *(copy.deepcopy(self.module) for _ in range(count - 1))]
+
+
+def dense_layer(weight: Tensor, dtype: torch.dtype) -> Layer:
+    """nn.Linear over the unquantized weight in `dtype`."""
+    module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=dtype)
+    module.weight = nn.Parameter(weight.to(dtype, copy=True), requires_grad=False)
+    held = module.weight
+    return Layer("torch", module, dtype, held.double(), held.numel() * held.element_size())
+
+
+def lowrank_layer(weight: Tensor, dtype: torch.dtype) -> Layer:
+    """lowrank.QuantLinear, NF4 with double quantization."""
+    import lowrank
+
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    module = lowrank.QuantLinear.from_linear(linear, lowrank_quantizer())
+    storage = module.storage
+    return Layer("lowrank", module, dtype, exact_lowrank(storage), storage.nbytes, checked=True)
+
+
+def lowrank_quantizer():
+    """NF4 with double quantization, lowrank's."""
+    from lowrank import quant
+
+    return quant.get("nf4", block_size=BLOCK_SIZE, double_quant=True)
+
+
+def exact_lowrank(storage) -> Tensor:
+    """The float64 weight [N, K] of one of lowrank's storages."""
+    tensors = storage.tensors
+    return decode_lowrank(
+        tensors["packed"],
+        tensors["absmax"],
+        tensors.get("absmax_scale"),
+        tensors["codebook"],
+        storage.shape[1],
+        BLOCK_SIZE,
+    )
+
+
+def bitsandbytes_layer(weight: Tensor, dtype: torch.dtype) -> Layer:
+    """bitsandbytes' Linear4bit, NF4 with double quantization (its compress_statistics)."""
+    bnb = bitsandbytes()
+    module = bnb.nn.Linear4bit(
+        weight.shape[1],
+        weight.shape[0],
+        bias=False,
+        compute_dtype=dtype,
+        quant_type="nf4",
+        compress_statistics=True,
+    )
+    module.weight = bnb.nn.Params4bit(
+        weight.to(dtype, copy=True),
+        requires_grad=False,
+        quant_type="nf4",
+        compress_statistics=True,
+        module=module,
+    ).to("cpu")
+    if os.environ.get("LOWRANK_ISA"):
+        module.support_avx512bf16_for_cpu = (
+            False  # the instruction set that everybody is restricted to lacks it
+        )
+    state = module.weight.quant_state
+    held = bitsandbytes_tensors(module.weight.data, state)
+    return Layer(
+        "bitsandbytes",
+        module,
+        dtype,
+        exact_bitsandbytes(held, weight.shape),
+        sum(t.numel() * t.element_size() for t in held),
+    )
+
+
+def bitsandbytes_tensors(packed: Tensor, state) -> tuple[Tensor, ...]:
+    """The tensors of a double-quantized weight: packed, absmax, nested absmax, nested map, offset,
+    code.
+    """
+    return packed, state.absmax, state.state2.absmax, state.state2.code, state.offset, state.code
+
+
+def exact_bitsandbytes(tensors: tuple[Tensor, ...], shape: torch.Size) -> Tensor:
+    """The float64 weight [N, K] of bitsandbytes' tensors."""
+    packed, absmax, nested_absmax, nested_map, offset, code = tensors
+    return decode_bitsandbytes(
+        packed,
+        absmax,
+        nested_absmax,
+        nested_map,
+        offset,
+        code,
+        shape,
+        BLOCK_SIZE,
+        nested_block_size=256,
+    )
+
+
+LAYERS: dict[str, Callable[[Tensor, torch.dtype], Layer]] = {
+    "torch": dense_layer,
+    "lowrank": lowrank_layer,
+    "bitsandbytes": bitsandbytes_layer,
+}

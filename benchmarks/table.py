@@ -1,0 +1,123 @@
+"""Results as Markdown, from the JSON of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+OP_COLUMNS = (
+    "",
+    "median ms",
+    "p10–p90",
+    "n",
+    "speed",
+    "GB/s",
+    "TFLOP/s",
+    "of ceiling",
+    "error",
+    "extra MB",
+    "path",
+)
+STEP_COLUMNS = (
+    "",
+    "s/step",
+    "p10–p90",
+    "real tokens/s",
+    "speed",
+    "peak MB",
+    "peak MB with loading",
+    "first loss",
+    "last loss",
+    "loss difference",
+)
+
+
+def render(result: dict) -> str:
+    """The whole run: machine, ceilings, and one table a case."""
+    parts = [header(result)]
+    for case in cases(result["rows"]):
+        first = case[0]
+        parts.append(f"### {first['benchmark']}: {first['case']}\n\n" + table(case))
+    if result.get("notes"):
+        parts.append("\n".join(f"- {note}" for note in result["notes"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def header(result: dict) -> str:
+    """Machine, versions and ceilings in a few lines."""
+    machine, limits, run = result["machine"], result["ceilings"], result["run"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    level = f"restricted to {run['isa']}" if run["isa"] else "as the CPU allows"
+    return (
+        f"{machine['cpu']} (family/model {machine['cpu_family_model']}), {machine['cores']} cores, "
+        f"{machine['threads']} threads, {level}; L3 {megabytes(machine['l3_bytes'])} MB as shown, "
+        f"inputs rotate over {megabytes(run['working_set'])} MB; "
+        f"flags {' '.join(machine['flags'])}. {machine['system']}, "
+        f"Python {machine['python']}, {versions}; commit {machine['commit'] or 'unknown'}, "
+        f"{run['date']}.\n\n"
+        f"Ceilings in this run: copy {limits['copy_gbs']:.1f} GB/s, read {limits['read_gbs']:.1f} GB/s, "
+        f"float32 matmul {limits['matmul_tflops'] * 1e3:.0f} GFLOP/s."
+    )
+
+
+def cases(rows: Sequence[dict]) -> list[list[dict]]:
+    """Rows of one benchmark and case together, in the order of the run."""
+    grouped: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        grouped.setdefault((row["benchmark"], row["case"]), []).append(row)
+    return list(grouped.values())
+
+
+def table(rows: Sequence[dict]) -> str:
+    """One case as a Markdown table. `speed` is against the row that says 1.00."""
+    step = "tokens_per_second" in rows[0]
+    columns = STEP_COLUMNS if step else OP_COLUMNS
+    lines = [[*columns], ["---", *("---:" for _ in columns[1:])]]
+    lines += [_step_cells(row) if step else _op_cells(row) for row in rows]
+    keep = [i for i in range(len(columns)) if i == 0 or any(line[i] for line in lines[2:])]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    return "\n".join(
+        "| " + " | ".join(line[i].ljust(widths[i]) for i in keep) + " |" for line in lines
+    )
+
+
+def _op_cells(row: dict) -> list[str]:
+    floor = row.get("floor_ms")
+    return [
+        row["contender"],
+        f"{row['median_ms']:.3g}",
+        f"{row['p10_ms']:.3g}–{row['p90_ms']:.3g}",
+        str(row["n"]),
+        f"{row['speed']:.2f}×",
+        _rate(row.get("gbs")),
+        _rate(row.get("tflops")),
+        f"{100 * floor / row['median_ms']:.0f} %" if floor else "",
+        f"{row['error']:.1e}" if row.get("error") is not None else "",
+        megabytes(row["extra_bytes"]) if row.get("extra_bytes") is not None else "",
+        row.get("path", ""),
+    ]
+
+
+def _step_cells(row: dict) -> list[str]:
+    losses = row["losses"]
+    return [
+        row["contender"],
+        f"{row['median_ms'] * 1e-3:.2f}",
+        f"{row['p10_ms'] * 1e-3:.2f}–{row['p90_ms'] * 1e-3:.2f}",
+        f"{row['tokens_per_second']:.0f}",
+        f"{row['speed']:.2f}×",
+        megabytes(row["peak_bytes"]),
+        megabytes(row["load_peak_bytes"]),
+        f"{losses[0]:.4f}",
+        f"{losses[-1]:.4f}",
+        f"{row['loss_difference']:.1e}",
+    ]
+
+
+def megabytes(count: float) -> str:
+    """Bytes as MB of a million, with one decimal below ten."""
+    value = count / 1e6
+    return f"{value:.1f}" if value < 10 else f"{value:.0f}"
+
+
+def _rate(value: float | None) -> str:
+    return f"{value:.3g}" if value else ""

@@ -1,0 +1,197 @@
+"""QLoRA steps of a real model beside transformers + peft + bitsandbytes, on the same tokens.
+
+SmolLM2-135M, NF4 with double quantization, LoRA r=16 on every linear, float32, AdamW, batches of
+four E2E pairs of up to 128 tokens, no dropout, no gradient checkpointing, the adapters begun alike.
+Every side is a process; step i is done by each in turn before step i + 1. Peak memory is that of
+the steps above the process with `import torch` done; the peak while loading is beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks import peers
+from benchmarks.errors import MissingInputError, WrongResultError
+from benchmarks.harness import percentile
+from benchmarks.settings import Settings
+from benchmarks.training_data import padding_share, real_tokens
+
+ROOT = Path(__file__).parent.parent
+PEER = "peft + bitsandbytes"
+WARM_UP = 2  # steps left out of the times: the first allocate and initialise
+LOSS_LIMIT = 1e-2  # relative, from the peer at any step
+
+
+def run(settings: Settings) -> list[dict]:
+    """One case, every side. Raises MissingInputError, WrongResultError."""
+    gguf, pairs = _inputs()
+    sides = ["lowrank", "lowrank, padding computed"]
+    if {"peft", "bitsandbytes"} <= set(settings.against):
+        sides.append(PEER)
+    if "peft" in settings.against:
+        sides.append("peft, dense fp32")
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        settings.tell("training_step: converting the model")
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "benchmarks.training_data",
+                gguf,
+                pairs,
+                name,
+                str(settings.steps),
+            ],
+            check=True,
+            cwd=ROOT,
+            stdout=sys.stderr,
+        )
+        batches = json.loads((directory / "batches.json").read_text())
+        workers = [Worker(side, directory) for side in sides]
+        try:
+            answers = _take_turns(workers, settings)
+        finally:
+            for worker in workers:
+                worker.close()
+    return _rows(sides, workers, answers, batches)
+
+
+class Worker:
+    """A side in a process; `step(i)` waits for it."""
+
+    def __init__(self, side: str, directory: Path) -> None:
+        self.side = side
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.training_worker", side, str(directory)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            cwd=ROOT,
+        )
+        self.loaded = self._answer()  # one after another: loading uses every core
+
+    def step(self, index: int) -> dict:
+        """Seconds, loss and peak memory of step `index`."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{index}\n")
+        return self._answer()
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _answer(self) -> dict:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(
+                f"training_step: {self.side} ended with status {self._process.wait()}; see above"
+            )
+        return json.loads(line)
+
+
+def _take_turns(workers: list[Worker], settings: Settings) -> list[list[dict]]:
+    answers: list[list[dict]] = [[] for _ in workers]
+    for step in range(settings.steps):
+        for position in range(len(workers)):
+            which = (position + step) % len(workers)
+            answers[which].append(workers[which].step(step))
+        settings.tell(
+            f"training_step: step {step + 1} of {settings.steps}: "
+            + ", ".join(
+                f"{worker.side} {done[-1]['seconds']:.2f} s"
+                for worker, done in zip(workers, answers, strict=True)
+            )
+        )
+    return answers
+
+
+def _rows(
+    sides: list[str], workers: list[Worker], answers: list[list[dict]], batches: list
+) -> list[dict]:
+    tokens = [real_tokens(batch) for batch in batches]
+    reference = PEER if PEER in sides else sides[0]
+    losses = {
+        side: [answer["loss"] for answer in done] for side, done in zip(sides, answers, strict=True)
+    }
+    case = (
+        "SmolLM2-135M QLoRA, NF4 + double quantization, r=16, float32, batch 4 x 128 positions, "
+        f"of which {100 * padding_share(batches):.0f} % are padding"
+    )
+    rows = []
+    for side, worker, done in zip(sides, workers, answers, strict=True):
+        timed = [answer["seconds"] for answer in done[WARM_UP:]]
+        rows.append(
+            {
+                "benchmark": "training_step",
+                "case": case,
+                "contender": side,
+                "path": "",
+                "median_ms": statistics.median(timed) * 1e3,
+                "p10_ms": percentile(timed, 10) * 1e3,
+                "p90_ms": percentile(timed, 90) * 1e3,
+                "n": len(timed),
+                "tokens_per_second": sum(tokens[WARM_UP:]) / sum(timed),
+                "peak_bytes": max(answer["peak_bytes"] for answer in done),
+                "load_peak_bytes": max(answer["load_peak_bytes"] for answer in done),
+                "losses": losses[side],
+                "loss_difference": _difference(losses[side], losses[reference]),
+                **{key: worker.loaded[key] for key in ("layers", "trainable")},
+            }
+        )
+    by_side = {row["contender"]: row for row in rows}
+    for row in rows:
+        row["baseline"] = reference
+        row["speed"] = row["tokens_per_second"] / by_side[reference]["tokens_per_second"]
+    if len({row["trainable"] for row in rows}) > 1:
+        raise WrongResultError(
+            f"trainable parameters differ: { {row['contender']: row['trainable'] for row in rows} }"
+        )
+    for side in sides[:2]:
+        if by_side[side]["loss_difference"] > LOSS_LIMIT:
+            raise WrongResultError(
+                f"{side}: losses differ from {reference} by {by_side[side]['loss_difference']:.1e} "
+                f"relative, at most {LOSS_LIMIT:.0e} was expected"
+            )
+    return rows
+
+
+def _difference(losses: list[float], reference: list[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(losses, reference, strict=True))
+
+
+def _inputs() -> tuple[str, str]:
+    gguf = os.environ.get("LOWRANK_SMOLLM2", "")
+    pairs = (
+        Path(os.environ.get("LOWRANK_TEST_DATA", ROOT.parent / "shared" / "data"))
+        / "e2e_train.jsonl.gz"
+    )
+    if not Path(gguf).is_file():
+        raise MissingInputError(
+            "LOWRANK_SMOLLM2 must be the path of SmolLM2-135M-Instruct.Q4_1.gguf, which "
+            "`make smollm2` gets"
+        )
+    if not pairs.is_file():
+        raise MissingInputError(
+            f"{pairs} is missing; LOWRANK_TEST_DATA must be the folder with the E2E pairs"
+        )
+    for package in ("transformers", "gguf"):
+        if peers.missing(package) is not None:
+            raise MissingInputError(
+                f"{peers.missing(package)}; it converts the model for every side"
+            )
+    return str(Path(gguf).resolve()), str(pairs.resolve())
