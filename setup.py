@@ -1,6 +1,6 @@
-"""Builds the native libraries into lowrank/lib: csrc/*.cpp with a C++ compiler, csrc/cuda/*.cu with nvcc.
+"""Builds the native libraries into lowrank/lib: csrc/*.cpp with g++, csrc/cuda/*.cu with nvcc.
 
-They are plain C ABI libraries that ctypes opens: no Python, no torch, so neither is needed to build.
+They are plain C ABI libraries that ctypes opens: neither Python's headers nor torch are needed.
 A missing compiler costs speed, not the installation. LOWRANK_BUILD=require makes it an error,
 LOWRANK_BUILD=skip builds nothing; CXX and CXXFLAGS, NVCC and NVCCFLAGS mean what they always mean.
 """
@@ -19,30 +19,48 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, SetupError
 
 ROOT = Path(__file__).resolve().parent
-os.chdir(ROOT)                                   # the globs below, wherever pip was called from
+os.chdir(ROOT)  # the globs below, wherever pip was called from
 
 MODE = os.environ.get("LOWRANK_BUILD", "auto")
 if MODE not in ("auto", "require", "skip"):
     raise SetupError(f"LOWRANK_BUILD: expected auto, require or skip; got {MODE!r}")
 
 # contract=off: a decoded weight is codebook * absmax rounded, never fused into what follows it.
-CXXFLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
+CXXFLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fopenmp",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+]
 
 # Only a file named for an instruction set may use it: everything else must run on any such CPU.
 X86 = ("x86_64", "AMD64")
 ISA = {
     "_avx2": (X86, ["-mavx2", "-mfma", "-mf16c"]),
-    "_avx512": (X86, ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"]),
+    "_avx512": (
+        X86,
+        ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
+    ),
     "_neon": (("aarch64", "arm64"), []),
 }
 
 # Real code for each generation from Turing on, and PTX of the last for those after it.
 CUDA_ARCHS = ("75", "80", "86", "89", "90", "100", "120")
-NVCCFLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-cudart=static", "--threads=0"]
+NVCCFLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    "-cudart=static",
+    "--threads=0",
+]
 
 
 def isa_flags(source: str):
-    """Flags of a source named *_avx2.cpp and the like, [] for any other, None if not for this CPU."""
+    """Flags of a source named *_avx2.cpp and the like, [] for others, None if not for this CPU."""
     for suffix, (machines, flags) in ISA.items():
         if Path(source).stem.endswith(suffix):
             return flags if platform.machine() in machines else None
@@ -65,12 +83,12 @@ class BuildNative(build_ext):
     """Compiles each Extension into one shared library, whatever the Python that builds it."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        return f"{fullname.replace('.', '/')}.so"            # no cpython tag: it is no Python module
+        return f"{fullname.replace('.', '/')}.so"  # no cpython tag: it is no Python module
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
-        (ROOT / "lowrank" / "lib").mkdir(exist_ok=True)      # where an editable install copies it
+        (ROOT / "lowrank" / "lib").mkdir(exist_ok=True)  # where an editable install copies it
         if ext.name.endswith("cuda"):
             self.build_cuda(ext, target)
         else:
@@ -93,7 +111,19 @@ class BuildNative(build_ext):
     def build_cuda(self, ext: Extension, target: Path) -> None:
         archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS]
         archs.append(f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}")
-        run([nvcc(), *NVCCFLAGS, *archs, *flags_of("NVCCFLAGS"), "-Icsrc", "-shared", *ext.sources, "-o", str(target)])
+        run(
+            [
+                nvcc(),
+                *NVCCFLAGS,
+                *archs,
+                *flags_of("NVCCFLAGS"),
+                "-Icsrc",
+                "-shared",
+                *ext.sources,
+                "-o",
+                str(target),
+            ]
+        )
 
 
 class PlatformWheel(bdist_wheel):

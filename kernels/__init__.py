@@ -1,1 +1,1 @@
-"""The Triton kernels. Installed and imported as lowrank.kernels; one kernel file imports another by that name."""
+"""The Triton kernels, installed and imported as lowrank.kernels: by that name alone, here too."""

@@ -1,9 +1,9 @@
-"""Codes to weights: w[n, k] = codebook[n, code[n, k]] * absmax[n, k // G], in one pass over the packed bytes.
+"""Codes to weights: w[n, k] = codebook[n, code[n, k]] * absmax[n, k // G], in one pass.
 
-Double-quantized scales are decoded here too, absmax = float32(code * step) + offset: 1/64 byte more to
-read for each weight, against a launch and a float32 buffer of their own. Writing is about 80 % of the
-traffic, so what matters is that a warp stores consecutive elements.
-Launch with enable_fp_fusion=False: a fused multiply-add would round absmax once where the format says twice.
+Double-quantized scales are decoded here too, absmax = float32(code * step) + offset: 1/64 byte more
+to read for each weight, against a launch and a float32 buffer of their own. Writing is about 80 %
+of the traffic, so what matters is that a warp stores consecutive elements.
+Launch with enable_fp_fusion=False: a fused multiply-add would round absmax once, the format twice.
 """
 
 import triton
@@ -12,25 +12,25 @@ import triton.language as tl
 
 @triton.jit
 def codebook_dequantize_kernel(
-    packed_ptr,      # uint8 [N, Kp / 2], even elements in the high nibbles
-    absmax_ptr,      # float32 [N, blocks], or uint8 codes where scale_ptr is given
-    scale_ptr,       # float32 [N, 2] = (step, offset), or None
-    codebook_ptr,    # float32 [T, 16]
-    out_ptr,         # [N, K]
+    packed_ptr,  # uint8 [N, Kp / 2], even elements in the high nibbles
+    absmax_ptr,  # float32 [N, blocks], or uint8 codes where scale_ptr is given
+    scale_ptr,  # float32 [N, 2] = (step, offset), or None
+    codebook_ptr,  # float32 [T, 16]
+    out_ptr,  # [N, K]
     K,
-    row_bytes,       # Kp / 2
-    blocks,          # ceil(K / G)
-    codebook_stride,                    # 16 if each row has its table, 0 if all share one
+    row_bytes,  # Kp / 2
+    blocks,  # ceil(K / G)
+    codebook_stride,  # 16 if each row has its table, 0 if all share one
     G: tl.constexpr,
-    BLOCK_K: tl.constexpr,              # elements of one row for one program; a power of two
+    BLOCK_K: tl.constexpr,  # elements of one row for one program; a power of two
 ):
     n = tl.program_id(0).to(tl.int64)
     k0 = tl.program_id(1) * BLOCK_K
 
-    # A tile is [SPANS, SPAN]: SPAN elements share one scale, so scales are loaded once and broadcast.
+    # A tile is [SPANS, SPAN]: SPAN elements share one scale, loaded once and broadcast.
     SPAN: tl.constexpr = min(G, BLOCK_K)
     SPANS: tl.constexpr = BLOCK_K // SPAN
-    start = k0 + tl.arange(0, SPANS) * SPAN                                        # [SPANS]
+    start = k0 + tl.arange(0, SPANS) * SPAN  # [SPANS]
     if scale_ptr is not None:
         code = tl.load(absmax_ptr + n * blocks + start // G, mask=start < K, other=0)
         step = tl.load(scale_ptr + 2 * n)
@@ -42,7 +42,7 @@ def codebook_dequantize_kernel(
     byte_at = k0 // 2 + tl.arange(0, BLOCK_K // 2)
     byte = tl.load(packed_ptr + n * row_bytes + byte_at, mask=byte_at < row_bytes, other=0)
     table = tl.load(codebook_ptr + n * codebook_stride + tl.arange(0, 16))
-    even = tl.gather(table, (byte >> 4).to(tl.int32), axis=0)                      # [BLOCK_K / 2]
+    even = tl.gather(table, (byte >> 4).to(tl.int32), axis=0)  # [BLOCK_K / 2]
     odd = tl.gather(table, (byte & 0xF).to(tl.int32), axis=0)
 
     value = tl.reshape(tl.interleave(even, odd), [SPANS, SPAN]) * absmax[:, None]

@@ -1,7 +1,7 @@
-"""What every test has: the data beside the checkout, fresh random input, poisoned memory, honest skips.
+"""What every test has: data beside the checkout, fresh random input, poisoned memory, honest skips.
 
-A test that cannot run here skips with a reason, and the end of the run lists every reason. With CI=true
-the run fails unless each reason begins with one of `CI_MAY_SKIP`: in CI everything else is there to be run.
+A test that cannot run here skips with a reason, and the end of the run lists every reason. With
+CI=true the run fails unless each reason begins with one of `CI_MAY_SKIP`: in CI all else can run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: minutes rather than seconds; `make test-slow` runs these")
+    config.addinivalue_line(
+        "markers", "slow: minutes rather than seconds; `make test-slow` runs these"
+    )
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
 
 
@@ -31,12 +33,14 @@ def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is False"))
+                item.add_marker(
+                    pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is False")
+                )
 
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """The folder of data sets that lies beside the checkout (CONTRIBUTING.md names their sources)."""
+    """The data sets that lie beside the checkout; CONTRIBUTING.md names their public sources."""
     folder = Path(os.environ.get("LOWRANK_TEST_DATA", ROOT.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"no test data in {folder}: set LOWRANK_TEST_DATA")
@@ -46,7 +50,9 @@ def data_dir() -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as GGUF, which `make test-slow` gets from the package index."""
-    path = Path(os.environ.get("LOWRANK_SMOLLM2", ROOT / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"))
+    path = Path(
+        os.environ.get("LOWRANK_SMOLLM2", ROOT / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    )
     if not path.is_file():
         pytest.skip(f"no SmolLM2 in {path}: run `make smollm2` or set LOWRANK_SMOLLM2")
     return path
@@ -70,12 +76,12 @@ def generator(seed: int) -> torch.Generator:
 
 @pytest.fixture(autouse=True)
 def poisoned_empty(request):
-    """Fills torch.empty with NaN (integers with their maximum), so what a kernel leaves unwritten shows."""
+    """Fills torch.empty with NaN (integers: their maximum), so what a kernel leaves out shows."""
     if not POISONED.intersection(request.path.relative_to(ROOT).parts):
         yield
         return
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)          # fill_uninitialized_memory is on by default
+    torch.use_deterministic_algorithms(True)  # fill_uninitialized_memory is on by default
     yield
     torch.use_deterministic_algorithms(before)
 
@@ -100,7 +106,11 @@ def not_allowed(reasons: Counter[str]) -> list[str]:
 
 
 def pytest_sessionfinish(session, exitstatus):
-    if os.environ.get("CI") == "true" and exitstatus == 0 and not_allowed(skip_reasons(session.config)):
+    if (
+        os.environ.get("CI") == "true"
+        and exitstatus == 0
+        and not_allowed(skip_reasons(session.config))
+    ):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 

@@ -1,4 +1,4 @@
-"""The layout of design is a rule, not a picture: who imports whom, what nobody imports, how long a file gets."""
+"""The layout is a rule, not a picture: who imports whom, what nobody may, how long a file is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# cli -> {train, plan, report} -> models -> io -> surgery -> nn -> {quant, adapters} -> ops -> kernels
+# A file imports only from what stands to the right of its own place.
 CHAIN = (("cli",), ("train", "plan", "report"), ("models",), ("io",), ("surgery",), ("nn",))
 CHAIN += (("quant", "adapters"), ("ops",), ("kernels",))
 RIGHT_OF = {
@@ -21,7 +21,8 @@ RIGHT_OF = {
 }
 ALLOWED = {
     **{place: right | {"data", "errors", "optim"} for place, right in RIGHT_OF.items()},
-    "cli": RIGHT_OF["cli"] | {"data", "errors", "optim", "lowrank"},   # the command line is a user too
+    "cli": RIGHT_OF["cli"]
+    | {"data", "errors", "optim", "lowrank"},  # the command line is a user too
     "train": RIGHT_OF["train"] - {"models"} | {"data", "errors", "optim"},
     "optim": {"ops", "errors"},
     "data": {"errors"},
@@ -50,7 +51,7 @@ def tree_of(file: Path) -> ast.Module:
 
 
 def imports(file: Path) -> Iterator[tuple[int, str, str]]:
-    """(line, module, name) of each import anywhere in `file`; relative ones made absolute; name is "" for `import m`."""
+    """(line, module, name) of each import, relative ones made absolute; name "" in `import m`."""
     package = list(file.relative_to(ROOT).with_suffix("").parts[:-1])
     for node in ast.walk(tree_of(file)):
         if isinstance(node, ast.Import):
@@ -80,7 +81,7 @@ def test_imports_point_to_the_right():
     wrong = []
     for file in python_files("lowrank", "kernels"):
         home = home_of(file)
-        if home in ("__init__", "__main__"):         # the front doors: they only re-export and call
+        if home in ("__init__", "__main__"):  # the front doors: they only re-export and call
             continue
         assert home in ALLOWED, f"{name_of(file)} is in no place that the layout knows"
         for line, module, name in imports(file):
@@ -104,7 +105,8 @@ def test_kernels_import_triton_and_one_another():
         f"{name_of(file)}:{line}: {module}"
         for file in python_files("kernels")
         for line, module, _ in imports(file)
-        if module.split(".")[0] not in ("__future__", "triton") and not module.startswith("lowrank.kernels")
+        if module.split(".")[0] not in ("__future__", "triton")
+        and not module.startswith("lowrank.kernels")
     ]
     assert not wrong, "\n".join(wrong)
 
@@ -123,8 +125,13 @@ def test_no_pickle_under_another_name_and_no_print():
     wrong = []
     for file in python_files("lowrank", "kernels"):
         for node in ast.walk(tree_of(file)):
-            if isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "torch.save"):
-                wrong.append(f"{name_of(file)}:{node.lineno}: {ast.unparse(node)} (safetensors only)")
+            if isinstance(node, ast.Attribute) and ast.unparse(node) in (
+                "torch.load",
+                "torch.save",
+            ):
+                wrong.append(
+                    f"{name_of(file)}:{node.lineno}: {ast.unparse(node)} (safetensors only)"
+                )
             called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id
             if called == "print" and home_of(file) != "cli":
                 wrong.append(f"{name_of(file)}:{node.lineno}: print (use logging)")
@@ -150,7 +157,8 @@ def test_tests_touch_no_private_fields():
         f"{name_of(file)}:{node.lineno}: {ast.unparse(node)}"
         for file in python_files("tests", "benchmarks")
         for node in ast.walk(tree_of(file))
-        if isinstance(node, ast.Attribute) and is_private(node.attr)
+        if isinstance(node, ast.Attribute)
+        and is_private(node.attr)
         and ast.unparse(node.value) not in ("self", "torch", "os")
     ]
     assert not wrong, "\n".join(wrong)
@@ -167,7 +175,11 @@ def test_no_file_is_too_long():
 
 def test_csrc_knows_neither_torch_nor_python():
     include = re.compile(r'#\s*include\s*[<"](torch|ATen|c10|Python\.h|pybind11|pyconfig)')
-    wrong = [name_of(f) for f in (ROOT / "csrc").rglob("*") if f.is_file() and include.search(f.read_text())]
+    wrong = [
+        name_of(f)
+        for f in (ROOT / "csrc").rglob("*")
+        if f.is_file() and include.search(f.read_text())
+    ]
     assert wrong == []
 
 

@@ -1,4 +1,4 @@
-"""`import lowrank` costs next to nothing over `import torch`, and brings nothing optional with it."""
+"""`import lowrank` costs next to nothing over `import torch` and brings nothing optional."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ before = set(sys.modules)
 cpu, wall = time.process_time(), time.perf_counter()
 import lowrank
 cost = min(time.process_time() - cpu, time.perf_counter() - wall)
-print(json.dumps({"cost": cost, "new": sorted({m.split(".")[0] for m in set(sys.modules) - before})}))
+new = {m.split(".")[0] for m in set(sys.modules) - before}
+print(json.dumps({"cost": cost, "new": sorted(new)}))
 """
 
 LATER = {"triton", "tokenizers", "jinja2", "gguf", "matplotlib", "huggingface_hub", "tqdm", "numpy"}

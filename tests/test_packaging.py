@@ -1,4 +1,4 @@
-"""What is shipped: one top-level name, kernels/ inside it, native libraries if there was a compiler, else none."""
+"""What is shipped: one top-level name, kernels/ in it, native libraries if there was a compiler."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Called as a build front end calls it; the isolation itself is what `make` installs with.
-BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, 'build_' + sys.argv[1])('dist'))"
+BUILD = """
+import sys
+from setuptools import build_meta
+print(getattr(build_meta, "build_" + sys.argv[1])("dist"))
+"""
 
 # The reference at work: a weight there and back, with no native library in sight.
 WORKS = """
@@ -32,10 +36,12 @@ print(ops.explain("codebook_dequantize"))
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A clean copy of the sources, so that a build leaves nothing behind here and finds nothing stale."""
+    """A clean copy of the sources: a build leaves nothing behind here, and finds nothing stale."""
     copy = tmp_path / "checkout"
     for name in ("lowrank", "kernels", "csrc"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        shutil.copytree(
+            ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__")
+        )
     (copy / "tests").mkdir()
     for file in ROOT.iterdir():
         if file.is_file():
@@ -44,12 +50,17 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def build(kind: str, source: Path, mode: str = "auto", path: str = os.environ["PATH"]) -> Path:
-    """Builds a wheel or an sdist of `source`; returns the file. Raises CalledProcessError with the output."""
+    """The wheel or sdist of `source`; raises CalledProcessError with the whole output."""
     env = {k: v for k, v in os.environ.items() if k not in ("CXX", "NVCC", "PYTHONPATH")}
     env |= {"LOWRANK_BUILD": mode, "PATH": path}
     ran = subprocess.run(
         [sys.executable, "-c", BUILD, kind],
-        cwd=source, env=env, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        cwd=source,
+        env=env,
+        check=True,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     return source / "dist" / ran.stdout.split()[-1]
 
@@ -58,9 +69,16 @@ def run_installed(wheel: Path, code: str) -> str:
     """Runs `code` far from any checkout, with the unpacked wheel in front of everything else."""
     site = wheel.parent / "site"
     zipfile.ZipFile(wheel).extractall(site)
-    env = {k: v for k, v in os.environ.items() if not k.startswith("LOWRANK_")} | {"PYTHONPATH": str(site)}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("LOWRANK_")} | {
+        "PYTHONPATH": str(site)
+    }
     ran = subprocess.run(
-        [sys.executable, "-c", code], cwd=wheel.parent, env=env, check=True, text=True, stdout=subprocess.PIPE
+        [sys.executable, "-c", code],
+        cwd=wheel.parent,
+        env=env,
+        check=True,
+        text=True,
+        stdout=subprocess.PIPE,
     )
     assert str(site) in ran.stdout
     return ran.stdout
@@ -75,7 +93,10 @@ def contents(wheel: Path) -> tuple[list[str], list[str]]:
 
 
 def kernel_files() -> set[str]:
-    return {f"lowrank/kernels/{f.relative_to(ROOT / 'kernels').as_posix()}" for f in (ROOT / "kernels").rglob("*.py")}
+    return {
+        f"lowrank/kernels/{f.relative_to(ROOT / 'kernels').as_posix()}"
+        for f in (ROOT / "kernels").rglob("*.py")
+    }
 
 
 def test_pure_wheel_holds_one_name_and_the_kernels(checkout):
@@ -86,7 +107,7 @@ def test_pure_wheel_holds_one_name_and_the_kernels(checkout):
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"lowrank"}
     assert kernel_files() <= set(names)
     assert "lowrank/py.typed" in names and not any(n.endswith(".so") for n in names)
-    with zipfile.ZipFile(wheel) as archive:              # the real one, not the checkout's shim
+    with zipfile.ZipFile(wheel) as archive:  # the real one, not the checkout's shim
         shipped = archive.read("lowrank/kernels/__init__.py").decode()
     assert shipped == (ROOT / "kernels" / "__init__.py").read_text()
 
@@ -97,7 +118,9 @@ def test_sdist_builds_the_same_wheel(checkout):
     with tarfile.open(sdist) as archive:
         archive.extractall(checkout.parent, filter="data")
     unpacked = checkout.parent / sdist.name.removesuffix(".tar.gz")
-    assert sorted(p.name for p in (unpacked / "csrc").iterdir()) == sorted(p.name for p in (checkout / "csrc").iterdir())
+    assert sorted(p.name for p in (unpacked / "csrc").iterdir()) == sorted(
+        p.name for p in (checkout / "csrc").iterdir()
+    )
     assert sorted(contents(build("wheel", unpacked, mode="skip"))[0]) == sorted(direct)
 
 
@@ -128,4 +151,6 @@ def test_wheel_with_native_libraries(checkout):
     assert "-py3-none-" in wheel.name and "any" not in wheel.name
     assert "lowrank/lib/liblowrank_cpu.so" in names
     assert ("lowrank/lib/liblowrank_cuda.so" in names) == (shutil.which("nvcc") is not None)
-    run_installed(wheel, WORKS + "\nfrom lowrank.ops import native\nassert native.cpu().lowrank_abi() > 0")
+    run_installed(
+        wheel, WORKS + "\nfrom lowrank.ops import native\nassert native.cpu().lowrank_abi() > 0"
+    )

@@ -1,4 +1,4 @@
-"""Source checkout only: the Triton kernels are in kernels/ at the root (a wheel has them here instead)."""
+"""Source checkout only: the Triton kernels are in kernels/ at the root (a wheel has them here)."""
 
 from pathlib import Path
 

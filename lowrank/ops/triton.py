@@ -1,7 +1,8 @@
-"""Launches the Triton kernels: dequantize, and the two products as dequantize into scratch + cuBLAS.
+"""Launches the Triton kernels: dequantize, and the products as dequantize into scratch + cuBLAS.
 
-At training sizes decoding costs 231 / M of the product on an H200 (3 % at 8,192 tokens), so the product is
-left to cuBLAS. On the CPU these run only under Triton's interpreter (TRITON_INTERPRET=1), for tests.
+At training sizes decoding is a small part of the product (231 / M of it on an H200, by arithmetic),
+so the product is left to cuBLAS. On a CPU these run only under Triton's interpreter
+(TRITON_INTERPRET=1), for tests.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from lowrank.kernels.codebook_dequantize import codebook_dequantize_kernel
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _OLDEST = (7, 5)  # Turing: what Triton compiles for
-_TILE = 1024  # 8 elements for each of 128 threads: the compiler then stores 16 bytes a thread, straight from registers
+_TILE = 1024  # 8 elements for each of 128 threads: 16-byte stores straight from registers
 
 
 def refuse(op: str, *args) -> str | None:
@@ -28,7 +29,7 @@ def refuse(op: str, *args) -> str | None:
         return None if _INTERPRETED else f"runs on CUDA tensors; got one on {device}"
     capability = torch.cuda.get_device_capability(device)
     if capability < _OLDEST:
-        return f"needs compute capability {_OLDEST[0]}.{_OLDEST[1]}; {device} has {capability[0]}.{capability[1]}"
+        return f"needs compute capability {_OLDEST} or newer; {device} has {capability}"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Run by test_triton.py as a process of its own: Triton's decorators bind the interpreter at import."""
+"""Run by test_triton.py in its own process: Triton's decorators bind the interpreter at import."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ BLOCKS = [32, 64, 256, 4096]
 DTYPES = [torch.float32, torch.float16]  # the interpreter truncates where bfloat16 should round
 
 
-def random_weight(N: int, K: int, G: int, double_quant: bool, per_row: bool, g: torch.Generator) -> tuple:
+def random_weight(
+    N: int, K: int, G: int, double_quant: bool, per_row: bool, g: torch.Generator
+) -> tuple:
     """Packed codes (pads too), scales over many magnitudes and any codebook at all."""
     blocks = -(-K // G)
     packed = torch.randint(256, (N, (K + 31) // 32 * 16), dtype=torch.uint8, generator=g)
@@ -37,7 +39,9 @@ def main(seed: int) -> None:
         for dtype in DTYPES:
             got = interpreted.codebook_dequantize(*weight, K, G, dtype)
             want = reference.codebook_dequantize(*weight, K, G, dtype)
-            assert torch.equal(got, want), f"N={N} K={K} G={G} {double_quant=} {per_row=} {dtype} {seed=}"
+            assert torch.equal(got, want), (
+                f"N={N} K={K} G={G} {double_quant=} {per_row=} {dtype} {seed=}"
+            )
         x, dy = torch.randn(5, K, generator=g), torch.randn(5, N, generator=g)
         assert interpreted.refuse("codebook_linear", x) is None
         y = interpreted.codebook_linear(x, *weight, None, G)

@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: interpreted against the reference, compiled for real architectures."""
+"""The Triton kernels without a GPU: interpreted against the reference, compiled to real cubins."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ ARCHITECTURES = [80, 90]
 def test_interpreted_dequantize_equals_the_reference(seed):
     ran = subprocess.run(
         [sys.executable, "-m", "tests.ops.interpreted_dequantize", str(seed)],
-        cwd=ROOT, capture_output=True, text=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout == "96 cases equal\n"
@@ -36,7 +38,11 @@ def compile_offline(kernel, signature: dict, constants: dict, arch: int, cache: 
         fn=kernel,
         signature=signature,
         constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in ("packed_ptr", "out_ptr") if n in names},
+        attrs={
+            (names.index(n),): [["tt.divisibility", 16]]
+            for n in ("packed_ptr", "out_ptr")
+            if n in names
+        },
     )
     options = {"num_warps": 4, "enable_fp_fusion": False}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -47,7 +53,9 @@ def stack_bytes(compiled, folder: Path) -> int:
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    usage = subprocess.run(
+        [tool, "-res-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
     return int(re.search(r"STACK:(\d+)", usage).group(1))
 
 
@@ -71,10 +79,12 @@ def test_dequantize_compiles_without_spills(arch, double_quant, out, tmp_path, m
         "BLOCK_K": "constexpr",
     }
     constants = {"G": 64, "BLOCK_K": 1024} | ({} if double_quant else {"scale_ptr": None})
-    compiled = compile_offline(codebook_dequantize_kernel, signature, constants, arch, tmp_path, monkeypatch)
+    compiled = compile_offline(
+        codebook_dequantize_kernel, signature, constants, arch, tmp_path, monkeypatch
+    )
     assert stack_bytes(compiled, tmp_path) == 0
     ptx = compiled.asm["ptx"]
-    assert "fma.rn.f32" not in ptx                       # code * step + offset rounds twice
+    assert "fma.rn.f32" not in ptx  # code * step + offset rounds twice
     if out != "fp32":
         assert re.search(rf"cvt\.rn\.{out.replace('fp', 'f')}", ptx)
 
@@ -82,7 +92,9 @@ def test_dequantize_compiles_without_spills(arch, double_quant, out, tmp_path, m
 def test_refuses_a_cpu_tensor_with_a_reason():
     from lowrank.ops import triton as backend
 
-    assert backend.refuse("codebook_linear", torch.zeros(1)) == "runs on CUDA tensors; got one on cpu"
+    assert (
+        backend.refuse("codebook_linear", torch.zeros(1)) == "runs on CUDA tensors; got one on cpu"
+    )
 
 
 @pytest.mark.gpu
