@@ -55,9 +55,8 @@ def load_examples(source: str | Path | Sequence[Mapping[str, Any]]) -> Examples:
     elif isinstance(source, Mapping) or not (
         hasattr(source, "__len__") and hasattr(source, "__getitem__")
     ):
-        raise DataError(
-            f"data must be a path or a sequence of dicts; got {type(source).__name__}: pass list(...) of it"
-        )
+        got = type(source).__name__
+        raise DataError(f"data must be a path or a sequence of dicts; got {got}: pass a list")
     else:
         name = "the data"
         found = ((f"example {i}", source[i]) for i in range(len(source)))
@@ -134,13 +133,10 @@ def _check(row: Any, place: str, kind: str) -> str:
     """Validate one example against the kind of the first; returns that kind."""
     if not isinstance(row, Mapping):
         raise DataError(f"{place}: expected a JSON object with {FIELDS}; got {type(row).__name__}")
-    if kind and all(field in row for field in KINDS[kind]):
-        found = kind
-    else:
-        found = kind_of(row, place)
+    found = kind_of(row, place)
     if kind and found != kind:
         raise DataError(
-            f"{place}: is of kind '{found}', the examples before it are '{kind}': use one kind a data set"
+            f"{place}: is of kind '{found}', those before are '{kind}': split the data by kind"
         )
     if found == "messages":
         _check_messages(row, place)
@@ -199,10 +195,12 @@ def _check_tokens(row: Mapping[str, Any], place: str) -> None:
         low = 0 if field == "input_ids" else -100
         if any(not low <= value < 2**31 for value in values):
             raise DataError(
-                f"{place}: '{field}' must lie from {low} to 2**31 - 1; got {min(values)} to {max(values)}"
+                f"{place}: '{field}' must lie from {low} to 2**31 - 1; "
+                f"got {min(values)} to {max(values)}"
             )
         lengths[field] = len(values)
     if len(set(lengths.values())) > 1:
         raise DataError(
-            f"{place}: 'input_ids' has {lengths['input_ids']} tokens, 'labels' has {lengths['labels']}"
+            f"{place}: 'labels' must be as many as 'input_ids', {lengths['input_ids']}; "
+            f"got {lengths['labels']}"
         )

@@ -60,9 +60,9 @@ def tokenize(
 ) -> dict[str, list[int]]:
     """Turn one example into {"input_ids", "labels"}, two lists of one length, at most `max_length`.
 
-    labels[s] is input_ids[s], or -100 where it is not learned: the prompt of a completion and the turns of
-    messages that the assistant did not write, unless `completion_only_loss` is false. `text` and `completion`
-    end in EOS. The prompt's ids are those the prompt has alone, as when generating.
+    labels[s] is input_ids[s], or -100 where it is not learned: the prompt of a completion and the
+    turns of messages that the assistant did not write, unless `completion_only_loss` is false.
+    `text` and `completion` end in EOS. A prompt's ids are those it has alone, as when generating.
     """
     ids, labels, _ = _tokenize(
         example, kind_of(example, "the example"), tokenizer, completion_only_loss
@@ -76,7 +76,7 @@ def tokenize_all(
     max_length: int | None = None,
     completion_only_loss: bool = True,
 ) -> TokenizedExamples:
-    """Tokenize every example once; those with nothing to learn are dropped, and `notes` says how many.
+    """Tokenize every example once; those with nothing to learn are dropped and counted in `notes`.
 
     Raises DataError naming file and line where an example cannot be tokenized, or if none is left.
     """
@@ -123,12 +123,13 @@ def _notes(
         notes.append(f"{truncated} of {total} examples were cut to max_length={max_length} tokens")
     if dropped:
         notes.append(
-            f"{dropped} of {total} examples have no token to learn (within max_length) and were dropped"
+            f"{dropped} of {total} examples have no token to learn within max_length={max_length} "
+            "and were dropped"
         )
     if unmasked:
         notes.append(
-            f"{unmasked} of {total} conversations are learned whole: their chat template does not show "
-            "where the assistant's turns begin and end"
+            f"{unmasked} of {total} conversations are learned whole: the chat template does not "
+            "show where the assistant's turns begin and end"
         )
     return notes
 
@@ -166,8 +167,8 @@ def _encode(
 ) -> tuple[list[int], list[int]]:
     """Token ids of the segments' joined text, and labels from each segment's `learned`.
 
-    The text is encoded whole where every border between segments falls between two tokens of it, and segment
-    by segment otherwise: either way the ids before a border are those of that text alone.
+    The text is encoded whole where every border between segments falls between two of its tokens,
+    and segment by segment otherwise: either way a prompt's ids are those it has alone.
     """
     segments = [(text, learned) for text, learned in segments if text]
     whole = tokenizer.encode("".join(text for text, _ in segments), add_special_tokens=False)
@@ -196,10 +197,11 @@ def _labels(parts: list[list[int]], segments: Sequence[tuple[str, bool]]) -> lis
 def _turns(
     example: Mapping[str, Any], tokenizer: Tokenizer, completion_only: bool
 ) -> list[tuple[str, bool]]:
-    """The rendered conversation cut into (text, learned): learned from the assistant's cue to its turn's end.
+    """The rendered conversation cut into (text, learned): what the assistant wrote is learned.
 
-    A turn's place is found by rendering the messages before it with the cue to answer, and up to it: both must
-    be what the whole conversation begins with. A template that shows past turns otherwise hides those turns.
+    A turn's place is found by rendering the messages before it with the cue to answer, and those
+    up to it: the whole conversation must begin with both. A turn that the template shows
+    otherwise once it is past is not learned.
     """
     messages, tools = list(example["messages"]), example.get("tools")
     whole = _render(tokenizer, messages, False, tools)

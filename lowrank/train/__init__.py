@@ -1,7 +1,7 @@
 """Training: `Trainer(model, TrainConfig(...), train_data, eval_data, tokenizer=tok).train()`."""
 
 from lowrank.train.config import TrainConfig as TrainConfig
+from lowrank.train.record import TrainResult as TrainResult
 from lowrank.train.run import check_output_dir as check_output_dir
 from lowrank.train.schedule import lr_multiplier as lr_multiplier
 from lowrank.train.trainer import Trainer as Trainer
-from lowrank.train.trainer import TrainResult as TrainResult

@@ -1,4 +1,4 @@
-"""What is trained and its gradients: which parameters, whether any learns, their norm, checkpointing."""
+"""What is trained and its gradients: which parameters, whether they learn, norm, checkpointing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def check_gradients(parameters: dict[str, nn.Parameter]) -> None:
-    """After the first backward: TrainingError if no parameter has a gradient, a warning for layers without.
+    """After the first backward: TrainingError if no gradient came, a warning for layers without.
 
     The two matrices of an adapter count as one, since the gradient of A is zero while B is.
     """
@@ -38,8 +38,8 @@ def check_gradients(parameters: dict[str, nn.Parameter]) -> None:
     silent = [layer for layer, has in learns.items() if not has]
     if len(silent) == len(learns):
         raise TrainingError(
-            f"step 1: the gradient of all {len(parameters)} trainable tensors is zero or missing, so nothing "
-            f"would be learned: does the output depend on them ({silent[0]}, ...)?"
+            f"step 1: the gradient of all {len(parameters)} trainable tensors is zero or missing, "
+            f"so nothing would be learned: does the loss depend on them ({silent[0]}, ...)?"
         )
     if silent:
         logger.warning(
@@ -50,9 +50,9 @@ def check_gradients(parameters: dict[str, nn.Parameter]) -> None:
         )
 
 
-def clip(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Scale the gradients so that their global 2-norm is at most `max_norm`; returns the norm before."""
-    if max_norm is not None:
+def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale the gradients to a global 2-norm of at most `max_norm` (0: any); returns their norm."""
+    if max_norm:
         return nn.utils.clip_grad_norm_(parameters, max_norm)
     return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 

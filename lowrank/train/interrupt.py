@@ -1,4 +1,4 @@
-"""Ctrl-C as a wish to stop: the first is noted, for the loop to act on; the second interrupts at once."""
+"""Ctrl-C as a wish: the first is noted, for the loop to act on; the second interrupts at once."""
 
 from __future__ import annotations
 

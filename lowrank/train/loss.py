@@ -23,11 +23,11 @@ def packs(model: nn.Module) -> bool:
 
 
 def batch_loss(model: nn.Module) -> BatchLoss:
-    """How to get this model's loss: sum over s with labels[s] != -100 of -log p(labels[s] | input_ids[:s]).
+    """How to get this model's loss of a batch: the sum of -log p(labels[s] | input_ids[:s]).
 
-    A model that packs has `loss(input_ids, labels, position_ids=, attention_mask=)`, which returns that sum.
-    Any other is called with input_ids (and attention_mask, if its forward takes one), and returns logits
-    [B, S, V] or an object with `.logits`.
+    A model that packs has `loss(input_ids, labels, position_ids=, attention_mask=)`, which returns
+    that sum over the labels that are not -100. Any other is called with input_ids, also with
+    attention_mask if its forward has it; it returns logits [B, S, V] or something with `.logits`.
     """
     if packs(model):
 
@@ -56,14 +56,15 @@ def batch_loss(model: nn.Module) -> BatchLoss:
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of -log softmax(logits[b, s - 1])[labels[b, s]] over labels that are not -100, in float32.
+    """Sum of -log softmax(logits[b, s - 1])[labels[b, s]] over labels but -100, in float32.
 
     logits [B, S, V], labels [B, S]; only the rows of labelled tokens are brought to float32.
     """
     if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != labels.shape:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ShapeError(
-            f"the model must return logits [B, S, V] (or .logits) for input_ids {tuple(labels.shape)}; got {got}"
+            f"the model must return logits [B, S, V] (or .logits) for input_ids of shape "
+            f"{tuple(labels.shape)}; got {got}"
         )
     rows, places = torch.nonzero(labels[:, 1:] != IGNORED, as_tuple=True)
     return F.cross_entropy(logits[rows, places].float(), labels[rows, places + 1], reduction="sum")

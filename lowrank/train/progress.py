@@ -19,7 +19,7 @@ def peak_memory() -> int:
 
 
 class Progress:
-    """A tqdm bar where stderr is a terminal and tqdm is installed; else a log line every `every` steps."""
+    """A tqdm bar if stderr is a terminal and tqdm is there; else a log line every `every` steps."""
 
     def __init__(self, total: int, every: int, disable: bool) -> None:
         self._total, self._every, self._bar = total, every, None
@@ -35,7 +35,8 @@ class Progress:
         """Show a finished step from its line of metrics.jsonl."""
         step, speed = line["step"], line["tokens"] / line["seconds"]
         shown = (
-            f"loss {line['loss']:.4f}, lr {line['learning_rate']:.2e}, grad norm {line['grad_norm']:.3f}, "
+            f"loss {line['loss']:.4f}, lr {line['learning_rate']:.2e}, "
+            f"grad norm {line['grad_norm']:.3f}, "
             f"{speed:.0f} tokens/s, {line['peak_memory_bytes'] / 2**30:.2f} GiB"
         )
         if self._bar is not None:

@@ -60,7 +60,7 @@ class RunDirectory:
         os.replace(aside, self.path / name)
 
     def save_model(self, model: nn.Module) -> Path:
-        """Save what was trained: adapters in PEFT's format, else the trained tensors; returns the file."""
+        """Save adapters in PEFT's format, else the trained tensors; returns where they are."""
         from lowrank.io import save_adapter
         from lowrank.io.safetensors import write_safetensors
 

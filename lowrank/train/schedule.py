@@ -32,8 +32,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 def lr_multiplier(name: str, step: int, total: int, warmup: int) -> float:
     """Multiplier of the learning rate for step `step` (from 0) of `total`.
 
-    step / warmup while step < warmup (so the first step of a warmup has rate 0, as in transformers),
-    then the schedule over the steps that remain.
+    step / warmup while step < warmup (a warmup's first step has rate 0, as in transformers), then
+    the schedule over the steps that remain.
     """
     if step < warmup:
         return step / max(1, warmup)
@@ -41,7 +41,7 @@ def lr_multiplier(name: str, step: int, total: int, warmup: int) -> float:
 
 
 def warmup_steps(total: int, steps: int | float, ratio: float) -> int:
-    """Steps of warmup: `steps`, as a share of `total` if below 1, or `ratio` of `total` if `steps` is 0."""
+    """Steps of warmup: `steps`, a share of `total` if below 1; `ratio` of `total` if it is 0."""
     if steps >= 1:
         return int(steps)
     return math.ceil(total * (steps or ratio))
