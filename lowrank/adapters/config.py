@@ -1,0 +1,213 @@
+"""The settings of an adapter, under PEFT's names and with PEFT's defaults, checked when they are made."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from lowrank.errors import ConfigError
+
+INITS = (True, False, "gaussian")
+BIASES = ("none", "lora_only", "all")
+TASKS = ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+# Keys of adapter_config.json that are no field here, with the values PEFT 0.21.2 writes by default.
+_PEFT_REST: dict[str, Any] = {
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "auto_mapping": None,
+    "corda_config": None,
+    "ensure_weight_tying": False,
+    "eva_config": None,
+    "fan_in_fan_out": False,
+    "kasa_config": None,
+    "layer_replication": None,
+    "loftq_config": {},
+    "lora_bias": False,
+    "lora_ga_config": None,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "monteclora_config": None,
+    "peft_type": "LORA",
+    "peft_version": "0.21.2",
+    "qalora_group_size": 16,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_qalora": False,
+    "velora_config": None,
+}
+# Of those, the ones that change what the layer computes: a file that sets one of them is refused.
+_PEFT_REFUSED = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "megatron_config",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+)
+# Initialisations that leave the base as it was: once trained, such an adapter is plain LoRA.
+_PEFT_PLAIN_INITS = ("eva", "orthogonal")
+
+
+@dataclass
+class LoRAConfig:
+    """What to adapt and how: y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ, with s = lora_alpha / r.
+
+    target_modules: names or suffixes of names; a str is a regex for the whole name (`re.fullmatch`),
+      and "all-linear" means every linear layer but the output head. None: q_proj and v_proj.
+    exclude_modules: the same two rules; wins over target_modules.
+    rank_pattern, alpha_pattern: {name, suffix or regex: value} for layers that differ; first match wins.
+    layers_to_transform: indices of the blocks to adapt, counted in the ModuleList `layers_pattern`
+      (None: the first one in the name).
+    use_rslora: s = lora_alpha / sqrt(r).      bias: which of the base's biases train and are saved.
+    init_lora_weights: True (A uniform, B zero), "gaussian" (A normal, B zero), or False (neither zero).
+
+    Raises ConfigError on any value that is out of range or not supported.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    lora_dropout: float = 0.0
+    bias: str = "none"
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | str = True
+    modules_to_save: list[str] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+    def __post_init__(self) -> None:
+        _check_rank("r", self.r)
+        _check_number("lora_alpha", self.lora_alpha)
+        _check_number("lora_dropout", self.lora_dropout)
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout: expected 0 <= p < 1; got {self.lora_dropout!r}")
+        for name in ("use_rslora", "use_dora", "inference_mode"):
+            _check_choice(name, getattr(self, name), (True, False))
+        _check_choice("bias", self.bias, BIASES)
+        _check_choice("init_lora_weights", self.init_lora_weights, INITS)
+        if self.use_dora:
+            raise ConfigError("use_dora: expected False, plain LoRA and use_rslora are what is supported; got True")
+        if self.modules_to_save:
+            raise ConfigError(
+                "modules_to_save: expected None, whole trained modules are not supported "
+                f"(adapt linear layers through target_modules); got {self.modules_to_save!r}"
+            )
+        self.task_type = _task(self.task_type)
+        self.target_modules = _names("target_modules", self.target_modules)
+        self.exclude_modules = _names("exclude_modules", self.exclude_modules)
+        self.layers_pattern = _names("layers_pattern", self.layers_pattern)
+        _check_layers(self.layers_to_transform, self.layers_pattern, self.target_modules)
+        for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_number)):
+            pattern = getattr(self, name)
+            if not isinstance(pattern, Mapping):
+                raise ConfigError(f"{name}: expected a dict from module names to numbers; got {pattern!r}")
+            for key, value in pattern.items():
+                _check_regex(name, key)
+                check(f"{name}[{key!r}]", value)
+
+    def rank(self, name: str) -> int:
+        """R of the layer called `name`."""
+        return _first_match(self.rank_pattern, name, self.r)
+
+    def alpha(self, name: str) -> float:
+        """alpha of the layer called `name`."""
+        return _first_match(self.alpha_pattern, name, self.lora_alpha)
+
+    def to_peft(self) -> dict[str, Any]:
+        """The content of PEFT's adapter_config.json; an adapter on disk is always for inference."""
+        return {**_PEFT_REST, **{f.name: getattr(self, f.name) for f in fields(self)}, "inference_mode": True}
+
+    @classmethod
+    def from_peft(cls, content: Mapping[str, Any]) -> LoRAConfig:
+        """The config in PEFT's adapter_config.json: unknown keys are ignored, missing ones are defaults.
+
+        Raises ConfigError if the file asks for something that would change what the layers compute.
+        """
+        if content.get("peft_type") != "LORA":
+            raise ConfigError(f'peft_type: expected "LORA"; got {content.get("peft_type")!r}')
+        for key in _PEFT_REFUSED:
+            if content.get(key):
+                raise ConfigError(f"{key}: expected {_PEFT_REST[key]!r}, it is not supported; got {content[key]!r}")
+        known = {f.name: content[f.name] for f in fields(cls) if content.get(f.name) is not None}
+        if known.get("init_lora_weights") in _PEFT_PLAIN_INITS:
+            known["init_lora_weights"] = True
+        return cls(**{**known, "inference_mode": False})
+
+
+def _check_rank(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name}: expected an integer rank of at least 1; got {value!r}")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"{name}: expected a finite number; got {value!r}")
+
+
+def _check_choice(name: str, value: Any, choices: tuple) -> None:
+    if not any(type(value) is type(c) and value == c for c in choices):
+        raise ConfigError(f"{name}: expected one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def _check_regex(name: str, pattern: Any) -> None:
+    if not isinstance(pattern, str) or not pattern:
+        raise ConfigError(f"{name}: expected names or a regex; got {pattern!r}")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"{name}: {pattern!r} is not a regular expression ({error})") from error
+
+
+def _names(name: str, value: Any) -> list[str] | str | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        _check_regex(name, value)
+        return value
+    if not isinstance(value, Iterable) or isinstance(value, Mapping | bytes):
+        raise ConfigError(f"{name}: expected a list of names, a regex, or None; got {value!r}")
+    value = list(dict.fromkeys(value))
+    if not value or not all(isinstance(v, str) and v for v in value):
+        raise ConfigError(f"{name}: expected at least one name, each a non-empty string; got {value!r}")
+    return value
+
+
+def _task(value: Any) -> str | None:
+    value = getattr(value, "value", value)                 # PEFT's TaskType is an enum of strings
+    if value is not None and value not in TASKS:
+        raise ConfigError(f"task_type: expected None or one of {', '.join(TASKS)}; got {value!r}")
+    return value
+
+
+def _check_layers(layers: Any, pattern: Any, targets: Any) -> None:
+    if layers is None:
+        if pattern is not None:
+            raise ConfigError(f"layers_pattern: expected None without layers_to_transform; got {pattern!r}")
+        return
+    indices = [layers] if isinstance(layers, int) else layers
+    if not isinstance(indices, list | tuple) or not indices or any(type(i) is not int or i < 0 for i in indices):
+        raise ConfigError(f"layers_to_transform: expected block indices of at least 0; got {layers!r}")
+    if isinstance(targets, str):
+        raise ConfigError(f"layers_to_transform: expected a list of target_modules beside it; got the regex {targets!r}")
+
+
+def _first_match(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
+    return next((v for key, v in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)

@@ -1,0 +1,205 @@
+"""A linear layer with low-rank adapters beside it, under the names PEFT gives them in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.adapters import lora
+from lowrank.adapters.config import LoRAConfig
+from lowrank.errors import ConfigError, TargetError
+from lowrank.nn.quant_linear import QuantLinear
+from lowrank.quant import Quantizer
+
+
+class LoRALinear(nn.Module):
+    """y = x Wᵀ + b + Σ s·drop(x) Aᵀ Bᵀ over the active adapters.   Hu et al., arXiv:2106.09685.
+
+    x: [..., K], y: [..., N]. `base_layer` holds W [N, K] and b [N], frozen, dense or quantized;
+    `lora_A[name].weight` is A [R, K], `lora_B[name].weight` is B [N, R], `scaling[name]` is s.
+    Adapters are float32 over a 16-bit or quantized base, else of the base's dtype.
+
+    While merged, `base_layer` is a dense linear with W + Σ s·B A, and the layer that was there is
+    kept aside, so that unmerging gives back its very bits. A state dict of the plain layer
+    (`weight`, `bias`, or a quantized layer's tensors) loads into `base_layer`, with strict=True too.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        config: LoRAConfig | None = None,
+        quantizer: str | Quantizer | None = None,
+        adapter: str = "default",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if quantizer is None:
+            base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        else:
+            base = QuantLinear(in_features, out_features, bias, quantizer, device=device, dtype=dtype)
+        self._init_around(base)
+        self.add_adapter(adapter, config or LoRAConfig())
+        self.set_adapter([adapter])
+
+    @classmethod
+    def wrap(
+        cls, linear: nn.Linear | QuantLinear, config: LoRAConfig, adapter: str = "default", name: str = ""
+    ) -> LoRALinear:
+        """The same layer with an adapter; `linear` becomes `base_layer` and is frozen.
+
+        `name` is the layer's name in its model, for the config's rank_pattern and alpha_pattern.
+        """
+        if isinstance(linear, LoRALinear) or not isinstance(linear, nn.Linear | QuantLinear):
+            raise TargetError(f"wrap: expected an nn.Linear or QuantLinear; got {type(linear).__name__} {name}".rstrip())
+        layer = cls.__new__(cls)
+        layer._init_around(linear)
+        layer.add_adapter(adapter, config, name)
+        layer.set_adapter([adapter])
+        return layer
+
+    def _init_around(self, base: nn.Linear | QuantLinear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.base_layer = base.requires_grad_(False)
+        self.lora_dropout = nn.ModuleDict()
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+        self.config: dict[str, LoRAConfig] = {}
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}                # s, what scale_adapter chose included
+        self.active_adapters: list[str] = []
+        self.disabled = False
+        # in a list, so that it is no submodule: a merged layer's state is the merged weight alone
+        self._aside: list[nn.Module] = []
+        self.register_load_state_dict_pre_hook(_take_plain_keys)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.disabled or self.merged:
+            return self.unmerged_base(x) if self.disabled else self.base_layer(x)
+        branches = []
+        for name in self.active_adapters:
+            dropout, A, B = self.lora_dropout[name], self.lora_A[name].weight, self.lora_B[name].weight
+            if self.training and dropout.p > 0:
+                _, h = lora.down(dropout(x), A)
+            else:
+                x, h = lora.down(x, A)
+            branches.append((h, B, self.scaling[name]))
+        y = self.base_layer(x)
+        for h, B, s in branches:
+            y = lora.up(y, h, B, s)
+        return y
+
+    @property
+    def merged(self) -> bool:
+        """Whether `base_layer` holds the merged weight."""
+        return bool(self._aside)
+
+    @property
+    def unmerged_base(self) -> nn.Module:
+        """The base layer as it is without any adapter, merged or not."""
+        return self._aside[0] if self._aside else self.base_layer
+
+    @property
+    def weight(self) -> Tensor:
+        """W [N, K] of a dense base layer, as code written for nn.Linear expects it."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """b [N] of the base layer."""
+        return self.base_layer.bias
+
+    def add_adapter(self, adapter: str, config: LoRAConfig, name: str = "") -> None:
+        """Add an inactive adapter, initialised as `config` says; `name` is this layer's name in its model."""
+        if adapter in self.lora_A:
+            raise ConfigError(f"adapter: {adapter!r} is already there; delete it first or choose another name")
+        if not adapter or "." in adapter:
+            raise ConfigError(f"adapter: expected a name without dots; got {adapter!r}")
+        self._refuse_if_merged("add_adapter")
+        weight = next(self.base_layer.parameters())
+        dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
+        r = config.rank(name)
+        A = nn.utils.skip_init(nn.Linear, self.in_features, r, bias=False, device=weight.device, dtype=dtype)
+        B = nn.utils.skip_init(nn.Linear, r, self.out_features, bias=False, device=weight.device, dtype=dtype)
+        lora.init_(A.weight, B.weight, config.init_lora_weights)
+        self.lora_dropout[adapter] = nn.Dropout(config.lora_dropout)
+        self.lora_A[adapter], self.lora_B[adapter] = A.requires_grad_(False), B.requires_grad_(False)
+        self.config[adapter], self.r[adapter], self.lora_alpha[adapter] = config, r, config.alpha(name)
+        self.scale_adapter(adapter, 1.0)
+
+    def set_adapter(self, adapters: Iterable[str]) -> None:
+        """Make these adapters, of those that are here, the active ones: their outputs add up, and only they train."""
+        self._refuse_if_merged("set_adapter")
+        self.active_adapters = [a for a in adapters if a in self.lora_A]
+        for part in (self.lora_A, self.lora_B):
+            for adapter, linear in part.items():
+                linear.requires_grad_(adapter in self.active_adapters and not self.config[adapter].inference_mode)
+
+    def scale_adapter(self, adapter: str, factor: float) -> None:
+        """s = factor · alpha / R (sqrt(R) if rank-stabilized): of the config's s, not of the last one set."""
+        self._refuse_if_merged("scale_adapter")
+        rslora = self.config[adapter].use_rslora
+        self.scaling[adapter] = factor * lora.scaling(self.r[adapter], self.lora_alpha[adapter], rslora)
+
+    def delete_adapter(self, adapter: str) -> None:
+        """Forget an adapter, if it is here."""
+        self._refuse_if_merged("delete_adapter")
+        if adapter in self.lora_A:
+            for part in (self.lora_dropout, self.lora_A, self.lora_B):
+                del part[adapter]
+            for table in (self.config, self.r, self.lora_alpha, self.scaling):
+                del table[adapter]
+            self.active_adapters = [a for a in self.active_adapters if a != adapter]
+
+    def merge(self, adapters: Iterable[str] | None = None, dtype: torch.dtype | None = None) -> None:
+        """Fold adapters (None: the active ones) into a dense base layer, the old one kept aside.
+
+        `dtype` of the merged weight: None means the base's, which for a quantized base is the dtype
+        its weight had before quantization. Quantizing again would round the adapter away.
+        """
+        self._refuse_if_merged("merge")
+        chosen = [a for a in (self.active_adapters if adapters is None else adapters) if a in self.lora_A]
+        base = self.base_layer
+        dense = isinstance(base, nn.Linear)
+        dtype = dtype or (base.weight.dtype if dense else base.storage.dtype)
+        weight = base.weight if dense else base.dequantize(torch.promote_types(dtype, torch.float32))
+        branches = [(self.lora_A[a].weight, self.lora_B[a].weight, self.scaling[a]) for a in chosen]
+        merged = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        merged.weight = nn.Parameter(lora.merged_weight(weight, branches, dtype), requires_grad=False)
+        merged.bias = base.bias                            # the same parameter: adapters do not change it
+        merged.train(base.training)
+        self._aside, self.base_layer = [base], merged
+
+    def unmerge(self) -> None:
+        """Put the base layer back as it was before `merge`, bit for bit."""
+        if self._aside:
+            self.base_layer, self._aside = self._aside[0], []
+
+    def _refuse_if_merged(self, what: str) -> None:
+        if self.merged:
+            raise ConfigError(f"{what}: expected unmerged layers; the adapters are merged: call unmerge first")
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> LoRALinear:
+        for base in self._aside:
+            base._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        state = "merged" if self.merged else "disabled" if self.disabled else "active"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {state}={self.active_adapters}"
+
+
+def _take_plain_keys(layer: LoRALinear, state_dict: dict, prefix: str, *_: object) -> None:
+    """Before loading: the keys of a plain linear go to `base_layer`, and the adapters stay as they are."""
+    plain = [key for key in state_dict if key.startswith(prefix) and key[len(prefix) :].split(".")[0] not in layer._modules]
+    for key in plain:
+        state_dict[f"{prefix}base_layer.{key[len(prefix) :]}"] = state_dict.pop(key)
+    if plain:
+        for name, value in layer.state_dict().items():
+            if name.startswith("lora_"):
+                state_dict.setdefault(prefix + name, value)

@@ -1,0 +1,14 @@
+"""Everything that edits a model: quantize, inject, switch, scale, merge."""
+
+from .count import count_parameters as count_parameters
+from .count import print_trainable_parameters as print_trainable_parameters
+from .inject import inject as inject
+from .merge import merge as merge
+from .merge import merge_and_unload as merge_and_unload
+from .merge import unmerge as unmerge
+from .quantize import quantize as quantize
+from .switch import delete_adapter as delete_adapter
+from .switch import disable_adapters as disable_adapters
+from .switch import enable_adapters as enable_adapters
+from .switch import scale_adapter as scale_adapter
+from .switch import set_adapter as set_adapter

@@ -1,0 +1,100 @@
+"""Put adapters beside the linear layers of any model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from torch import nn
+
+from lowrank.adapters.config import LoRAConfig
+from lowrank.errors import ConfigError
+from lowrank.nn.lora_linear import LoRALinear
+
+from .targets import DEFAULT_TARGETS, check_each_matches, condense, find_targets, is_all_linear, lora_layers, walk
+
+
+def inject(model: nn.Module, config: LoRAConfig, adapter: str = "default") -> nn.Module:
+    """Give every layer that `config` targets a fresh adapter, in place; freeze the rest; return the model.
+
+    The first adapter is active; a further one stays idle and frozen until `set_adapter`.
+    Raises TargetError for targets that match nothing, ConfigError for a name already taken; the
+    model is then as it was.
+    """
+    check_each_matches(model, config.target_modules, "target_modules")
+    names = find_targets(model, config)
+    targets = DEFAULT_TARGETS if config.target_modules is None else config.target_modules
+    if is_all_linear(targets):
+        targets = condense(model, names)                   # as PEFT saves it
+    origin = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
+    attach(model, names, replace(config, target_modules=targets, base_model_name_or_path=origin), adapter)
+    return model
+
+
+def attach(
+    model: nn.Module,
+    names: Iterable[str],
+    config: LoRAConfig,
+    adapter: str,
+    fill: Callable[[str, LoRALinear], None] = lambda name, layer: None,
+) -> None:
+    """Add `adapter` to the named layers, each then passed to `fill(name, layer)`, all or none of them."""
+    before = lora_layers(model).values()
+    if any(layer.merged for layer in before):
+        raise ConfigError("inject: expected unmerged layers; the adapters are merged: call unmerge first")
+    if any(adapter in layer.lora_A for layer in before):
+        raise ConfigError(f"adapter: {adapter!r} is already in the model; delete it first or choose another name")
+    biased = [a for layer in before for a, c in layer.config.items() if c.bias != "none"]
+    if biased and config.bias != "none":
+        raise ConfigError(f'bias: expected "none", adapter {biased[0]!r} trains the biases; got {config.bias!r}')
+    modules = dict(walk(model))
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    wrapped: dict[nn.Module, LoRALinear] = {}
+    try:
+        for name in names:
+            if isinstance(modules[name], LoRALinear):
+                layer = modules[name]
+                layer.add_adapter(adapter, config, name)
+            else:
+                layer = wrapped[modules[name]] = LoRALinear.wrap(modules[name], config, adapter, name)
+            fill(name, layer)
+    except BaseException:
+        for layer in before:
+            layer.delete_adapter(adapter)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
+    replace_modules(model, wrapped)
+    for layer in wrapped.values():
+        layer.train(model.training)
+    active = list(dict.fromkeys(a for layer in before for a in layer.active_adapters))
+    if before:                                             # whatever trains by now goes on training
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+    else:
+        model.requires_grad_(False)
+        active = [adapter]
+    activate(model, active)
+
+
+def activate(model: nn.Module, active: list[str]) -> None:
+    """Make `active` the active adapters: they train, with the biases their configs ask for, and no other adapter does."""
+    layers = lora_layers(model).values()
+    for layer in layers:
+        layer.set_adapter(active)
+    training = [(layer, c) for layer in layers for a, c in layer.config.items() if a in active and not c.inference_mode]
+    for layer, config in training:
+        if config.bias != "none" and layer.bias is not None:
+            layer.bias.requires_grad_(True)
+    if any(config.bias == "all" for _, config in training):
+        for name, parameter in model.named_parameters():
+            if name.split(".")[-1] == "bias":
+                parameter.requires_grad_(True)
+
+
+def replace_modules(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
+    """Put new[module] wherever `module` stands in the model."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in new and parent is not new[child]:
+                setattr(parent, name, new[child])

@@ -1,0 +1,64 @@
+"""Fold adapters into the weights, and take them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from lowrank.errors import ConfigError, TargetError, WeightError
+
+from .inject import replace_modules
+from .targets import check_adapters, lora_layers
+
+
+def merge(model: nn.Module, adapters: Iterable[str] | None = None, dtype: torch.dtype | None = None) -> None:
+    """W <- W + Σ s·B A for the adapters (None: the active ones), in place until `unmerge`.
+
+    Over a quantized base the merged weight is dense, in `dtype` or else the dtype it had before
+    quantization: rounding it back to codes would lose most of what was learned. The base layers are
+    kept aside meanwhile. Raises WeightError if a merged weight is not finite; all is then as before.
+    """
+    layers = lora_layers(model)
+    if not layers:
+        raise TargetError("merge: no layer of the model has adapters; inject or load one first")
+    if any(layer.merged for layer in layers.values()):
+        raise ConfigError("merge: expected unmerged layers; the adapters are merged: call unmerge first")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ConfigError(f"dtype: expected a floating-point dtype for the merged weights; got {dtype}")
+    adapters = None if adapters is None else check_adapters(model, adapters)
+    try:
+        for name, layer in layers.items():
+            try:
+                layer.merge(adapters, dtype)
+            except WeightError as error:
+                raise WeightError(f"{name}: {error}") from error
+    except BaseException:
+        unmerge(model)
+        raise
+
+
+def unmerge(model: nn.Module) -> None:
+    """Give every layer the base it had before `merge`, bit for bit."""
+    for layer in lora_layers(model).values():
+        layer.unmerge()
+
+
+def merge_and_unload(
+    model: nn.Module, adapters: Iterable[str] | None = None, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """`merge`, then plain dense linear layers in place of the adapted ones; returns the model.
+
+    A head that was tied to the embedding is so no longer, and the model's config is told.
+    """
+    layers = lora_layers(model)
+    if not any(layer.merged for layer in layers.values()):
+        merge(model, adapters, dtype)
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    if any(id(getattr(layer.unmerged_base, "weight", None)) in embeddings for layer in layers.values()):
+        config = getattr(model, "config", None)
+        if hasattr(config, "tie_word_embeddings"):
+            config.tie_word_embeddings = False
+    replace_modules(model, {layer: layer.base_layer for layer in layers.values()})
+    return model

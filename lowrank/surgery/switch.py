@@ -1,0 +1,78 @@
+"""Choose among the adapters of a model: activate, scale, disable, delete."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from types import TracebackType
+
+from torch import nn
+
+from lowrank.errors import ConfigError
+from lowrank.nn.lora_linear import LoRALinear
+
+from .inject import activate
+from .targets import check_adapters, lora_layers
+
+
+def set_adapter(model: nn.Module, adapters: str | Iterable[str]) -> None:
+    """Make one adapter, or the sum of several, the active ones; only they train, unless in inference mode."""
+    adapters = check_adapters(model, [adapters] if isinstance(adapters, str) else adapters)
+    _unmerged_layers(model, "set_adapter")
+    activate(model, adapters)
+
+
+def delete_adapter(model: nn.Module, adapter: str) -> None:
+    """Remove an adapter from the model; if it was active, what is left of the active ones stays active."""
+    check_adapters(model, [adapter])
+    for layer in _unmerged_layers(model, "delete_adapter"):
+        layer.delete_adapter(adapter)
+
+
+def scale_adapter(model: nn.Module, adapter: str, factor: float) -> None:
+    """Scale an adapter's output to `factor` times what its config says; never cumulative, 1.0 undoes it."""
+    if not math.isfinite(factor):
+        raise ConfigError(f"factor: expected a finite number; got {factor!r}")
+    check_adapters(model, [adapter])
+    for layer in _unmerged_layers(model, "scale_adapter"):
+        if adapter in layer.scaling:
+            layer.scale_adapter(adapter, factor)
+
+
+def disable_adapters(model: nn.Module) -> Disabled:
+    """Let the base model speak alone, merged or not: from now on, or as `with disable_adapters(model):` for a while.
+
+    Biases that an adapter trained are part of the base and stay.
+    """
+    return Disabled(lora_layers(model).values())
+
+
+def enable_adapters(model: nn.Module) -> None:
+    """Undo `disable_adapters`."""
+    for layer in lora_layers(model).values():
+        layer.disabled = False
+
+
+class Disabled:
+    """Adapters disabled on creation; leaving the `with` block restores what was before."""
+
+    def __init__(self, layers: Iterable[LoRALinear]) -> None:
+        self._before = [(layer, layer.disabled) for layer in layers]
+        for layer, _ in self._before:
+            layer.disabled = True
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for layer, disabled in self._before:
+            layer.disabled = disabled
+
+
+def _unmerged_layers(model: nn.Module, what: str) -> list[LoRALinear]:
+    layers = list(lora_layers(model).values())
+    if any(layer.merged for layer in layers):
+        raise ConfigError(f"{what}: expected unmerged layers; the adapters are merged: call unmerge first")
+    return layers

@@ -1,0 +1,142 @@
+"""Which layers a config means: names, suffixes, a regex, or "all-linear", by PEFT's rules."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+from lowrank.adapters.config import LoRAConfig
+from lowrank.errors import TargetError
+from lowrank.nn.lora_linear import LoRALinear
+from lowrank.nn.quant_linear import QuantLinear
+
+LINEAR = (nn.Linear, QuantLinear, LoRALinear)
+DEFAULT_TARGETS = ["q_proj", "v_proj"]                     # what PEFT takes for the Llama family
+CONDENSE_FROM = 20                                         # names, from which PEFT shortens the list
+
+
+def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of everything below `module` but the inside of linear layers, shared modules each time."""
+    for name, child in module._modules.items():
+        if child is not None:
+            yield prefix + name, child
+            if not isinstance(child, LINEAR):
+                yield from walk(child, f"{prefix}{name}.")
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The layers with adapters by name, each once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Names of the adapters in the model, in order of appearance."""
+    return list(dict.fromkeys(a for layer in lora_layers(model).values() for a in layer.lora_A))
+
+
+def check_adapters(model: nn.Module, adapters: Iterable[str]) -> list[str]:
+    """The names as a list. Raises TargetError at the first that no layer of the model has."""
+    adapters, known = list(adapters), adapter_names(model)
+    for adapter in adapters:
+        if adapter not in known:
+            there = f"the model has {', '.join(known)}" if known else "the model has none: inject or load one first"
+            raise TargetError(f"adapter {adapter!r}: no layer has it; {there}")
+    return adapters
+
+
+def matches(name: str, wanted: list[str] | str) -> bool:
+    """A str is a regex for the whole name; a list holds names or suffixes that begin after a dot."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == w or name.endswith(f".{w}") for w in wanted)
+
+
+def is_all_linear(wanted: list[str] | str) -> bool:
+    """Whether this is PEFT's word for every linear layer but the output head."""
+    return isinstance(wanted, str) and wanted.lower() == "all-linear"
+
+
+def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """Names of the linear layers that `config` targets, in the model's order, a shared layer once.
+
+    Raises TargetError if there are none, or if a target is not a linear layer.
+    """
+    modules = {}                                           # the first name of each module
+    for name, module in walk(model):
+        modules.setdefault(module, name)
+    wanted = DEFAULT_TARGETS if config.target_modules is None else config.target_modules
+    if is_all_linear(wanted):
+        heads = _output_heads(model)
+        chosen = [(n, m) for m, n in modules.items() if isinstance(m, LINEAR) and m not in heads]
+    else:
+        chosen = [(n, m) for m, n in modules.items() if matches(n, wanted) and _in_layers(n, config)]
+    if config.exclude_modules is not None:
+        chosen = [(n, m) for n, m in chosen if not matches(n, config.exclude_modules)]
+    if not chosen:
+        raise TargetError(_nothing(f"target_modules={wanted!r}", wanted, [n for _, n in _linears(modules)]))
+    for name, module in chosen:
+        if not isinstance(module, LINEAR):
+            raise TargetError(f"target {name!r}: expected a linear layer; got {type(module).__name__}: name its linears")
+    return [name for name, _ in chosen]
+
+
+def check_each_matches(model: nn.Module, entries: list[str] | str | None, field: str) -> None:
+    """Raises TargetError at the first of a list of names that is no module of the model: a slip of the pen."""
+    if isinstance(entries, list):
+        modules = list(walk(model))
+        for entry in entries:
+            if not any(matches(name, [entry]) for name, _ in modules):
+                linears = [name for name, module in modules if isinstance(module, LINEAR)]
+                raise TargetError(_nothing(f"{field}: {entry!r}", [entry], linears))
+
+
+def condense(model: nn.Module, names: list[str]) -> list[str]:
+    """The shortest suffixes that mean these modules and no others, once there are many names."""
+    if len(names) < CONDENSE_FROM:
+        return names
+    chosen = set(names)
+    others = {s for name, _ in walk(model) if name not in chosen for s in _suffixes(name)}
+    # a full name is no one else's, but it may be the end of a longer one
+    return list(dict.fromkeys(next((s for s in _suffixes(n) if s not in others), n) for n in names))
+
+
+def _linears(modules: dict[nn.Module, str]) -> list[tuple[nn.Module, str]]:
+    return [(m, n) for m, n in modules.items() if isinstance(m, LINEAR)]
+
+
+def _output_heads(model: nn.Module) -> set[nn.Module]:
+    """The layer that makes logits: what the model says it is, and what is called lm_head."""
+    heads = {module for name, module in walk(model) if name.split(".")[-1] == "lm_head"}
+    if hasattr(model, "get_output_embeddings"):
+        heads.add(model.get_output_embeddings())
+    return heads
+
+
+def _in_layers(name: str, config: LoRAConfig) -> bool:
+    """Whether the block that `name` lies in is among layers_to_transform; a full name given as target always is."""
+    layers = config.layers_to_transform
+    if layers is None or (isinstance(config.target_modules, list) and name in config.target_modules):
+        return True
+    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    for pattern in patterns or [r"[^.]*"]:
+        found = re.search(rf"(?:^|\.){pattern}\.(\d+)\.", name)
+        if found:
+            return int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+    return False
+
+
+def _nothing(what: str, wanted: list[str] | str, linears: list[str]) -> str:
+    ends = sorted({name.split(".")[-1] for name in linears})
+    words = [wanted] if isinstance(wanted, str) else wanted
+    near = list(dict.fromkeys(m for w in words for m in difflib.get_close_matches(w, [*ends, *linears], n=3)))
+    hint = f"nearest: {', '.join(near)}" if near else f"its linear layers are {', '.join(ends) or 'none'}"
+    return f"{what} matches nothing in the model; {hint}"
+
+
+def _suffixes(name: str) -> list[str]:
+    """a.b.c -> c, b.c, a.b.c"""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
