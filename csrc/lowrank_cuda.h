@@ -1,7 +1,7 @@
 // The C ABI of lowrank's CUDA kernels; the layout of a quantized weight is that of lowrank.h.
 //
-// Pointers are device pointers, `stream` is a cudaStream_t of device `device`, launches are asynchronous.
-// A status of LOWRANK_CUDA_ERROR + e stands for cudaError_t e; the library loads where there is no driver.
+// Pointers are device pointers, `stream` is a cudaStream_t of `device`, launches are asynchronous.
+// A status of LOWRANK_CUDA_ERROR + e is cudaError_t e; the library loads where there is no driver.
 #pragma once
 
 #include "lowrank.h"

@@ -151,6 +151,4 @@ def test_wheel_with_native_libraries(checkout):
     assert "-py3-none-" in wheel.name and "any" not in wheel.name
     assert "lowrank/lib/liblowrank_cpu.so" in names
     assert ("lowrank/lib/liblowrank_cuda.so" in names) == (shutil.which("nvcc") is not None)
-    run_installed(
-        wheel, WORKS + "\nfrom lowrank.ops import native\nassert native.cpu().lowrank_abi() > 0"
-    )
+    run_installed(wheel, WORKS + "\nassert ops.native.load_cpu().lowrank_abi() > 0")

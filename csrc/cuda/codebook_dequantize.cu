@@ -1,4 +1,4 @@
-// w[n, k] = codebook[n, code[n, k]] * absmax[n, k / G], double-quantized scales decoded in the same pass.
+// w[n, k] = codebook[n, code[n, k]] * absmax[n, k / G], double-quantized scales decoded in passing.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -7,8 +7,8 @@
 
 namespace {
 
-// Writing is 80 % of the traffic. Eight values a thread: a warp reads 128 consecutive bytes of codes
-// and stores 16 bytes a lane, 512 consecutive, of a 16-bit dtype. Four such steps hide the latency.
+// Writing is 80 % of the traffic. Eight values a thread: a warp reads 128 consecutive bytes of
+// codes and stores 512 consecutive bytes of a 16-bit dtype, 16 a lane. Four steps hide latency.
 constexpr int kValues = 8;
 constexpr int kThreads = 128;
 constexpr int kSteps = 4;
@@ -81,7 +81,8 @@ int32_t status_of(cudaError_t error) {
 template <typename T>
 int32_t launch(const Weight& w, int64_t N, void* out, cudaStream_t stream) {
   const int64_t tiles = (w.K + kColumns - 1) / kColumns;
-  const dim3 grid(static_cast<unsigned>(N), static_cast<unsigned>(tiles < kMaxGridY ? tiles : kMaxGridY));
+  const int64_t height = tiles < kMaxGridY ? tiles : kMaxGridY;
+  const dim3 grid(static_cast<unsigned>(N), static_cast<unsigned>(height));
   dequantize<T><<<grid, kThreads, 0, stream>>>(w, static_cast<T*>(out));
   return status_of(cudaGetLastError());
 }
@@ -106,8 +107,9 @@ int32_t lowrank_cuda_codebook_dequantize(const uint8_t* packed, const void* absm
                                          int64_t codebook_rows, int64_t N, int64_t K,
                                          int64_t block_size, void* out, int32_t dtype,
                                          int32_t device, void* stream) {
-  const bool power_of_two = block_size >= 32 && block_size <= 4096 && !(block_size & (block_size - 1));
-  if (!power_of_two || N < 0 || N > INT32_MAX || K < 0) return LOWRANK_BAD_ARGUMENT;
+  const bool power_of_two = (block_size & (block_size - 1)) == 0;
+  if (block_size < 32 || block_size > 4096 || !power_of_two) return LOWRANK_BAD_ARGUMENT;
+  if (N < 0 || N > INT32_MAX || K < 0) return LOWRANK_BAD_ARGUMENT;
   if (codebook_rows != 1 && codebook_rows != N) return LOWRANK_BAD_ARGUMENT;
   if (N == 0 || K == 0) return LOWRANK_OK;
   if (!packed || !absmax || !codebook || !out) return LOWRANK_BAD_ARGUMENT;

@@ -18,8 +18,8 @@ import torch
 
 from lowrank.errors import BackendError, ConfigError
 
-BACKENDS = ("cpu", "triton", "reference")
-_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+BACKENDS = ("cpu", "triton", "cuda", "reference")
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 _ANY_DEVICE = ("reference",)
 
 # For the process, not a thread: autograd runs the backward of CUDA tensors in its own threads.

@@ -1,6 +1,7 @@
 """Opens the native libraries of `lowrank/lib` through ctypes, and says why where it cannot.
 
-`FUNCTIONS` is the one table of what they export, kept as in `csrc/lowrank.h`. An absent library, or
+`FUNCTIONS` and `CUDA_FUNCTIONS` are what they export, kept as in `csrc/lowrank.h` and
+`csrc/lowrank_cuda.h`. An absent library, or
 one of another ABI, is a reason that `lowrank.ops.explain` prints; it is never an import error.
 The environment's LOWRANK_ISA=generic, avx2 or avx512 forces an instruction set.
 """
@@ -13,7 +14,7 @@ from ctypes import c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
-# First: its OpenMP runtime is then the only one in the process; opened before it, ours would bring another.
+# First: its OpenMP runtime is then the only one in the process; ours would bring another.
 import torch
 
 from lowrank.errors import BackendError, ConfigError
@@ -23,7 +24,8 @@ ISAS = ("generic", "avx2", "avx512")  # enum lowrank_isa
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum lowrank_dtype
 
 _LIB = Path(__file__).resolve().parents[1] / "lib"
-_WEIGHT = (c_void_p, c_void_p, c_void_p, c_void_p, c_int64)  # packed, absmax, absmax_scale, codebook, T
+# packed, absmax, absmax_scale, codebook, T
+_WEIGHT = (c_void_p, c_void_p, c_void_p, c_void_p, c_int64)
 
 # Every function returns int32; those of a lowrank_codebook or softmax computation, a status.
 FUNCTIONS = {
@@ -33,7 +35,8 @@ FUNCTIONS = {
     "lowrank_use_isa": (c_int32,),
     # weight, dtype, N, K, stride, codebook, T, block_size, packed, absmax, threads
     "lowrank_codebook_quantize": (
-        c_void_p, c_int32, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int32,
+        c_void_p, c_int32, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p,
+        c_void_p, c_int32,
     ),
     # weight, N, K, block_size, n0, n1, out, dtype, threads
     "lowrank_codebook_dequantize": (
@@ -41,10 +44,23 @@ FUNCTIONS = {
     ),
     # x, dtype, M, weight, N, K, block_size, bias, y, threads
     "lowrank_codebook_linear": (
-        c_void_p, c_int32, c_int64, *_WEIGHT, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int32,
+        c_void_p, c_int32, c_int64, *_WEIGHT, c_int64, c_int64, c_int64, c_void_p, c_void_p,
+        c_int32,
     ),
     # logits, labels, T, V, loss, gradient, threads
-    "lowrank_softmax_cross_entropy": (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int32, c_int32),
+    "lowrank_softmax_cross_entropy": (
+        c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int32, c_int32,
+    ),
+}  # fmt: skip
+
+CUDA_FUNCTIONS = {
+    "lowrank_cuda_abi": (),
+    "lowrank_cuda_ready": (),
+    "lowrank_cuda_message": (c_int32,),
+    # weight, N, K, block_size, out, dtype, device, stream
+    "lowrank_cuda_codebook_dequantize": (
+        *_WEIGHT, c_int64, c_int64, c_int64, c_void_p, c_int32, c_int32, c_void_p,
+    ),
 }  # fmt: skip
 
 _STATUS = {
@@ -57,23 +73,27 @@ _STATUS = {
 @cache
 def load_cpu() -> ctypes.CDLL | str:
     """The CPU library, its signatures set, or the reason why there is none."""
-    path = _LIB / "liblowrank_cpu.so"
-    if not path.exists():
-        return "liblowrank_cpu.so is not built; install a C++ compiler and reinstall lowrank"
-    try:
-        library = ctypes.CDLL(str(path))
-        for name, argtypes in FUNCTIONS.items():
-            function = getattr(library, name)
-            function.argtypes, function.restype = argtypes, c_int32
-    except (OSError, AttributeError) as error:
-        return f"{path} cannot be used: {error}; reinstall lowrank"
-    if library.lowrank_abi() != ABI:
-        return f"{path}: expected ABI {ABI}; got {library.lowrank_abi()}; reinstall lowrank"
+    library = _open("liblowrank_cpu.so", "lowrank_abi", FUNCTIONS, "a C++ compiler")
+    if isinstance(library, str):
+        return library
     asked = os.environ.get("LOWRANK_ISA")
     if asked and asked not in ISAS:
         return f"LOWRANK_ISA: expected one of {', '.join(ISAS)}; got {asked!r}"
     if asked and library.lowrank_use_isa(ISAS.index(asked)):
         return f"LOWRANK_ISA={asked}: {_STATUS[2]}; unset it"
+    return library
+
+
+@cache
+def load_cuda() -> ctypes.CDLL | str:
+    """The CUDA library where a device can run it, or the reason why not."""
+    library = _open("liblowrank_cuda.so", "lowrank_cuda_abi", CUDA_FUNCTIONS, "nvcc")
+    if isinstance(library, str):
+        return library
+    library.lowrank_cuda_message.restype = ctypes.c_char_p
+    status = library.lowrank_cuda_ready()
+    if status:
+        return f"CUDA cannot be used: {library.lowrank_cuda_message(status).decode()}"
     return library
 
 
@@ -98,6 +118,24 @@ def check(status: int, what: str) -> None:
     """Raise BackendError unless a native function returned 0."""
     if status:
         raise BackendError(f"{what}: {_STATUS.get(status, f'status {status}')}")
+
+
+def _open(file: str, abi_name: str, functions: dict[str, tuple], builder: str) -> ctypes.CDLL | str:
+    """The library with its signatures set, or the reason why there is none."""
+    path = _LIB / file
+    if not path.exists():
+        return f"{file} is not built; install {builder} and reinstall lowrank"
+    try:
+        library = ctypes.CDLL(str(path))
+        for name, argtypes in functions.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = argtypes, c_int32
+    except (OSError, AttributeError) as error:
+        return f"{path} cannot be used: {error}; reinstall lowrank"
+    abi = getattr(library, abi_name)()
+    if abi != ABI:
+        return f"{path}: expected ABI {ABI}; got {abi}; reinstall lowrank"
+    return library
 
 
 def _cpu() -> ctypes.CDLL:
