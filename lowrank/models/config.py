@@ -13,13 +13,25 @@ from torch import Tensor
 from lowrank.errors import ConfigError
 
 MODEL_TYPES = ("llama",)
-_SIZES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
 _OPTIONAL = (
-    "max_position_embeddings rms_norm_eps tie_word_embeddings attention_bias mlp_bias "
-    "initializer_range bos_token_id pad_token_id"
-).split()
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "initializer_range",
+    "bos_token_id",
+    "pad_token_id",
+)
+# the numbers each scaled kind of rotary position needs
 _ROPE_TYPES = {
-    "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
@@ -182,7 +194,9 @@ def _rope(raw: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
 def _check_rope_scaling(scaling: Mapping[str, Any]) -> None:
     kind = scaling.get("rope_type")
     if kind not in _ROPE_TYPES:
-        raise ConfigError(f"rope_type: expected one of {', '.join(_ROPE_TYPES)}; got {kind!r}")
+        raise ConfigError(
+            f"rope_type: expected one of default, {', '.join(_ROPE_TYPES)}; got {kind!r}"
+        )
     for name in _ROPE_TYPES[kind]:
         if not isinstance(scaling.get(name), int | float):
             raise ConfigError(

@@ -234,7 +234,7 @@ def test_bfloat16_stays_near_transformers():
             {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
             "rope_type: expected one of .*; got 'yarn'",
         ),
-        ({"rope_scaling": {"rope_type": "linear"}}, "linear needs the number factor; got None"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "linear needs a number factor; got None"),
     ],
 )
 def test_a_config_we_cannot_build_is_refused(change, says):

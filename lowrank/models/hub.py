@@ -1,0 +1,82 @@
+"""Files of a model on the Hugging Face hub, through huggingface_hub and its cache."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from lowrank.errors import ConfigError, FileFormatError, MissingPackageError
+from lowrank.models.hf import INDEX, SINGLE, read_json, refusal_of_pickles, shards
+
+
+def is_repo_id(source: str) -> bool:
+    """Whether `source` reads as the name of a repository, `owner/name`."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source))
+
+
+def fetch_model(repo: str, revision: str | None = None, token: str | None = None) -> Path:
+    """A local directory with the repository's config and safetensors, and nothing else of it."""
+    directory = _fetch(repo, "config.json", revision, token).parent
+    _fetch_if_there(repo, "generation_config.json", revision, token)
+    index = _fetch_if_there(repo, INDEX, revision, token)
+    if index is not None:
+        for filename in shards(read_json(index), index):
+            _fetch(repo, filename, revision, token)
+    elif _fetch_if_there(repo, SINGLE, revision, token) is None:
+        if _has(repo, ("pytorch_model.bin", "pytorch_model.bin.index.json"), revision, token):
+            raise FileFormatError(refusal_of_pickles(f"{repo}/pytorch_model.bin"))
+        raise FileFormatError(f"{repo}: expected {SINGLE} or {INDEX}; the repository has neither")
+    return directory
+
+
+def fetch_tokenizer(repo: str, revision: str | None = None, token: str | None = None) -> Path:
+    """A local directory with the repository's tokenizer files."""
+    path = _fetch_if_there(repo, "tokenizer.json", revision, token)
+    if path is None:
+        raise FileFormatError(f"{repo}: expected tokenizer.json; the repository has none")
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        _fetch_if_there(repo, name, revision, token)
+    return path.parent
+
+
+def _fetch(repo: str, filename: str, revision: str | None, token: str | None) -> Path:
+    try:
+        from huggingface_hub import errors as hub
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise MissingPackageError(
+            "the hub needs huggingface_hub: pip install huggingface_hub"
+        ) from error
+    try:
+        return Path(hf_hub_download(repo, filename, revision=revision, token=token))
+    except hub.GatedRepoError as error:
+        raise ConfigError(
+            f"{repo}: access must be granted first; ask on its page, pass token="
+        ) from error
+    except hub.RepositoryNotFoundError as error:
+        raise ConfigError(
+            f"{repo}: no such repository on the hub, or a private one without token="
+        ) from error
+    except hub.RevisionNotFoundError as error:
+        raise ConfigError(f"{repo}: no revision {revision!r}") from error
+    except hub.LocalEntryNotFoundError as error:
+        raise ConfigError(
+            f"{repo}: {filename} is not in the cache, and the hub cannot be reached"
+        ) from error
+    except hub.EntryNotFoundError as error:
+        raise FileFormatError(f"{repo}: the repository has no {filename}") from error
+
+
+def _fetch_if_there(
+    repo: str, filename: str, revision: str | None, token: str | None
+) -> Path | None:
+    try:
+        return _fetch(repo, filename, revision, token)
+    except FileFormatError:
+        return None
+
+
+def _has(repo: str, names: tuple[str, ...], revision: str | None, token: str | None) -> bool:
+    from huggingface_hub import file_exists
+
+    return any(file_exists(repo, name, revision=revision, token=token) for name in names)

@@ -1,0 +1,159 @@
+"""A decoder from a directory, the hub or a GGUF file, quantized tensor by tensor as it streams."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lowrank import quant
+from lowrank.errors import ConfigError, DtypeError, FileFormatError, WeightError
+from lowrank.models.config import DecoderConfig
+from lowrank.models.decoder import Decoder
+from lowrank.models.gguf import GGUFModel
+from lowrank.models.hf import HFDirectory
+from lowrank.models.hub import fetch_model, is_repo_id
+from lowrank.nn.quant_linear import QuantLinear
+from lowrank.quant import Quantizer
+
+_QUIET_SECONDS = 2.0  # a load that takes less shows no progress bar
+
+
+class Weights(Protocol):
+    """Where tensors come from, one at a time, under Hugging Face's names."""
+
+    config: DecoderConfig
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def read(self, name: str) -> Tensor: ...
+
+
+def load_model(
+    source: str | Path,
+    quantizer: str | Quantizer | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    skip: Sequence[str] = ("lm_head",),
+    compute_dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> Decoder:
+    """The model in a Hugging Face directory, a hub repository `owner/name`, or a .gguf file.
+
+    With a `quantizer` every nn.Linear becomes a QuantLinear as its weight is read, but those whose
+    name is or ends in one of `skip`; everything else is held in `dtype`. Memory peaks at the
+    finished model and twice the largest tensor. `compute_dtype` is that of QuantLinear. Raises
+    ConfigError for what is no known model, FileFormatError for damaged files and for tensors that
+    are missing, unexpected or misshaped, WeightError for a NaN in what is to be quantized.
+    """
+    if not dtype.is_floating_point:
+        raise DtypeError(f"dtype: expected a floating-point dtype; got {dtype}")
+    if isinstance(skip, str):
+        raise ConfigError(f"skip: expected a sequence of names; got the string {skip!r}")
+    if isinstance(quantizer, str):
+        quantizer = quant.get(quantizer)
+    weights = open_weights(source, revision=revision, token=token)
+    with torch.device("meta"):
+        model = Decoder(weights.config)
+    _check_names(model, weights, source)
+    for name, module in _with_progress(_holders(model), source):
+        fill = {
+            leaf: weights.read(f"{name}.{leaf}").to(device)
+            for leaf, _ in module.named_parameters(recurse=False)
+        }
+        if quantizer is None or not isinstance(module, nn.Linear) or _matches(name, skip):
+            for leaf, tensor in fill.items():
+                setattr(module, leaf, nn.Parameter(tensor.to(dtype)))
+        else:
+            parent, _, child = name.rpartition(".")
+            layer = _quantized(name, fill, quantizer, dtype, compute_dtype)
+            setattr(model.get_submodule(parent), child, layer)
+    if isinstance(model.lm_head, nn.Linear):
+        model.tie_weights()
+    model.name_or_path = str(source)
+    return model.eval()
+
+
+def open_weights(
+    source: str | Path, *, revision: str | None = None, token: str | None = None
+) -> Weights:
+    """Config and tensors of a model, nothing but headers read yet; see `load_model`."""
+    path = Path(source)
+    if path.is_dir():
+        return HFDirectory(path)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ConfigError(f"{source}: expected a directory or a .gguf file; pass its directory")
+        return GGUFModel(path)
+    if not isinstance(source, str) or path.suffix == ".gguf" or not is_repo_id(source):
+        raise ConfigError(
+            f"{source}: no such directory or .gguf file, and no hub repository 'owner/name'"
+        )
+    return HFDirectory(fetch_model(source, revision, token))
+
+
+def _holders(model: Decoder) -> list[tuple[str, nn.Module]]:
+    """Modules that hold parameters of their own; a tied head holds none."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+        and not (name == "lm_head" and model.config.tie_word_embeddings)
+    ]
+
+
+def _quantized(
+    name: str,
+    fill: Mapping[str, Tensor],
+    quantizer: Quantizer,
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype | None,
+) -> QuantLinear:
+    weight = fill["weight"]
+    try:
+        # from the file's own precision; `dtype` is what the weight would be, were it dequantized
+        storage = replace(quantizer.quantize(weight), dtype=dtype)
+    except (WeightError, DtypeError) as error:
+        raise type(error)(f"{name}.{error}") from error
+    bias = nn.Parameter(fill["bias"].to(dtype)) if "bias" in fill else None
+    return QuantLinear.from_storage(storage, quantizer, bias, compute_dtype)
+
+
+def _check_names(model: Decoder, weights: Weights, source: str | Path) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    found = dict(weights.shapes)
+    # tied models may store the head again, and old ones the rotary frequencies
+    optional = {name for name in found if name.endswith("rotary_emb.inv_freq")}
+    if model.config.tie_word_embeddings:
+        optional.add("lm_head.weight")
+    problems = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys() - optional),
+    }
+    for what, names in problems.items():
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise FileFormatError(f"{source}: {what} tensors: {', '.join(names[:3])}{more}")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise FileFormatError(f"{source}: {name}: expected shape {shape}; got {found[name]}")
+
+
+def _matches(name: str, skip: Sequence[str]) -> bool:
+    return any(name == part or name.endswith("." + part) for part in skip)
+
+
+def _with_progress(
+    holders: list[tuple[str, nn.Module]], source: str | Path
+) -> Iterator[tuple[str, nn.Module]]:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return iter(holders)
+    label = Path(source).name
+    return iter(tqdm(holders, desc=f"loading {label}", delay=_QUIET_SECONDS, leave=False))
