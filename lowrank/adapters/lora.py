@@ -109,10 +109,9 @@ class _Up(torch.autograd.Function):
     def forward(ctx, y: Tensor, h: Tensor, B: Tensor, s: float) -> Tensor:
         ctx.save_for_backward(h, B)
         ctx.s = s
-        out = _add_product(y, h, B.t(), s)
-        if out is y:
-            ctx.mark_dirty(y)
-        return out
+        # detached, not marked dirty: a custom operator's output may be a view, which autograd will not
+        # have changed in place; the version counter is y's, so a base layer that had saved y is caught
+        return _add_product(y.detach(), h, B.t(), s)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
