@@ -3,9 +3,11 @@
 from . import errors as errors
 from . import ops as ops
 from . import quant as quant
-from .nn.quant_linear import QuantLinear as QuantLinear
 from .adapters.config import LoRAConfig as LoRAConfig
+from .io.adapter import load_adapter as load_adapter
+from .io.adapter import save_adapter as save_adapter
 from .nn.lora_linear import LoRALinear as LoRALinear
+from .nn.quant_linear import QuantLinear as QuantLinear
 from .surgery import count_parameters as count_parameters
 from .surgery import delete_adapter as delete_adapter
 from .surgery import disable_adapters as disable_adapters

@@ -104,7 +104,9 @@ class LoRAConfig:
         _check_choice("bias", self.bias, BIASES)
         _check_choice("init_lora_weights", self.init_lora_weights, INITS)
         if self.use_dora:
-            raise ConfigError("use_dora: expected False, plain LoRA and use_rslora are what is supported; got True")
+            raise ConfigError(
+                "use_dora: expected False, plain LoRA and use_rslora are what is supported; got True"
+            )
         if self.modules_to_save:
             raise ConfigError(
                 "modules_to_save: expected None, whole trained modules are not supported "
@@ -118,7 +120,9 @@ class LoRAConfig:
         for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_number)):
             pattern = getattr(self, name)
             if not isinstance(pattern, Mapping):
-                raise ConfigError(f"{name}: expected a dict from module names to numbers; got {pattern!r}")
+                raise ConfigError(
+                    f"{name}: expected a dict from module names to numbers; got {pattern!r}"
+                )
             for key, value in pattern.items():
                 _check_regex(name, key)
                 check(f"{name}[{key!r}]", value)
@@ -133,7 +137,11 @@ class LoRAConfig:
 
     def to_peft(self) -> dict[str, Any]:
         """The content of PEFT's adapter_config.json; an adapter on disk is always for inference."""
-        return {**_PEFT_REST, **{f.name: getattr(self, f.name) for f in fields(self)}, "inference_mode": True}
+        return {
+            **_PEFT_REST,
+            **{f.name: getattr(self, f.name) for f in fields(self)},
+            "inference_mode": True,
+        }
 
     @classmethod
     def from_peft(cls, content: Mapping[str, Any]) -> LoRAConfig:
@@ -145,7 +153,9 @@ class LoRAConfig:
             raise ConfigError(f'peft_type: expected "LORA"; got {content.get("peft_type")!r}')
         for key in _PEFT_REFUSED:
             if content.get(key):
-                raise ConfigError(f"{key}: expected {_PEFT_REST[key]!r}, it is not supported; got {content[key]!r}")
+                raise ConfigError(
+                    f"{key}: expected {_PEFT_REST[key]!r}, it is not supported; got {content[key]!r}"
+                )
         known = {f.name: content[f.name] for f in fields(cls) if content.get(f.name) is not None}
         if known.get("init_lora_weights") in _PEFT_PLAIN_INITS:
             known["init_lora_weights"] = True
@@ -186,12 +196,14 @@ def _names(name: str, value: Any) -> list[str] | str | None:
         raise ConfigError(f"{name}: expected a list of names, a regex, or None; got {value!r}")
     value = list(dict.fromkeys(value))
     if not value or not all(isinstance(v, str) and v for v in value):
-        raise ConfigError(f"{name}: expected at least one name, each a non-empty string; got {value!r}")
+        raise ConfigError(
+            f"{name}: expected at least one name, each a non-empty string; got {value!r}"
+        )
     return value
 
 
 def _task(value: Any) -> str | None:
-    value = getattr(value, "value", value)                 # PEFT's TaskType is an enum of strings
+    value = getattr(value, "value", value)  # PEFT's TaskType is an enum of strings
     if value is not None and value not in TASKS:
         raise ConfigError(f"task_type: expected None or one of {', '.join(TASKS)}; got {value!r}")
     return value
@@ -200,13 +212,23 @@ def _task(value: Any) -> str | None:
 def _check_layers(layers: Any, pattern: Any, targets: Any) -> None:
     if layers is None:
         if pattern is not None:
-            raise ConfigError(f"layers_pattern: expected None without layers_to_transform; got {pattern!r}")
+            raise ConfigError(
+                f"layers_pattern: expected None without layers_to_transform; got {pattern!r}"
+            )
         return
     indices = [layers] if isinstance(layers, int) else layers
-    if not isinstance(indices, list | tuple) or not indices or any(type(i) is not int or i < 0 for i in indices):
-        raise ConfigError(f"layers_to_transform: expected block indices of at least 0; got {layers!r}")
+    if (
+        not isinstance(indices, list | tuple)
+        or not indices
+        or any(type(i) is not int or i < 0 for i in indices)
+    ):
+        raise ConfigError(
+            f"layers_to_transform: expected block indices of at least 0; got {layers!r}"
+        )
     if isinstance(targets, str):
-        raise ConfigError(f"layers_to_transform: expected a list of target_modules beside it; got the regex {targets!r}")
+        raise ConfigError(
+            f"layers_to_transform: expected a list of target_modules beside it; got the regex {targets!r}"
+        )
 
 
 def _first_match(pattern: Mapping[str, Any], name: str, default: Any) -> Any:

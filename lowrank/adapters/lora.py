@@ -37,7 +37,7 @@ def init_(A: Tensor, B: Tensor, how: bool | str = True) -> None:
     if how == "gaussian":
         nn.init.normal_(A, std=1 / A.shape[0])
     else:
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))       # with a = sqrt(5) the bound is 1/sqrt(K)
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # with a = sqrt(5) the bound is 1/sqrt(K)
     if how is False:
         nn.init.kaiming_uniform_(B, a=math.sqrt(5))
     else:
@@ -45,7 +45,9 @@ def init_(A: Tensor, B: Tensor, how: bool | str = True) -> None:
 
 
 @torch.no_grad()
-def merged_weight(weight: Tensor, branches: Iterable[tuple[Tensor, Tensor, float]], dtype: torch.dtype) -> Tensor:
+def merged_weight(
+    weight: Tensor, branches: Iterable[tuple[Tensor, Tensor, float]], dtype: torch.dtype
+) -> Tensor:
     """W + Σ s·B A over branches (A, B, s): a new [N, K], summed in at least float32 and rounded once to `dtype`.
 
     Raises WeightError if the result is not finite.
@@ -56,7 +58,9 @@ def merged_weight(weight: Tensor, branches: Iterable[tuple[Tensor, Tensor, float
         merged.addmm_(B.to(wide), A.to(wide), alpha=s)
     merged = merged.to(dtype)
     if not merged.isfinite().all():
-        raise WeightError(f"merged weight: expected finite values in {dtype}; got NaN or inf (is the adapter damaged?)")
+        raise WeightError(
+            f"merged weight: expected finite values in {dtype}; got NaN or inf (is the adapter damaged?)"
+        )
     return merged
 
 
@@ -79,7 +83,11 @@ def up(y: Tensor, h: Tensor, B: Tensor, s: float) -> Tensor:
 
     y must be the fresh output of a linear layer: nothing but this function may hold it.
     """
-    if torch.is_grad_enabled() and (h.requires_grad or B.requires_grad) and not torch.compiler.is_compiling():
+    if (
+        torch.is_grad_enabled()
+        and (h.requires_grad or B.requires_grad)
+        and not torch.compiler.is_compiling()
+    ):
         return _Up.apply(y, h, B, s)
     return _add_product(y, h, B.t(), s)
 
@@ -96,8 +104,10 @@ class _Down(torch.autograd.Function):
         x, A = ctx.saved_tensors
         if dh is None:
             return dx, None, None
-        dA = (_rows(dh).t() @ _rows(x).to(dh.dtype)).to(A.dtype) if ctx.needs_input_grad[1] else None
-        if dx is None:                                     # dropout: the base layer took another x
+        dA = (
+            (_rows(dh).t() @ _rows(x).to(dh.dtype)).to(A.dtype) if ctx.needs_input_grad[1] else None
+        )
+        if dx is None:  # dropout: the base layer took another x
             dx = (dh @ A.to(dh.dtype)).to(x.dtype)
         else:
             dx = _add_product(dx, dh, A, 1.0)
@@ -119,7 +129,7 @@ class _Up(torch.autograd.Function):
         dh = dB = None
         if ctx.needs_input_grad[1]:
             dh = ctx.s * (dy.to(h.dtype) @ B.to(h.dtype))
-        if ctx.needs_input_grad[2]:                        # (hᵀ dy)ᵀ: twice as fast as dyᵀ h on skinny h
+        if ctx.needs_input_grad[2]:  # (hᵀ dy)ᵀ: twice as fast as dyᵀ h on skinny h
             dB = (ctx.s * (_rows(h).t() @ _rows(dy).to(h.dtype))).t().to(B.dtype)
         return dy, dh, dB, None
 

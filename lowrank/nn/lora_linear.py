@@ -40,21 +40,29 @@ class LoRALinear(nn.Module):
         if quantizer is None:
             base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         else:
-            base = QuantLinear(in_features, out_features, bias, quantizer, device=device, dtype=dtype)
+            base = QuantLinear(
+                in_features, out_features, bias, quantizer, device=device, dtype=dtype
+            )
         self._init_around(base)
         self.add_adapter(adapter, config or LoRAConfig())
         self.set_adapter([adapter])
 
     @classmethod
     def wrap(
-        cls, linear: nn.Linear | QuantLinear, config: LoRAConfig, adapter: str = "default", name: str = ""
+        cls,
+        linear: nn.Linear | QuantLinear,
+        config: LoRAConfig,
+        adapter: str = "default",
+        name: str = "",
     ) -> LoRALinear:
         """The same layer with an adapter; `linear` becomes `base_layer` and is frozen.
 
         `name` is the layer's name in its model, for the config's rank_pattern and alpha_pattern.
         """
         if isinstance(linear, LoRALinear) or not isinstance(linear, nn.Linear | QuantLinear):
-            raise TargetError(f"wrap: expected an nn.Linear or QuantLinear; got {type(linear).__name__} {name}".rstrip())
+            raise TargetError(
+                f"wrap: expected an nn.Linear or QuantLinear; got {type(linear).__name__} {name}".rstrip()
+            )
         layer = cls.__new__(cls)
         layer._init_around(linear)
         layer.add_adapter(adapter, config, name)
@@ -71,7 +79,7 @@ class LoRALinear(nn.Module):
         self.config: dict[str, LoRAConfig] = {}
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}                # s, what scale_adapter chose included
+        self.scaling: dict[str, float] = {}  # s, what scale_adapter chose included
         self.active_adapters: list[str] = []
         self.disabled = False
         # in a list, so that it is no submodule: a merged layer's state is the merged weight alone
@@ -83,7 +91,11 @@ class LoRALinear(nn.Module):
             return self.unmerged_base(x) if self.disabled else self.base_layer(x)
         branches = []
         for name in self.active_adapters:
-            dropout, A, B = self.lora_dropout[name], self.lora_A[name].weight, self.lora_B[name].weight
+            dropout, A, B = (
+                self.lora_dropout[name],
+                self.lora_A[name].weight,
+                self.lora_B[name].weight,
+            )
             if self.training and dropout.p > 0:
                 _, h = lora.down(dropout(x), A)
             else:
@@ -117,19 +129,36 @@ class LoRALinear(nn.Module):
     def add_adapter(self, adapter: str, config: LoRAConfig, name: str = "") -> None:
         """Add an inactive adapter, initialised as `config` says; `name` is this layer's name in its model."""
         if adapter in self.lora_A:
-            raise ConfigError(f"adapter: {adapter!r} is already there; delete it first or choose another name")
+            raise ConfigError(
+                f"adapter: {adapter!r} is already there; delete it first or choose another name"
+            )
         if not adapter or "." in adapter:
             raise ConfigError(f"adapter: expected a name without dots; got {adapter!r}")
         self._refuse_if_merged("add_adapter")
         weight = next(self.base_layer.parameters())
-        dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
+        dtype = (
+            torch.promote_types(weight.dtype, torch.float32)
+            if weight.is_floating_point()
+            else torch.float32
+        )
         r = config.rank(name)
-        A = nn.utils.skip_init(nn.Linear, self.in_features, r, bias=False, device=weight.device, dtype=dtype)
-        B = nn.utils.skip_init(nn.Linear, r, self.out_features, bias=False, device=weight.device, dtype=dtype)
+        A = nn.utils.skip_init(
+            nn.Linear, self.in_features, r, bias=False, device=weight.device, dtype=dtype
+        )
+        B = nn.utils.skip_init(
+            nn.Linear, r, self.out_features, bias=False, device=weight.device, dtype=dtype
+        )
         lora.init_(A.weight, B.weight, config.init_lora_weights)
         self.lora_dropout[adapter] = nn.Dropout(config.lora_dropout)
-        self.lora_A[adapter], self.lora_B[adapter] = A.requires_grad_(False), B.requires_grad_(False)
-        self.config[adapter], self.r[adapter], self.lora_alpha[adapter] = config, r, config.alpha(name)
+        self.lora_A[adapter], self.lora_B[adapter] = (
+            A.requires_grad_(False),
+            B.requires_grad_(False),
+        )
+        self.config[adapter], self.r[adapter], self.lora_alpha[adapter] = (
+            config,
+            r,
+            config.alpha(name),
+        )
         self.scale_adapter(adapter, 1.0)
 
     def set_adapter(self, adapters: Iterable[str]) -> None:
@@ -138,13 +167,17 @@ class LoRALinear(nn.Module):
         self.active_adapters = [a for a in adapters if a in self.lora_A]
         for part in (self.lora_A, self.lora_B):
             for adapter, linear in part.items():
-                linear.requires_grad_(adapter in self.active_adapters and not self.config[adapter].inference_mode)
+                linear.requires_grad_(
+                    adapter in self.active_adapters and not self.config[adapter].inference_mode
+                )
 
     def scale_adapter(self, adapter: str, factor: float) -> None:
         """s = factor · alpha / R (sqrt(R) if rank-stabilized): of the config's s, not of the last one set."""
         self._refuse_if_merged("scale_adapter")
         rslora = self.config[adapter].use_rslora
-        self.scaling[adapter] = factor * lora.scaling(self.r[adapter], self.lora_alpha[adapter], rslora)
+        self.scaling[adapter] = factor * lora.scaling(
+            self.r[adapter], self.lora_alpha[adapter], rslora
+        )
 
     def delete_adapter(self, adapter: str) -> None:
         """Forget an adapter, if it is here."""
@@ -156,22 +189,30 @@ class LoRALinear(nn.Module):
                 del table[adapter]
             self.active_adapters = [a for a in self.active_adapters if a != adapter]
 
-    def merge(self, adapters: Iterable[str] | None = None, dtype: torch.dtype | None = None) -> None:
+    def merge(
+        self, adapters: Iterable[str] | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         """Fold adapters (None: the active ones) into a dense base layer, the old one kept aside.
 
         `dtype` of the merged weight: None means the base's, which for a quantized base is the dtype
         its weight had before quantization. Quantizing again would round the adapter away.
         """
         self._refuse_if_merged("merge")
-        chosen = [a for a in (self.active_adapters if adapters is None else adapters) if a in self.lora_A]
+        chosen = [
+            a for a in (self.active_adapters if adapters is None else adapters) if a in self.lora_A
+        ]
         base = self.base_layer
         dense = isinstance(base, nn.Linear)
         dtype = dtype or (base.weight.dtype if dense else base.storage.dtype)
-        weight = base.weight if dense else base.dequantize(torch.promote_types(dtype, torch.float32))
+        weight = (
+            base.weight if dense else base.dequantize(torch.promote_types(dtype, torch.float32))
+        )
         branches = [(self.lora_A[a].weight, self.lora_B[a].weight, self.scaling[a]) for a in chosen]
         merged = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        merged.weight = nn.Parameter(lora.merged_weight(weight, branches, dtype), requires_grad=False)
-        merged.bias = base.bias                            # the same parameter: adapters do not change it
+        merged.weight = nn.Parameter(
+            lora.merged_weight(weight, branches, dtype), requires_grad=False
+        )
+        merged.bias = base.bias  # the same parameter: adapters do not change it
         merged.train(base.training)
         self._aside, self.base_layer = [base], merged
 
@@ -182,7 +223,9 @@ class LoRALinear(nn.Module):
 
     def _refuse_if_merged(self, what: str) -> None:
         if self.merged:
-            raise ConfigError(f"{what}: expected unmerged layers; the adapters are merged: call unmerge first")
+            raise ConfigError(
+                f"{what}: expected unmerged layers; the adapters are merged: call unmerge first"
+            )
 
     def _apply(self, fn: Callable, recurse: bool = True) -> LoRALinear:
         for base in self._aside:
@@ -196,7 +239,11 @@ class LoRALinear(nn.Module):
 
 def _take_plain_keys(layer: LoRALinear, state_dict: dict, prefix: str, *_: object) -> None:
     """Before loading: the keys of a plain linear go to `base_layer`, and the adapters stay as they are."""
-    plain = [key for key in state_dict if key.startswith(prefix) and key[len(prefix) :].split(".")[0] not in layer._modules]
+    plain = [
+        key
+        for key in state_dict
+        if key.startswith(prefix) and key[len(prefix) :].split(".")[0] not in layer._modules
+    ]
     for key in plain:
         state_dict[f"{prefix}base_layer.{key[len(prefix) :]}"] = state_dict.pop(key)
     if plain:

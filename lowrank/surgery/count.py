@@ -29,4 +29,6 @@ def print_trainable_parameters(model: nn.Module) -> None:
     """Print PEFT's line: trainable params: 1,344 || all params: 12,984 || trainable%: 10.3512"""
     trainable, total = count_parameters(model)
     percent = 100 * trainable / max(1, total)
-    print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {percent:.4f}")
+    print(
+        f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {percent:.4f}"
+    )

@@ -11,7 +11,15 @@ from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import ConfigError
 from lowrank.nn.lora_linear import LoRALinear
 
-from .targets import DEFAULT_TARGETS, check_each_matches, condense, find_targets, is_all_linear, lora_layers, walk
+from .targets import (
+    DEFAULT_TARGETS,
+    check_each_matches,
+    condense,
+    find_targets,
+    is_all_linear,
+    lora_layers,
+    walk,
+)
 
 
 def inject(model: nn.Module, config: LoRAConfig, adapter: str = "default") -> nn.Module:
@@ -25,9 +33,14 @@ def inject(model: nn.Module, config: LoRAConfig, adapter: str = "default") -> nn
     names = find_targets(model, config)
     targets = DEFAULT_TARGETS if config.target_modules is None else config.target_modules
     if is_all_linear(targets):
-        targets = condense(model, names)                   # as PEFT saves it
+        targets = condense(model, names)  # as PEFT saves it
     origin = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
-    attach(model, names, replace(config, target_modules=targets, base_model_name_or_path=origin), adapter)
+    attach(
+        model,
+        names,
+        replace(config, target_modules=targets, base_model_name_or_path=origin),
+        adapter,
+    )
     return model
 
 
@@ -41,12 +54,18 @@ def attach(
     """Add `adapter` to the named layers, each then passed to `fill(name, layer)`, all or none of them."""
     before = lora_layers(model).values()
     if any(layer.merged for layer in before):
-        raise ConfigError("inject: expected unmerged layers; the adapters are merged: call unmerge first")
+        raise ConfigError(
+            "inject: expected unmerged layers; the adapters are merged: call unmerge first"
+        )
     if any(adapter in layer.lora_A for layer in before):
-        raise ConfigError(f"adapter: {adapter!r} is already in the model; delete it first or choose another name")
+        raise ConfigError(
+            f"adapter: {adapter!r} is already in the model; delete it first or choose another name"
+        )
     biased = [a for layer in before for a, c in layer.config.items() if c.bias != "none"]
     if biased and config.bias != "none":
-        raise ConfigError(f'bias: expected "none", adapter {biased[0]!r} trains the biases; got {config.bias!r}')
+        raise ConfigError(
+            f'bias: expected "none", adapter {biased[0]!r} trains the biases; got {config.bias!r}'
+        )
     modules = dict(walk(model))
     flags = [(p, p.requires_grad) for p in model.parameters()]
     wrapped: dict[nn.Module, LoRALinear] = {}
@@ -56,7 +75,9 @@ def attach(
                 layer = modules[name]
                 layer.add_adapter(adapter, config, name)
             else:
-                layer = wrapped[modules[name]] = LoRALinear.wrap(modules[name], config, adapter, name)
+                layer = wrapped[modules[name]] = LoRALinear.wrap(
+                    modules[name], config, adapter, name
+                )
             fill(name, layer)
     except BaseException:
         for layer in before:
@@ -68,7 +89,7 @@ def attach(
     for layer in wrapped.values():
         layer.train(model.training)
     active = list(dict.fromkeys(a for layer in before for a in layer.active_adapters))
-    if before:                                             # whatever trains by now goes on training
+    if before:  # whatever trains by now goes on training
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
     else:
@@ -82,7 +103,12 @@ def activate(model: nn.Module, active: list[str]) -> None:
     layers = lora_layers(model).values()
     for layer in layers:
         layer.set_adapter(active)
-    training = [(layer, c) for layer in layers for a, c in layer.config.items() if a in active and not c.inference_mode]
+    training = [
+        (layer, c)
+        for layer in layers
+        for a, c in layer.config.items()
+        if a in active and not c.inference_mode
+    ]
     for layer, config in training:
         if config.bias != "none" and layer.bias is not None:
             layer.bias.requires_grad_(True)

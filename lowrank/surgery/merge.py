@@ -13,7 +13,9 @@ from .inject import replace_modules
 from .targets import check_adapters, lora_layers
 
 
-def merge(model: nn.Module, adapters: Iterable[str] | None = None, dtype: torch.dtype | None = None) -> None:
+def merge(
+    model: nn.Module, adapters: Iterable[str] | None = None, dtype: torch.dtype | None = None
+) -> None:
     """W <- W + Σ s·B A for the adapters (None: the active ones), in place until `unmerge`.
 
     Over a quantized base the merged weight is dense, in `dtype` or else the dtype it had before
@@ -24,9 +26,13 @@ def merge(model: nn.Module, adapters: Iterable[str] | None = None, dtype: torch.
     if not layers:
         raise TargetError("merge: no layer of the model has adapters; inject or load one first")
     if any(layer.merged for layer in layers.values()):
-        raise ConfigError("merge: expected unmerged layers; the adapters are merged: call unmerge first")
+        raise ConfigError(
+            "merge: expected unmerged layers; the adapters are merged: call unmerge first"
+        )
     if dtype is not None and not dtype.is_floating_point:
-        raise ConfigError(f"dtype: expected a floating-point dtype for the merged weights; got {dtype}")
+        raise ConfigError(
+            f"dtype: expected a floating-point dtype for the merged weights; got {dtype}"
+        )
     adapters = None if adapters is None else check_adapters(model, adapters)
     try:
         for name, layer in layers.items():
@@ -56,7 +62,9 @@ def merge_and_unload(
     if not any(layer.merged for layer in layers.values()):
         merge(model, adapters, dtype)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    if any(id(getattr(layer.unmerged_base, "weight", None)) in embeddings for layer in layers.values()):
+    if any(
+        id(getattr(layer.unmerged_base, "weight", None)) in embeddings for layer in layers.values()
+    ):
         config = getattr(model, "config", None)
         if hasattr(config, "tie_word_embeddings"):
             config.tie_word_embeddings = False

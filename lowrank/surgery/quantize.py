@@ -30,9 +30,13 @@ def quantize(
     Raises WeightError at a NaN or inf, naming the tensor; the model is then as it was.
     """
     if isinstance(quantizer, str):
-        quantizer = quant.get(quantizer, **({} if double_quant is None else {"double_quant": double_quant}))
+        quantizer = quant.get(
+            quantizer, **({} if double_quant is None else {"double_quant": double_quant})
+        )
     elif double_quant is not None:
-        raise ConfigError("double_quant: expected None beside a quantizer object, which has its own options")
+        raise ConfigError(
+            "double_quant: expected None beside a quantizer object, which has its own options"
+        )
     skip = list(skip)
     check_each_matches(model, [s for s in skip if s != "lm_head"], "skip")
 
@@ -40,7 +44,9 @@ def quantize(
     for name, module in walk(model):
         if isinstance(module, LoRALinear):
             if module.merged:
-                raise ConfigError(f"quantize: expected unmerged layers; {name} is merged: call unmerge first")
+                raise ConfigError(
+                    f"quantize: expected unmerged layers; {name} is merged: call unmerge first"
+                )
             module = module.base_layer
         if isinstance(module, nn.Linear) and not matches(name, skip):
             linears.setdefault(module, name)
@@ -49,7 +55,9 @@ def quantize(
     shared = {id(m.weight): n for n, m in walk(model) if isinstance(m, nn.Embedding)}
     for linear, name in linears.items():
         if id(linear.weight) in shared:
-            raise ConfigError(f"{name}.weight: is also {shared[id(linear.weight)]}.weight; add {name!r} to skip")
+            raise ConfigError(
+                f"{name}.weight: is also {shared[id(linear.weight)]}.weight; add {name!r} to skip"
+            )
 
     new: dict[nn.Module, nn.Module] = {}
     for linear, name in linears.items():

@@ -65,7 +65,10 @@ class Disabled:
         return None
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         for layer, disabled in self._before:
             layer.disabled = disabled
@@ -74,5 +77,7 @@ class Disabled:
 def _unmerged_layers(model: nn.Module, what: str) -> list[LoRALinear]:
     layers = list(lora_layers(model).values())
     if any(layer.merged for layer in layers):
-        raise ConfigError(f"{what}: expected unmerged layers; the adapters are merged: call unmerge first")
+        raise ConfigError(
+            f"{what}: expected unmerged layers; the adapters are merged: call unmerge first"
+        )
     return layers

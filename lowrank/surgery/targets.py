@@ -14,8 +14,8 @@ from lowrank.nn.lora_linear import LoRALinear
 from lowrank.nn.quant_linear import QuantLinear
 
 LINEAR = (nn.Linear, QuantLinear, LoRALinear)
-DEFAULT_TARGETS = ["q_proj", "v_proj"]                     # what PEFT takes for the Llama family
-CONDENSE_FROM = 20                                         # names, from which PEFT shortens the list
+DEFAULT_TARGETS = ["q_proj", "v_proj"]  # what PEFT takes for the Llama family
+CONDENSE_FROM = 20  # names, from which PEFT shortens the list
 
 
 def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -29,7 +29,9 @@ def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """The layers with adapters by name, each once."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)
+    }
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -42,7 +44,11 @@ def check_adapters(model: nn.Module, adapters: Iterable[str]) -> list[str]:
     adapters, known = list(adapters), adapter_names(model)
     for adapter in adapters:
         if adapter not in known:
-            there = f"the model has {', '.join(known)}" if known else "the model has none: inject or load one first"
+            there = (
+                f"the model has {', '.join(known)}"
+                if known
+                else "the model has none: inject or load one first"
+            )
             raise TargetError(f"adapter {adapter!r}: no layer has it; {there}")
     return adapters
 
@@ -64,7 +70,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
 
     Raises TargetError if there are none, or if a target is not a linear layer.
     """
-    modules = {}                                           # the first name of each module
+    modules = {}  # the first name of each module
     for name, module in walk(model):
         modules.setdefault(module, name)
     wanted = DEFAULT_TARGETS if config.target_modules is None else config.target_modules
@@ -72,14 +78,20 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
         heads = _output_heads(model)
         chosen = [(n, m) for m, n in modules.items() if isinstance(m, LINEAR) and m not in heads]
     else:
-        chosen = [(n, m) for m, n in modules.items() if matches(n, wanted) and _in_layers(n, config)]
+        chosen = [
+            (n, m) for m, n in modules.items() if matches(n, wanted) and _in_layers(n, config)
+        ]
     if config.exclude_modules is not None:
         chosen = [(n, m) for n, m in chosen if not matches(n, config.exclude_modules)]
     if not chosen:
-        raise TargetError(_nothing(f"target_modules={wanted!r}", wanted, [n for _, n in _linears(modules)]))
+        raise TargetError(
+            _nothing(f"target_modules={wanted!r}", wanted, [n for _, n in _linears(modules)])
+        )
     for name, module in chosen:
         if not isinstance(module, LINEAR):
-            raise TargetError(f"target {name!r}: expected a linear layer; got {type(module).__name__}: name its linears")
+            raise TargetError(
+                f"target {name!r}: expected a linear layer; got {type(module).__name__}: name its linears"
+            )
     return [name for name, _ in chosen]
 
 
@@ -118,9 +130,13 @@ def _output_heads(model: nn.Module) -> set[nn.Module]:
 def _in_layers(name: str, config: LoRAConfig) -> bool:
     """Whether the block that `name` lies in is among layers_to_transform; a full name given as target always is."""
     layers = config.layers_to_transform
-    if layers is None or (isinstance(config.target_modules, list) and name in config.target_modules):
+    if layers is None or (
+        isinstance(config.target_modules, list) and name in config.target_modules
+    ):
         return True
-    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    patterns = (
+        [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    )
     for pattern in patterns or [r"[^.]*"]:
         found = re.search(rf"(?:^|\.){pattern}\.(\d+)\.", name)
         if found:
@@ -131,8 +147,16 @@ def _in_layers(name: str, config: LoRAConfig) -> bool:
 def _nothing(what: str, wanted: list[str] | str, linears: list[str]) -> str:
     ends = sorted({name.split(".")[-1] for name in linears})
     words = [wanted] if isinstance(wanted, str) else wanted
-    near = list(dict.fromkeys(m for w in words for m in difflib.get_close_matches(w, [*ends, *linears], n=3)))
-    hint = f"nearest: {', '.join(near)}" if near else f"its linear layers are {', '.join(ends) or 'none'}"
+    near = list(
+        dict.fromkeys(
+            m for w in words for m in difflib.get_close_matches(w, [*ends, *linears], n=3)
+        )
+    )
+    hint = (
+        f"nearest: {', '.join(near)}"
+        if near
+        else f"its linear layers are {', '.join(ends) or 'none'}"
+    )
     return f"{what} matches nothing in the model; {hint}"
 
 

@@ -1,0 +1,319 @@
+"""Adapters on disk in PEFT's format: adapter_config.json, adapter_model.safetensors, README.md.
+
+A tensor's key is `base_model.model.` + the module's name + `.lora_A.weight` or `.lora_B.weight`; the
+adapter's name is not in the file. Trained biases are there too: a targeted layer's as
+`<module>.base_layer.bias`, others (bias="all") under their plain names.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.adapters.config import LoRAConfig
+from lowrank.errors import ConfigError, FileFormatError, MissingPackageError, TargetError
+from lowrank.nn.lora_linear import LoRALinear
+from lowrank.surgery.inject import attach
+from lowrank.surgery.targets import check_adapters, find_targets, lora_layers, walk
+
+from .atomic import write_files
+from .safetensors import load_safetensors, write_safetensors
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+_log = logging.getLogger(__name__)
+
+
+def save_adapter(model: nn.Module, path: str | Path, adapter: str = "default") -> Path:
+    """Write one adapter, as PEFT does: into `path` itself if it is "default", else into `path`/`adapter`.
+
+    Returns that directory. Each file appears whole; an adapter that was there before survives any
+    failure. Raises TargetError if the model has no such adapter.
+    """
+    check_adapters(model, [adapter])
+    directory = Path(path) if adapter == "default" else Path(path) / adapter
+    if directory.exists() and not directory.is_dir():
+        raise FileFormatError(f"{directory}: expected a directory or nothing there; it is a file")
+    layers = {name: layer for name, layer in lora_layers(model).items() if adapter in layer.lora_A}
+    config = _config_of(model, layers, adapter)
+    content = config.to_peft()
+    if config.task_type is None:  # how PEFT finds the model's class again
+        content["auto_mapping"] = {
+            "base_model_class": type(model).__name__,
+            "parent_library": type(model).__module__,
+        }
+    tensors = {PREFIX + name: p for name, p in _tensors(model, layers, config, adapter).items()}
+    text = json.dumps(content, indent=2, sort_keys=True)
+    write_files(
+        directory,
+        {
+            "README.md": lambda aside: _write(aside, _card(config)),
+            WEIGHTS_FILE: lambda aside: write_safetensors(aside, tensors),
+            CONFIG_FILE: lambda aside: _write(aside, text),
+        },
+    )
+    return directory
+
+
+def load_adapter(
+    model: nn.Module,
+    path_or_repo: str | Path,
+    adapter: str = "default",
+    is_trainable: bool = False,
+    revision: str | None = None,
+) -> nn.Module:
+    """Read an adapter that PEFT or we wrote, from a directory or a hub id, into the model; return the model.
+
+    If the model has no such adapter it is created: active if it is the first, frozen unless
+    `is_trainable`. If it has, its weights are replaced, and its config must agree.
+    Raises FileFormatError, with the model as it was, for damaged files and for an adapter of
+    another base: keys missing or left over, or shapes that do not fit.
+    """
+    directory = _directory(path_or_repo, revision)
+    config = replace(_read_config(directory / CONFIG_FILE), inference_mode=not is_trainable)
+    tensors = _read_tensors(directory)
+    layers = lora_layers(model)
+    mine = {name: layer for name, layer in layers.items() if adapter in layer.lora_A}
+    _warn_of_other_base(model, config, directory)
+
+    if mine:
+        _check_agrees(mine, config, adapter, directory)
+    try:
+        names = list(mine) or find_targets(model, config)
+    except TargetError as error:
+        raise FileFormatError(f"{directory}: made for another base model: {error}") from error
+    modules = dict(walk(model))
+    expected: dict[str, tuple[int, ...]] = {}
+    for name in names:
+        module, r = modules[name], mine[name].r[adapter] if mine else config.rank(name)
+        expected[f"{name}.lora_A.weight"] = (r, module.in_features)
+        expected[f"{name}.lora_B.weight"] = (module.out_features, r)
+    biases = _biases(model, names, config)
+    expected.update((name, tuple(p.shape)) for name, p in biases.items())
+    _check_fits(tensors, expected, directory)
+
+    def fill(name: str, layer: LoRALinear) -> None:
+        for part, linears in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+            with torch.no_grad():
+                linears[adapter].weight.copy_(tensors[f"{name}.{part}.weight"])
+
+    if mine:
+        for name, layer in mine.items():
+            fill(name, layer)
+    else:
+        attach(model, names, config, adapter, fill)
+    with torch.no_grad():
+        for name, parameter in biases.items():
+            parameter.copy_(tensors[name])
+    return model
+
+
+def _config_of(model: nn.Module, layers: dict[str, LoRALinear], adapter: str) -> LoRAConfig:
+    """The adapter's config; the layers have the last word on which they are, and on rank and alpha."""
+    config = next(iter(layers.values())).config[adapter]
+    if config.target_modules is None:  # layers that were built by hand
+        config = replace(config, target_modules=list(layers))
+    ranks = {
+        n: layer.r[adapter] for n, layer in layers.items() if layer.r[adapter] != config.rank(n)
+    }
+    alphas = {
+        n: layer.lora_alpha[adapter]
+        for n, layer in layers.items()
+        if layer.lora_alpha[adapter] != config.alpha(n)
+    }
+    return replace(
+        config,
+        rank_pattern={**_escaped(ranks), **config.rank_pattern},
+        alpha_pattern={**_escaped(alphas), **config.alpha_pattern},
+        base_model_name_or_path=config.base_model_name_or_path
+        or getattr(model, "name_or_path", None)
+        or None,
+    )
+
+
+def _escaped(names: dict[str, Any]) -> dict[str, Any]:
+    return {f"^{re.escape(name)}": value for name, value in names.items()}
+
+
+def _tensors(
+    model: nn.Module, layers: dict[str, LoRALinear], config: LoRAConfig, adapter: str
+) -> dict[str, Tensor]:
+    tensors = {}
+    for name, layer in layers.items():
+        tensors[f"{name}.lora_A.weight"] = layer.lora_A[adapter].weight
+        tensors[f"{name}.lora_B.weight"] = layer.lora_B[adapter].weight
+    return {**tensors, **_biases(model, layers, config)}
+
+
+def _biases(
+    model: nn.Module, targets: Iterable[str], config: LoRAConfig
+) -> dict[str, nn.Parameter]:
+    """The base's biases that belong to the adapter, under the names they have once the targets are wrapped."""
+    found = {}
+    if config.bias == "none":
+        return found
+    targets = set(targets)
+    for name, module in walk(model):
+        bias = module._parameters.get("bias")
+        if isinstance(module, LoRALinear):
+            bias = module.bias
+        if isinstance(bias, nn.Parameter) and (name in targets or config.bias == "all"):
+            wrapped = name in targets or isinstance(module, LoRALinear)
+            found[f"{name}.base_layer.bias" if wrapped else f"{name}.bias"] = bias
+    return found
+
+
+def _check_agrees(
+    layers: dict[str, LoRALinear], config: LoRAConfig, adapter: str, directory: Path
+) -> None:
+    for name, layer in layers.items():
+        there = (
+            layer.r[adapter],
+            layer.lora_alpha[adapter],
+            layer.config[adapter].use_rslora,
+            layer.config[adapter].bias,
+        )
+        here = (config.rank(name), config.alpha(name), config.use_rslora, config.bias)
+        if there != here:
+            raise FileFormatError(
+                f"{directory}: {name} has (r, lora_alpha, use_rslora, bias) = {here}, adapter {adapter!r} in the model "
+                f"{there}; load it under another name, or delete_adapter first"
+            )
+        if layer.merged:
+            raise ConfigError(
+                "load_adapter: expected unmerged layers; the adapters are merged: call unmerge first"
+            )
+
+
+def _check_fits(
+    tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], directory: Path
+) -> None:
+    for what, keys in (
+        ("lacks", expected.keys() - tensors.keys()),
+        ("has no place for", tensors.keys() - expected.keys()),
+    ):
+        if keys:
+            subject = "the file" if what == "lacks" else "the model"
+            some = ", ".join(sorted(keys)[:3])
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise FileFormatError(
+                f"{directory}: made for another base model: {subject} {what} {some}{more}"
+            )
+    for name, shape in expected.items():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shape:
+            raise FileFormatError(
+                f"{directory}: made for another base model: {name} is {list(tensor.shape)}, the model takes {list(shape)}"
+            )
+        if not tensor.is_floating_point():
+            raise FileFormatError(
+                f"{directory}: {name}: expected floating-point weights; got {tensor.dtype}"
+            )
+
+
+def _warn_of_other_base(model: nn.Module, config: LoRAConfig, directory: Path) -> None:
+    here, there = getattr(model, "name_or_path", None), config.base_model_name_or_path
+    if here and there and Path(here).name != Path(there).name:
+        _log.warning("%s was trained on %s; the model is %s", directory, there, here)
+
+
+def _read_config(path: Path) -> LoRAConfig:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileFormatError(
+            f"{path}: no such file; expected a directory that PEFT or lowrank wrote"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise FileFormatError(f"{path}: not a JSON file ({error})") from error
+    if not isinstance(content, dict):
+        raise FileFormatError(f"{path}: expected a JSON object; got {type(content).__name__}")
+    try:
+        return LoRAConfig.from_peft(content)
+    except ConfigError as error:
+        raise FileFormatError(f"{path}: {error}") from error
+
+
+def _read_tensors(directory: Path) -> dict[str, Tensor]:
+    path = directory / WEIGHTS_FILE
+    if not path.exists() and (directory / "adapter_model.bin").exists():
+        raise FileFormatError(
+            f"{directory}: adapter_model.bin is a pickle, which can run code and is not read; load it with PEFT "
+            "where you trust it, and save_pretrained(..., safe_serialization=True) again"
+        )
+    tensors = load_safetensors(path)
+    for name in tensors:
+        if not name.startswith(PREFIX):
+            raise FileFormatError(f"{path}: expected keys that start with {PREFIX}; got {name}")
+    return {name[len(PREFIX) :]: tensor for name, tensor in tensors.items()}
+
+
+def _directory(path_or_repo: str | Path, revision: str | None) -> Path:
+    path = Path(path_or_repo)
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"[\w][\w.-]*/[\w.-]+", str(path_or_repo)):
+        raise FileFormatError(
+            f"{path_or_repo}: no such directory, and not a hub id of the form owner/name"
+        )
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise MissingPackageError(
+            "loading an adapter from the hub needs: pip install huggingface_hub"
+        ) from error
+    try:
+        found = huggingface_hub.snapshot_download(
+            str(path_or_repo), revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]
+        )
+    except (OSError, ValueError) as error:  # the hub's own errors are all of these kinds
+        raise FileFormatError(
+            f"{path_or_repo}: no such directory, and the hub did not give it ({error})"
+        ) from error
+    return Path(found)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _card(config: LoRAConfig) -> str:
+    base = config.base_model_name_or_path
+    targets = (
+        config.target_modules
+        if isinstance(config.target_modules, str)
+        else ", ".join(config.target_modules)
+    )
+    head = [
+        "library_name: peft",
+        *([f"base_model: {json.dumps(base)}"] if base else []),
+        "tags:",
+        "- lora",
+        "- lowrank",
+    ]
+    return "\n".join(
+        [
+            "---",
+            *head,
+            "---",
+            "",
+            f"# LoRA adapter{f' for {base}' if base else ''}",
+            "",
+            f"Rank {config.r}, alpha {config.lora_alpha:g}{', rank-stabilized' if config.use_rslora else ''}, on {targets}.",
+            "",
+            "```python",
+            'lowrank.load_adapter(model, "path/to/this/directory")',
+            "```",
+            "",
+        ]
+    )

@@ -1,0 +1,60 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+
+def write_files(directory: str | Path, writers: Mapping[str, Callable[[Path], None]]) -> None:
+    """Write files into `directory`: each aside and synced, and only when all are, renamed into place.
+
+    `writers`: {name: function that writes the path it is given}. On any error, Ctrl-C included, what
+    was in the directory before is untouched. The files are renamed in the order given.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    aside: dict[str, Path] = {}
+    try:
+        for name, write in writers.items():
+            handle, path = tempfile.mkstemp(dir=directory, prefix=f".{name}.", suffix=".tmp")
+            os.close(handle)
+            aside[name] = Path(path)
+            write(aside[name])
+            os.chmod(path, 0o666 & ~_umask())  # mkstemp's files are private, these are not
+            _sync(path)
+        for name, path in aside.items():
+            os.replace(path, directory / name)
+        _sync(directory)
+    finally:
+        for path in aside.values():
+            with suppress(FileNotFoundError):
+                path.unlink()
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write one text file, whole or not at all."""
+    path = Path(path)
+    write_files(path.parent, {path.name: lambda aside: _write(aside, text)})
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync(path: str | Path) -> None:
+    """Force a file's bytes, or a directory's names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

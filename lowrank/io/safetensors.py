@@ -1,0 +1,69 @@
+"""safetensors files: written whole or not at all, and refused whole if anything in them is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lowrank.errors import FileFormatError
+
+from .atomic import write_files
+
+
+def save_safetensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write the tensors to `path`, or leave what is there as it was."""
+    path = Path(path)
+    write_files(path.parent, {path.name: lambda aside: write_safetensors(aside, tensors, metadata)})
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write the tensors, dense and each with its own memory, straight to `path`; metadata as transformers expects it."""
+    seen: set[int] = set()
+    owned = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        if tensor.numel() and tensor.untyped_storage().data_ptr() in seen:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        owned[name] = tensor.contiguous()
+    save_file(owned, path, metadata={"format": "pt", **(metadata or {})})
+
+
+@contextmanager
+def open_safetensors(path: str | Path, device: str | torch.device = "cpu") -> Iterator[safe_open]:
+    """Open a file to take tensors one by one: `.keys()`, `.get_tensor(name)`, `.get_slice(name)`, `.metadata()`.
+
+    The header is checked against the file's length first: known dtypes, shapes that fit their byte
+    ranges, ranges that cover the file without gap or overlap. Raises FileFormatError otherwise.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileFormatError(f"{path}: no such file")
+    try:
+        handle = safe_open(path, framework="pt", device=str(device))
+    except (SafetensorError, OSError, UnicodeError, ValueError) as error:
+        size = path.stat().st_size
+        raise FileFormatError(
+            f"{path}: not a whole safetensors file ({error}); it has {size} bytes: get it again"
+        ) from error
+    with handle:
+        yield handle
+
+
+def load_safetensors(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """All tensors of the file by name, on `device`. Raises FileFormatError if it is damaged or truncated."""
+    with open_safetensors(path, device) as handle:
+        try:
+            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
+        except (SafetensorError, RuntimeError, TypeError, AttributeError) as error:
+            raise FileFormatError(f"{path}: cannot read a tensor ({error})") from error
