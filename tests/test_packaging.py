@@ -99,6 +99,13 @@ def kernel_files() -> set[str]:
     }
 
 
+def data_files() -> set[str]:
+    """What lies in lowrank/ beside Python and what was built or cached there."""
+    ignored = {".py", ".pyc", ".so"}
+    files = (f for f in (ROOT / "lowrank").rglob("*") if f.is_file() and f.suffix not in ignored)
+    return {f.relative_to(ROOT).as_posix() for f in files}
+
+
 def test_pure_wheel_holds_one_name_and_the_kernels(checkout):
     wheel = build("wheel", checkout, mode="skip")
     names, top = contents(wheel)
@@ -106,6 +113,7 @@ def test_pure_wheel_holds_one_name_and_the_kernels(checkout):
     assert top == ["lowrank"]
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"lowrank"}
     assert kernel_files() <= set(names)
+    assert data_files() <= set(names)
     assert "lowrank/py.typed" in names and not any(n.endswith(".so") for n in names)
     with zipfile.ZipFile(wheel) as archive:  # the real one, not the checkout's shim
         shipped = archive.read("lowrank/kernels/__init__.py").decode()

@@ -1,0 +1,56 @@
+"""Never run: mypy reads it (`make lint`), as a caller's editor would read calls of the public API."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import assert_type
+
+import lowrank
+from lowrank import quant
+from lowrank.train import TrainConfig, Trainer
+
+
+def layers() -> None:
+    cfg = lowrank.LoRAConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"])
+    layer = lowrank.LoRALinear(512, 512, bias=True, config=cfg)
+    assert_type(lowrank.LoRALinear.wrap(nn.Linear(4, 4), cfg), lowrank.LoRALinear)
+    assert_type(layer.scaling["default"], float)
+    frozen = lowrank.QuantLinear.from_linear(nn.Linear(64, 64), "nf4")
+    assert_type(frozen, lowrank.QuantLinear)
+    assert_type(frozen.dequantize(torch.float32), Tensor)
+
+
+def editing(model: nn.Module, cfg: lowrank.LoRAConfig) -> None:
+    model = lowrank.quantize(model, "nf4", compute_dtype=torch.bfloat16, skip=["lm_head"])
+    model = lowrank.inject(model, cfg, adapter="default")
+    lowrank.print_trainable_parameters(model)
+    lowrank.set_adapter(model, "task_a")
+    lowrank.scale_adapter(model, "task_a", 1.5)
+    lowrank.delete_adapter(model, "task_a")
+    with lowrank.disable_adapters(model):
+        lowrank.merge(model)
+    lowrank.unmerge(model)
+    lowrank.save_adapter(model, "adapter", adapter="default")
+    lowrank.load_adapter(model, "adapter", adapter="default")
+    lowrank.merge_and_unload(model).eval()
+
+
+def quantizing(w: Tensor) -> None:
+    q = quant.get("nf4", block_size=64, double_quant=True)
+    storage = q.quantize(w)
+    assert_type(storage, quant.Storage)
+    assert_type(q.dequantize(storage, torch.float32), Tensor)
+    assert_type(quant.names(), list[str])
+    assert_type(lowrank.ops.explain("codebook_linear"), str)
+
+
+def models() -> None:
+    model = lowrank.load_model("path", quantizer="nf4", dtype=torch.bfloat16, device="cpu")
+    tok = lowrank.load_tokenizer("path")
+    assert_type(tok.encode("text"), list[int])
+    text = lowrank.generate(model, tok, "prompt", max_new_tokens=64)
+    print(text)
+    config = TrainConfig(output_dir="out", learning_rate=2e-4)
+    result = Trainer(model, config, "train.jsonl", "eval.jsonl", tokenizer=tok).train()
+    assert_type(result.losses, list[float])
