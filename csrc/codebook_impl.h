@@ -24,25 +24,43 @@ inline const float* codebook_of(const CodebookWeight& w, int64_t n) {
   return w.codebook + (w.codebook_rows == 1 ? 0 : 16 * n);
 }
 
-// The scales of one row: floats, or 8-bit codes decoded as they are needed.
+// A row is read once and in order; the hardware's prefetcher stops at each page, this does not.
+constexpr int64_t AHEAD = 4096;
+inline void prefetch(const uint8_t* packed) { __builtin_prefetch(packed, 0, 3); }
+
+inline int64_t block_of(const CodebookWeight& w, int64_t k) { return k >> __builtin_ctzll(uint64_t(w.block_size)); }
+inline int64_t blocks_of(const CodebookWeight& w) { return block_of(w, w.K + w.block_size - 1); }
+
+// The scales of one row, asked for in ascending order: floats, or 8-bit codes decoded W at a time.
 struct RowScales {
   const float* values;
-  const uint8_t* codes;
-  float step, offset;
+  const uint8_t* codes = nullptr;
+  float step = 0, offset = 0;
+  int64_t blocks, decoded = -W;  // `room` holds the scales of the blocks from `decoded` on
+  float room[W];
 
-  RowScales(const CodebookWeight& w, int64_t n) {
-    const int64_t first = n * ((w.K + w.block_size - 1) / w.block_size);
-    values = static_cast<const float*>(w.absmax) + first;
-    codes = nullptr;
-    step = offset = 0;
+  RowScales(const CodebookWeight& w, int64_t n) : blocks(blocks_of(w)) {
+    values = static_cast<const float*>(w.absmax) + n * blocks;
     if (w.absmax_scale) {
-      codes = static_cast<const uint8_t*>(w.absmax) + first;
+      codes = static_cast<const uint8_t*>(w.absmax) + n * blocks;
       step = w.absmax_scale[2 * n];
       offset = w.absmax_scale[2 * n + 1];
     }
   }
+  float operator[](int64_t b) {
+    if (!codes) return values[b];
+    if (b - decoded >= W) decode(b);
+    return room[b - decoded];
+  }
   // Two roundings, as stored: the compiler must not contract this (-ffp-contract=off).
-  float operator[](int64_t b) const { return codes ? float(codes[b]) * step + offset : values[b]; }
+  void decode(int64_t b) {
+    decoded = b;
+    if (b + W <= blocks) {
+      for (int i = 0; i < W; ++i) room[i] = float(codes[b + i]) * step + offset;
+    } else {
+      for (int i = 0; b + i < blocks; ++i) room[i] = float(codes[b + i]) * step + offset;
+    }
+  }
 };
 
 inline void decode32(const uint8_t* packed, const BlockTable& table, float* out) {
@@ -65,11 +83,14 @@ struct TableFor<float> {
 template <class T>
 void dequantize_row(const CodebookWeight& w, int64_t n, const Table& table, T* out) {
   const uint8_t* packed = w.packed + n * (padded(w.K) / 2);
-  const RowScales scales(w, n);
+  RowScales scales(w, n);
   for (int64_t k = 0, b = 0; k < w.K; ++b) {
     const TableFor<T> block(table, scales[b]);
     const int64_t end = smaller(k + w.block_size, w.K);
-    for (; k + CHUNK <= end; k += CHUNK) decode32(packed + k / 2, block.table, out + k);
+    for (; k + CHUNK <= end; k += CHUNK) {
+      prefetch(packed + k / 2 + AHEAD);
+      decode32(packed + k / 2, block.table, out + k);
+    }
     if (k < end) {
       T rest[CHUNK];
       decode32(packed + k / 2, block.table, rest);
@@ -149,7 +170,7 @@ float quantize_block(const T* from, int64_t length, bool full, const Encoder& en
 template <class T>
 void quantize_rows(const T* weight, int64_t stride, const CodebookWeight& shape, uint8_t* packed,
                    float* absmax, int32_t threads) {
-  const int64_t N = shape.N, K = shape.K, G = shape.block_size, blocks = (K + G - 1) / G;
+  const int64_t N = shape.N, K = shape.K, G = shape.block_size, blocks = blocks_of(shape);
 #pragma omp parallel num_threads(threads) if (N * K > WORTH_THREADS)
   {
     const Levels shared(shape.codebook);

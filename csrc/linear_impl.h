@@ -32,13 +32,14 @@ void direct_row(const Product<T>& p, int64_t n, const Table& table) {
   constexpr int SUMS = M == 1 && VECTORS >= 4 ? 4 : 2;  // independent, to hide the latency of fma
   const int64_t Kp = padded(p.w.K);
   const uint8_t* packed = p.w.packed + n * (Kp / 2);
-  const RowScales scales(p.w, n);
+  RowScales scales(p.w, n);
   Vec sums[M][SUMS];
   for (int m = 0; m < M; ++m)
     for (int i = 0; i < SUMS; ++i) sums[m][i] = set1(0);
   for (int64_t k = 0, b = 0; k < Kp; ++b) {
     const BlockTable block(table, scales[b]);
     for (const int64_t end = smaller(k + p.w.block_size, Kp); k < end; k += CHUNK) {
+      prefetch(packed + k / 2 + AHEAD);
       Vec v[VECTORS];
       decode32(packed + k / 2, block, v);
       for (int m = 0; m < M; ++m)
@@ -83,12 +84,15 @@ void tiled_rows(const Product<T>& p, int64_t n0, const Table& shared) {
     for (int64_t j = 0; j < TILE_N; ++j) {
       const int64_t n = n0 + smaller(j, rows - 1);  // past the last row: decoded again, not stored
       const uint8_t* packed = p.w.packed + (n * Kp + k0) / 2;
-      const RowScales scales(p.w, n);
+      RowScales scales(p.w, n);
       const Table table = p.w.codebook_rows == 1 ? shared : Table(codebook_of(p.w, n));
       for (int64_t k = 0; k < length;) {
-        const BlockTable block(table, scales[(k0 + k) / p.w.block_size]);
+        const BlockTable block(table, scales[block_of(p.w, k0 + k)]);
         const int64_t end = smaller(k + smaller(p.w.block_size, STRETCH), length);
-        for (; k < end; k += CHUNK) decode32(packed + k / 2, block, w[j] + k);
+        for (; k < end; k += CHUNK) {
+          prefetch(packed + k / 2 + TILE_N * Kp / 2);  // the same place in the next four rows
+          decode32(packed + k / 2, block, w[j] + k);
+        }
       }
     }
     int64_t m = 0;
