@@ -156,6 +156,7 @@ def _check_weight(
         if absmax_scale.shape != (N, 2):
             raise ShapeError(f"absmax_scale: expected [N={N}, 2]; got {_shape(absmax_scale)}")
         _check_dtype("absmax", absmax, (torch.uint8,))
+        _check_dtype("absmax_scale", absmax_scale, (torch.float32,))
         _check_constant("absmax_scale", absmax_scale)
         _check_device("absmax_scale", absmax_scale, device)
     _check_codebook(codebook, N, device)

@@ -39,7 +39,7 @@ def codebook_quantize(weight: Tensor, codebook: Tensor, block_size: int) -> tupl
     packed = torch.zeros(N, (K + 31) // 32 * 16, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(N, -(-K // block_size), dtype=torch.float32, device=weight.device)
     for rows in _panels(N, K):
-        scaled = weight[rows].to(torch.float32, copy=True)
+        scaled = weight[rows].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         largest = absmax[rows]
         if full:
             blocks = scaled[:, :full].unflatten(1, (-1, block_size))

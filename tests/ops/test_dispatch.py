@@ -1,0 +1,116 @@
+"""Which backend runs: by preference, by name, and why not."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lowrank import ops
+from lowrank.errors import BackendError, ConfigError
+from tests.ops.weights import random_weight
+
+
+def arguments(dtype=torch.float32):
+    return (torch.randn(2, 64, dtype=dtype), *random_weight(8, 64), None, 64)
+
+
+def test_explain_names_every_backend_and_its_reason():
+    text = ops.explain("codebook_linear", *arguments())
+    assert text.startswith("codebook_linear on cpu\n")
+    assert "reference: " in text and "cpu: " in text and ": runs" in text
+    text = ops.explain("codebook_linear")
+    assert all(f"  {name}: " in text for name in ("cpu", "triton", "cuda", "reference"))
+
+
+def test_float64_runs_on_the_reference_and_the_cpu_backend_says_why_not():
+    args = arguments(torch.float64)
+    text = ops.explain("codebook_linear", *args)
+    assert "cpu: refuses: " in text and "reference: runs" in text
+    assert torch.ops.lowrank.codebook_linear(*args).dtype == torch.float64
+
+
+def test_a_backend_asked_for_by_name_raises_its_reason():
+    args = arguments(torch.float64)
+    with (
+        ops.use_backend("cpu"),
+        pytest.raises(BackendError, match="codebook_linear: backend 'cpu'"),
+    ):
+        torch.ops.lowrank.codebook_linear(*args)
+    with ops.use_backend("triton"), pytest.raises(BackendError, match="'triton'.*refuses: "):
+        torch.ops.lowrank.codebook_linear(*arguments())
+
+
+def test_use_backend_holds_inside_the_block_and_nests():
+    args = arguments()
+    with ops.use_backend("reference"):
+        assert "asked for by name" in ops.explain("codebook_linear", *args)
+        with ops.use_backend(None):
+            assert "asked for by name)" not in ops.explain("codebook_linear", *args)
+        text = ops.explain("codebook_linear", *args)
+        assert "reference: runs" in text and "cpu: " not in text
+    assert "asked for by name)" not in ops.explain("codebook_linear", *args)
+    with pytest.raises(ZeroDivisionError), ops.use_backend("reference"):
+        raise ZeroDivisionError
+    assert "asked for by name)" not in ops.explain("codebook_linear", *args)
+
+
+def test_use_backend_as_a_call_holds_until_the_next():
+    ops.use_backend("reference")
+    try:
+        assert "('reference' was asked for by name)" in ops.explain("codebook_linear", *arguments())
+    finally:
+        ops.use_backend(None)
+
+
+def test_the_choice_is_made_at_run_time_in_a_compiled_graph():
+    args = arguments(torch.float64)
+    compiled = torch.compile(
+        lambda *a: torch.ops.lowrank.codebook_linear(*a), fullgraph=True, backend="eager"
+    )
+    compiled(*args)
+    with ops.use_backend("cpu"), pytest.raises(BackendError):
+        compiled(*args)
+
+
+def test_bad_names_and_arguments():
+    with pytest.raises(ConfigError, match="backend: expected one of cpu, .*reference; got 'gpu'"):
+        ops.use_backend("gpu")
+    with pytest.raises(ConfigError, match="op: expected one of .*codebook_linear.*; got 'linear'"):
+        ops.explain("linear")
+    with pytest.raises(ConfigError, match="expected 7 arguments or none; got 1"):
+        ops.explain("codebook_linear", torch.randn(3))
+
+
+@pytest.mark.parametrize("name", ["reference", "nothing"])
+def test_the_environment_names_the_backend(name):
+    code = (
+        "import torch; from lowrank import ops; args = torch.ones(1, 64), torch.ones(1, 16), 64\n"
+        "ops.codebook_quantize(*args); print(ops.explain('codebook_quantize', *args))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"LOWRANK_BACKEND": name, "PYTHONPATH": ":".join(p or "." for p in sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    if name == "reference":
+        assert done.returncode == 0 and "'reference' was asked for by name" in done.stdout
+    else:
+        assert "ConfigError: backend: expected one of cpu, " in done.stderr
+        assert "got 'nothing'" in done.stderr
+
+
+def test_a_missing_backend_is_a_reason_and_not_an_error():
+    code = (
+        "import sys; sys.modules['triton'] = sys.modules['lowrank.ops.triton'] = None;"
+        "import torch; from lowrank import ops; print(ops.explain('codebook_linear'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": ":".join(p or "." for p in sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "triton: cannot be imported" in done.stdout

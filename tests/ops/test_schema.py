@@ -1,0 +1,83 @@
+"""Every operator is a well-behaved torch operator: opcheck, compile, meta, dynamic shapes."""
+
+import pytest
+import torch
+
+from lowrank import ops
+from tests.ops.weights import random_weight
+
+OPS = torch.ops.lowrank
+
+
+@pytest.fixture(autouse=True, params=["reference", None], ids=["reference", "best"])
+def backend(request):
+    with ops.use_backend(request.param):
+        yield
+
+
+def samples():
+    for double_quant, K in ((False, 33), (True, 123)):
+        weight = random_weight(10, K, 32, double_quant)
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(2, 3, K, dtype=dtype, requires_grad=True)
+            bias = torch.randn(10, dtype=dtype, requires_grad=True)
+            dy = torch.randn(4, 10, dtype=dtype, requires_grad=True)
+            yield OPS.codebook_linear, (x, *weight, bias, 32)
+            yield OPS.codebook_linear, (x.detach(), *weight, None, 32)
+            yield OPS.codebook_linear_dx, (dy, *weight, K, 32)
+            yield OPS.codebook_dequantize, (*weight, K, 32, dtype)
+    yield OPS.codebook_quantize, (torch.randn(7, 123), random_weight(7, 33)[3], 64)
+    yield (
+        OPS.codebook_quantize,
+        (torch.randn(7, 64, requires_grad=True), random_weight(7, 33)[3], 64),
+    )
+    head, labels = torch.randn(20, 8), torch.tensor([3, -100, 19, 0])
+    yield OPS.linear_cross_entropy, (torch.randn(4, 8, requires_grad=True), head, labels, True)
+    yield OPS.linear_cross_entropy, (torch.randn(4, 8), head, labels, False)
+
+
+def test_opcheck():
+    seen = set()
+    for op, args in samples():
+        torch.library.opcheck(op, args)
+        seen.add(op._qualified_op_name.split("::")[1])
+    assert seen == set(ops.schema.OPERATORS)
+
+
+def test_fakes_have_the_shape_dtype_and_strides_of_the_real():
+    for op, args in samples():
+        meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
+        real, fake = op(*args), op(*meta)
+        if isinstance(real, torch.Tensor):
+            real, fake = (real,), (fake,)
+        for r, f in zip(real, fake, strict=True):
+            assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride())
+
+
+def test_compile_keeps_one_graph_for_every_batch_size():
+    weight = random_weight(12, 96, 32, double_quant=True)
+    head = torch.randn(30, 12)
+    graphs = []
+
+    def loss(x, bias, labels):
+        y = ops.codebook_linear(x, *weight, bias, 32)
+        return ops.linear_cross_entropy(y, head, labels)
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    traced = torch.compile(loss, fullgraph=True, dynamic=True, backend=counting)
+    for M in (4, 7, 33):
+        x = torch.randn(M, 96, requires_grad=True)
+        bias = torch.randn(12, requires_grad=True)
+        labels = torch.randint(0, 30, (M,))
+        got = compiled(x, bias, labels)
+        expected = loss(x, bias, labels)
+        traced(x, bias, labels)
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(got, (x, bias)), torch.autograd.grad(expected, (x, bias))
+        )
+    assert len(graphs) == 1
