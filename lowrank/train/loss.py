@@ -45,20 +45,17 @@ def batch_loss(model: nn.Module) -> BatchLoss:
     masked = "attention_mask" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())
 
     def loss_of_logits(batch: Batch) -> Tensor:
-        output = (
-            model(batch.input_ids, attention_mask=batch.attention_mask)
-            if masked
-            else model(batch.input_ids)
-        )
+        extra = {"attention_mask": batch.attention_mask} if masked else {}
+        output = model(batch.input_ids, **extra)
         return next_token_loss(getattr(output, "logits", output), batch.labels)
 
     return loss_of_logits
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of -log softmax(logits[b, s - 1])[labels[b, s]] over labels but -100, in float32.
+    """Sum of -log softmax(logits[b, s - 1])[labels[b, s]] over labels but -100.
 
-    logits [B, S, V], labels [B, S]; only the rows of labelled tokens are brought to float32.
+    logits [B, S, V], labels [B, S]; computed in float32, or float64 if the logits are.
     """
     if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != labels.shape:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -67,4 +64,6 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
             f"{tuple(labels.shape)}; got {got}"
         )
     rows, places = torch.nonzero(labels[:, 1:] != IGNORED, as_tuple=True)
-    return F.cross_entropy(logits[rows, places].float(), labels[rows, places + 1], reduction="sum")
+    chosen = logits[rows, places]  # [T, V]
+    chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
+    return F.cross_entropy(chosen, labels[rows, places + 1], reduction="sum")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
+import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,15 @@ import torch
 from torch import nn
 
 from lowrank.errors import ConfigError
+from lowrank.io.adapter import CONFIG_FILE, WEIGHTS_FILE, save_adapter
+from lowrank.io.atomic import write_files, write_text
+from lowrank.io.safetensors import save_safetensors
 
 logger = logging.getLogger("lowrank.train")
 
-CONFIG, METRICS, RESULTS, PLOT = "train_config.json", "metrics.jsonl", "results.json", "loss.png"
-TRAINED = ("adapter_model.safetensors", "adapter_config.json", "trained.safetensors")
+CONFIG, METRICS, RESULTS = "train_config.json", "metrics.jsonl", "results.json"
+PLOT, TRAINED = "loss.png", "trained.safetensors"
+_ADAPTER = re.compile(r"(?:^|\.)lora_[AB]\.([^.]+)\.")
 
 
 def check_output_dir(path: str | Path, overwrite: bool = False) -> None:
@@ -26,7 +30,8 @@ def check_output_dir(path: str | Path, overwrite: bool = False) -> None:
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"output_dir must be a directory; {path} is a file: name another")
-    held = [name for name in (METRICS, RESULTS, *TRAINED) if (path / name).exists()]
+    files = (METRICS, WEIGHTS_FILE, TRAINED)
+    held = [n for n in files if (path / n).exists() and (path / n).stat().st_size]
     if held and not overwrite:
         raise ConfigError(
             f"output_dir {path} already holds a run ({', '.join(held)}): "
@@ -42,7 +47,7 @@ class RunDirectory:
         self.path = Path(path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for name in (CONFIG, METRICS, RESULTS, PLOT, *TRAINED):
+            for name in (CONFIG, METRICS, RESULTS, PLOT, TRAINED, WEIGHTS_FILE, CONFIG_FILE):
                 (self.path / name).unlink(missing_ok=True)
             self._metrics = open(self.path / METRICS, "a", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
@@ -55,28 +60,18 @@ class RunDirectory:
 
     def write_json(self, name: str, values: dict[str, Any]) -> None:
         """Write `name` whole or not at all."""
-        aside = self.path / f".{name}.tmp"
-        aside.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(aside, self.path / name)
+        write_text(self.path / name, json.dumps(values, indent=2, allow_nan=False) + "\n")
 
     def save_model(self, model: nn.Module) -> Path:
-        """Save adapters in PEFT's format, else the trained tensors; returns where they are."""
-        from lowrank.io import save_adapter
-        from lowrank.io.safetensors import write_safetensors
-
+        """Save adapters in PEFT's format, other trained tensors by name; returns where they are."""
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        adapters = {
-            name.split(".lora_A.")[1].split(".")[0] for name in trained if ".lora_A." in name
-        }
-        if not adapters:
-            tensors = {name: p.detach().contiguous() for name, p in trained.items()}
-            write_safetensors(self.path / TRAINED[-1], tensors)
-            return self.path / TRAINED[-1]
+        adapters = {found[1] for name in trained if (found := _ADAPTER.search(name))}
         for adapter in sorted(adapters):
-            save_adapter(
-                model, self.path if len(adapters) == 1 else self.path / adapter, adapter=adapter
-            )
-        return self.path if len(adapters) > 1 else self.path / TRAINED[0]
+            save_adapter(model, self.path, adapter=adapter)
+        others = {name: p for name, p in trained.items() if not _ADAPTER.search(name)}
+        if others:
+            save_safetensors(self.path / TRAINED, others)
+        return self.path
 
     def plot(self, losses: list[float], eval_losses: list[tuple[int, float]]) -> Path | None:
         """Draw loss.png; without matplotlib say what to install, and go on."""
@@ -92,9 +87,7 @@ class RunDirectory:
             axes.plot(*zip(*eval_losses, strict=True), "o-", color="tab:orange", label="held out")
         axes.grid(alpha=0.3)
         axes.legend()
-        aside = self.path / f".{PLOT}.tmp"
-        figure.savefig(aside, format="png", dpi=120)
-        os.replace(aside, self.path / PLOT)
+        write_files(self.path, {PLOT: lambda aside: figure.savefig(aside, format="png", dpi=120)})
         return self.path / PLOT
 
     def close(self) -> None:

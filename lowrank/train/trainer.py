@@ -144,14 +144,14 @@ class Trainer:
     def _backward(self, batches: list[Batch], interrupt: Interrupt) -> Tensor | None:
         """Add the gradient of the step's mean loss to .grad, return the loss; None: interrupted."""
         scale = 1.0 / sum(batch.labelled for batch in batches)
-        total = torch.zeros((), device=self.device)
+        total = None
         for batch in batches:
             if interrupt.requested:
                 return None
             with self._autocast():
                 loss = self._loss(batch) * scale
             loss.backward()
-            total += loss.detach()
+            total = loss.detach() if total is None else total + loss.detach()
         return total
 
     def _update(self, optimizer: Optimizer, loss: Tensor, record: Record) -> tuple[float, float]:

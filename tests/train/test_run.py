@@ -1,0 +1,186 @@
+"""The files of a run, and what happens to them when it is repeated, interrupted or lacks a package."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import signal
+import sys
+import threading
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lowrank.errors import ConfigError
+from lowrank.train import TrainConfig, Trainer, check_output_dir
+
+from .support import Bytes, Small, examples, metrics_lines
+
+
+class Saving(Bytes):
+    def save(self, directory):
+        (directory / "tokenizer.json").write_text("{}")
+
+
+def run(tmp_path, generator, model=None, tokenizer=None, **settings):
+    rows = examples(9, generator)
+    settings = {"max_steps": 4, "per_device_train_batch_size": 2, **settings}
+    config = TrainConfig(tmp_path / "run", **settings)
+    return Trainer(model or Small(), config, rows, rows[:3], tokenizer=tokenizer).train()
+
+
+def test_a_run_leaves_its_files(tmp_path, generator):
+    model = Small()
+    model.embed.requires_grad_(False)
+    result = run(tmp_path, generator, model, Saving(), learning_rate=1e-3)
+    names = {path.name for path in result.output_dir.iterdir()}
+    assert names == {
+        "train_config.json", "metrics.jsonl", "results.json", "loss.png", "trained.safetensors", "tokenizer.json",
+    }  # fmt: skip
+    saved = load_file(result.output_dir / "trained.safetensors")
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert saved.keys() == trained.keys()
+    assert all(torch.equal(saved[name], p) for name, p in trained.items())
+    assert json.loads((result.output_dir / "results.json").read_text()) == result.metrics
+    resolved = json.loads((result.output_dir / "train_config.json").read_text())
+    again = TrainConfig(**resolved["train"])
+    assert again.learning_rate == 1e-3 and again.to_dict() == resolved["train"]
+    assert resolved["versions"]["torch"] == torch.__version__
+    assert resolved["total_steps"] == 4 and resolved["train_examples"] == 9
+    assert (result.output_dir / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_directory_that_holds_a_run_is_refused_and_kept(tmp_path, generator):
+    first = run(tmp_path, generator)
+    before = {path.name: path.read_bytes() for path in first.output_dir.iterdir()}
+    with pytest.raises(ConfigError, match=r"already holds a run \(metrics.jsonl, trained.safetensors\)"):
+        run(tmp_path, generator)
+    assert before == {path.name: path.read_bytes() for path in first.output_dir.iterdir()}
+    second = run(tmp_path, generator, overwrite_output_dir=True, max_steps=2)
+    assert [line["step"] for line in metrics_lines(second.output_dir)] == [0, 1, 2, 2]
+
+
+def test_a_directory_with_other_files_is_no_run(tmp_path, generator):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    run(tmp_path, generator)
+    run(tmp_path, generator, overwrite_output_dir=True)
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_a_file_is_no_directory(tmp_path, generator):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ConfigError, match="output_dir must be a directory; .* is a file"):
+        check_output_dir(tmp_path / "run", overwrite=True)
+    config = TrainConfig(tmp_path / "run" / "deeper")
+    with pytest.raises(ConfigError, match="cannot be written: Not a directory"):
+        Trainer(Small(), config, examples(4, generator)).train()
+
+
+def test_without_matplotlib_the_run_goes_on(tmp_path, generator, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = run(tmp_path, generator)
+    assert not (result.output_dir / "loss.png").exists()
+    assert (result.output_dir / "trained.safetensors").exists()
+    assert "pip install 'lowrank-torch[plots]'" in caplog.text
+
+
+class Terminal:
+    """A stderr that says it is a terminal, and keeps what is written."""
+
+    encoding = "utf-8"
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def isatty(self):
+        return True
+
+    def flush(self):
+        pass
+
+
+def test_a_bar_on_a_terminal_lines_elsewhere(tmp_path, generator, monkeypatch, caplog):
+    pytest.importorskip("tqdm", reason="needs tqdm: pip install tqdm")
+    caplog.set_level(logging.INFO, "lowrank.train")
+    run(tmp_path / "a", generator, max_steps=25)
+    steps = [r.getMessage().split(":")[0] for r in caplog.records if "grad norm" in r.getMessage()]
+    assert steps == ["step 1/25", "step 10/25", "step 20/25", "step 25/25"]
+
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    caplog.clear()
+    run(tmp_path / "b", generator)
+    for shown in ("4/4", "loss ", "lr ", "grad norm ", " tokens/s", " GiB", "held-out loss"):
+        assert shown in terminal.text
+    assert "grad norm" not in caplog.text
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    run(tmp_path / "c", generator)
+    assert terminal.text == "" and "step 4/4: loss" in caplog.text
+
+
+class Interrupted(Small):
+    """Sends SIGINT `times` times in forward number `call`."""
+
+    def __init__(self, call, times=1):
+        super().__init__()
+        self.call, self.times, self.calls, self.kept = call, times, 0, []
+
+    def forward(self, input_ids):
+        self.kept.append(copy.deepcopy(self.state_dict()))
+        self.calls += 1
+        if self.calls == self.call:
+            for _ in range(self.times):
+                signal.raise_signal(signal.SIGINT)
+        return super().forward(input_ids)
+
+
+def test_ctrl_c_saves_the_last_whole_step(tmp_path, generator, caplog):
+    """In the first of step 3's two batches: what steps 1 and 2 made is saved, the third is dropped."""
+    rows = examples(12, generator)
+    settings = {"max_steps": 6, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    model = Interrupted(call=5)
+    handler = signal.getsignal(signal.SIGINT)
+    config = TrainConfig(tmp_path / "run", warmup_ratio=0.0, **settings)
+    result = Trainer(model, config, rows).train()
+    assert result.interrupted and len(result.losses) == 2
+    assert result.metrics["interrupted"] is True and result.metrics["steps"] == 2
+    assert "interrupted after 2 of 6 steps" in caplog.text
+    assert [line["step"] for line in metrics_lines(tmp_path / "run")] == [1, 2]
+    saved = load_file(tmp_path / "run" / "trained.safetensors")
+    assert all(torch.equal(value, model.kept[4][name]) for name, value in saved.items())
+    assert any(not torch.equal(value, model.kept[0][name]) for name, value in saved.items())
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_ctrl_c_before_the_first_step_saves_nothing(tmp_path, generator, caplog):
+    rows = examples(12, generator)
+    config = TrainConfig(tmp_path / "run", max_steps=6, per_device_eval_batch_size=2)
+    result = Trainer(Interrupted(call=2), config, rows, rows).train()
+    assert result.interrupted and result.losses == [] and result.eval_losses == []
+    assert "interrupted after 0 of 6 steps: nothing was trained, nothing is saved" in caplog.text
+    assert not (tmp_path / "run" / "trained.safetensors").exists()
+    check_output_dir(tmp_path / "run")
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path, generator):
+    handler = signal.getsignal(signal.SIGINT)
+    config = TrainConfig(tmp_path / "run", max_steps=6)
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(Interrupted(call=3, times=2), config, examples(12, generator)).train()
+    assert [line["step"] for line in metrics_lines(tmp_path / "run")] == [1, 2]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"train_config.json", "metrics.jsonl"}
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_training_in_a_thread_leaves_signals_alone(tmp_path, generator):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(run(tmp_path, generator)))
+    thread.start()
+    thread.join()
+    assert len(results[0].losses) == 4
