@@ -20,3 +20,6 @@ from .surgery import quantize as quantize
 from .surgery import scale_adapter as scale_adapter
 from .surgery import set_adapter as set_adapter
 from .surgery import unmerge as unmerge
+from .models.generate import generate as generate
+from .models.loading import load_model as load_model
+from .models.tokenizer import load_tokenizer as load_tokenizer

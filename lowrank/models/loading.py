@@ -19,6 +19,7 @@ from lowrank.models.hf import HFDirectory
 from lowrank.models.hub import fetch_model, is_repo_id
 from lowrank.nn.quant_linear import QuantLinear
 from lowrank.quant import Quantizer
+from lowrank.surgery.targets import check_each_matches, matches
 
 _QUIET_SECONDS = 2.0  # a load that takes less shows no progress bar
 
@@ -61,12 +62,13 @@ def load_model(
     with torch.device("meta"):
         model = Decoder(weights.config)
     _check_names(model, weights, source)
+    check_each_matches(model, [name for name in skip if name != "lm_head"], "skip")
     for name, module in _with_progress(_holders(model), source):
         fill = {
             leaf: weights.read(f"{name}.{leaf}").to(device)
             for leaf, _ in module.named_parameters(recurse=False)
         }
-        if quantizer is None or not isinstance(module, nn.Linear) or _matches(name, skip):
+        if quantizer is None or not isinstance(module, nn.Linear) or matches(name, list(skip)):
             for leaf, tensor in fill.items():
                 setattr(module, leaf, nn.Parameter(tensor.to(dtype)))
         else:
@@ -142,10 +144,6 @@ def _check_names(model: Decoder, weights: Weights, source: str | Path) -> None:
     for name, shape in expected.items():
         if found[name] != shape:
             raise FileFormatError(f"{source}: {name}: expected shape {shape}; got {found[name]}")
-
-
-def _matches(name: str, skip: Sequence[str]) -> bool:
-    return any(name == part or name.endswith("." + part) for part in skip)
 
 
 def _with_progress(

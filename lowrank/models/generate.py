@@ -1,0 +1,159 @@
+"""Text from a model, token by token, over a key-value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from lowrank.errors import ConfigError, DataError
+from lowrank.models.attention import KVCache
+from lowrank.models.decoder import Decoder
+from lowrank.models.tokenizer import Tokenizer
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+@overload
+def generate(model: Decoder, tokenizer: Tokenizer, prompt: str | Messages, **options) -> str: ...
+@overload
+def generate(model: Decoder, tokenizer: Tokenizer, prompt: list[str], **options) -> list[str]: ...
+
+
+def generate(
+    model,
+    tokenizer,
+    prompt,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int | None = None,
+):
+    """What the model writes after a text, after each of a list of texts, or in answer to messages.
+
+    Temperature 0 takes the likeliest token each time; above it, tokens are drawn from
+    softmax(logits / temperature), cut to the `top_k` likeliest and then to the fewest that together
+    have `top_p`. Writing ends at an end token of the model or of the tokenizer, which is left out.
+    """
+    if isinstance(prompt, str):
+        prompts, single = [tokenizer.encode(prompt, add_special_tokens=True)], True
+    elif prompt and all(isinstance(text, str) for text in prompt):
+        prompts, single = (
+            [tokenizer.encode(text, add_special_tokens=True) for text in prompt],
+            False,
+        )
+    elif prompt and all(isinstance(message, Mapping) for message in prompt):
+        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
+        prompts, single = [tokenizer.encode(text)], True
+    else:
+        raise DataError(f"prompt: expected text, texts or messages; got {type(prompt).__name__}")
+    ends = set(model.config.eos_token_ids)
+    if tokenizer.eos_token_id is not None:
+        ends.add(tokenizer.eos_token_id)
+    was_training = model.training
+    model.eval()  # no dropout while writing
+    try:
+        written = generate_ids(
+            model,
+            prompts,
+            max_new_tokens,
+            ends=ends,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+        )
+    finally:
+        model.train(was_training)
+    texts = [tokenizer.decode(ids) for ids in written]
+    return texts[0] if single else texts
+
+
+@torch.inference_mode()
+def generate_ids(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    ends: set[int] | frozenset[int] = frozenset(),
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int | None = None,
+) -> list[list[int]]:
+    """The ids written after each prompt, up to and without the first of `ends`."""
+    _check(max_new_tokens, temperature, top_p, top_k)
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise DataError(f"prompt {i}: expected at least one token; got none")
+    device = model.model.embed_tokens.weight.device
+    ids, mask = _left_padded(prompts, device)
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    B, S = ids.shape
+    dtype = model.model.norm.weight.dtype
+    cache = KVCache(model.config, B, S + max_new_tokens, dtype=dtype, device=device)
+    written: list[list[int]] = [[] for _ in prompts]
+    open_rows = set(range(B))
+    for _ in range(max_new_tokens):
+        logits = model(ids, mask, logits_to_keep=1, cache=cache)[:, -1].float()
+        chosen = _choose(logits, temperature, top_p, top_k, generator)
+        for row, token in enumerate(chosen.tolist()):
+            if row in open_rows and token in ends:
+                open_rows.discard(row)
+            elif row in open_rows:
+                written[row].append(token)
+        if not open_rows:
+            break
+        ids = chosen[:, None]
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(B, 1)], dim=1)
+    return written
+
+
+def _left_padded(
+    prompts: Sequence[Sequence[int]], device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """ids [B, S] and, unless all are as long, mask [B, S]; tokens end where writing begins."""
+    S = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[0] * (S - len(p)) + list(p) for p in prompts], device=device)
+    if all(len(prompt) == S for prompt in prompts):
+        return ids, None
+    starts = torch.tensor([[S - len(prompt)] for prompt in prompts], device=device)
+    return ids, (torch.arange(S, device=device) >= starts).long()
+
+
+def _choose(
+    logits: Tensor,
+    temperature: float,
+    top_p: float | None,
+    top_k: int | None,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """One token for each row of logits [B, V]: [B]."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    probs = logits.softmax(-1)
+    if top_p is not None:
+        ordered, index = probs.sort(descending=True)
+        # a token stays if those before it have not reached top_p; so the first always does
+        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
+        probs = torch.zeros_like(probs).scatter_(-1, index, ordered)
+    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+
+
+def _check(max_new_tokens: int, temperature: float, top_p: float | None, top_k: int | None) -> None:
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens: expected at least 1; got {max_new_tokens}")
+    if not temperature >= 0:
+        raise ConfigError(f"temperature: expected at least 0; got {temperature}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ConfigError(f"top_p: expected above 0 and at most 1; got {top_p}")
+    if top_k is not None and top_k < 1:
+        raise ConfigError(f"top_k: expected at least 1; got {top_k}")
