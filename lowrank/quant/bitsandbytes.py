@@ -62,7 +62,7 @@ def read(tensors: Mapping[str, Tensor], name: str = "") -> Storage:
         raise FileFormatError(
             f"{name}weight.absmax: expected float32 or nested scales; got uint8 alone"
         )
-    is_nf4 = torch.equal(codebook[0].cpu(), torch.tensor(NF4_TABLE))
+    is_nf4 = codebook[0].tolist() == list(NF4_TABLE)
     return Storage(
         NF4.name if is_nf4 else CodebookQuantizer.name,
         (N, K),
@@ -85,7 +85,7 @@ def write(storage: Storage) -> dict[str, Tensor]:
     N, K = storage.shape
     block_size = storage.options["block_size"]
     codebook = storage["codebook"]
-    if codebook.shape[0] != 1 or not torch.equal(codebook[0].cpu(), torch.tensor(NF4_TABLE)):
+    if codebook.tolist() != [list(NF4_TABLE)]:
         raise ConfigError(
             f"scheme: bitsandbytes computes with the table of nf4; got {storage.scheme!r}"
         )
@@ -106,7 +106,9 @@ def write(storage: Storage) -> dict[str, Tensor]:
         "weight": storage["packed"].reshape(-1, 1),
         "weight.absmax": absmax.reshape(-1),
         "weight.quant_map": codebook[0],
-        _STATE + "nf4": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
+        _STATE + "nf4": torch.tensor(
+            list(json.dumps(state).encode()), dtype=torch.uint8, device="cpu"
+        ),
     }
 
 
@@ -157,7 +159,8 @@ def _nested(absmax: Tensor, tensors: Mapping[str, Tensor], state: dict, name: st
     _check_size(f"{name}weight.nested_absmax", scales, -(-absmax.numel() // group))
     codes = absmax.reshape(-1)
     per_block = scales.reshape(-1).repeat_interleave(group)[: codes.numel()]
-    return table.reshape(-1)[codes.long()] * per_block + torch.tensor(offset, dtype=torch.float32)
+    offset = torch.tensor(offset, dtype=torch.float32, device=table.device)
+    return table.reshape(-1)[codes.long()] * per_block + offset
 
 
 def _entry(tensors: Mapping[str, Tensor], key: str, name: str) -> Tensor:

@@ -29,7 +29,7 @@ class CodebookQuantizer:
     def __init__(
         self, codebook: Tensor | Sequence[float], block_size: int = 64, double_quant: bool = False
     ) -> None:
-        table = torch.as_tensor(codebook, dtype=torch.float32).detach().cpu()
+        table = torch.as_tensor(codebook, dtype=torch.float32, device="cpu").detach()
         if table.dim() not in (1, 2) or table.shape[-1] != 16 or table.numel() == 0:
             raise ShapeError(
                 f"codebook: expected 16 values or [N, 16]; got shape {list(table.shape)}"
