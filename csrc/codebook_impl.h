@@ -24,9 +24,11 @@ inline const float* codebook_of(const CodebookWeight& w, int64_t n) {
   return w.codebook + (w.codebook_rows == 1 ? 0 : 16 * n);
 }
 
-// A row is read once and in order; the hardware's prefetcher stops at each page, this does not.
+// Rows are read once and in order; the hardware's prefetcher stops at each page, this does not.
 constexpr int64_t AHEAD = 4096;
-inline void prefetch(const uint8_t* packed) { __builtin_prefetch(packed, 0, 3); }
+inline void prefetch(const void* at, int64_t bytes) {
+  __builtin_prefetch(static_cast<const char*>(at) + bytes, 0, 3);
+}
 
 inline int64_t block_of(const CodebookWeight& w, int64_t k) { return k >> __builtin_ctzll(uint64_t(w.block_size)); }
 inline int64_t blocks_of(const CodebookWeight& w) { return block_of(w, w.K + w.block_size - 1); }
@@ -88,7 +90,7 @@ void dequantize_row(const CodebookWeight& w, int64_t n, const Table& table, T* o
     const TableFor<T> block(table, scales[b]);
     const int64_t end = smaller(k + w.block_size, w.K);
     for (; k + CHUNK <= end; k += CHUNK) {
-      prefetch(packed + k / 2 + AHEAD);
+      prefetch(packed + k / 2, AHEAD);
       decode32(packed + k / 2, block.table, out + k);
     }
     if (k < end) {
@@ -150,7 +152,10 @@ float quantize_block(const T* from, int64_t length, bool full, const Encoder& en
   alignas(64) float room[MAX_BLOCK];
   const float* values = widened_block(from, length, room);
   AbsMax largest;
-  for (int64_t i = 0; i < length; i += W) largest.take(load(values + i));
+  for (int64_t i = 0; i < length; i += W) {
+    prefetch(from + i, AHEAD);
+    largest.take(load(values + i));
+  }
   const float absmax = largest.get();
   const float divisor = absmax < 1e-38f ? 1e-38f : absmax;
   const Vec inverse = set1(1.0f / divisor), one = set1(1.0f), minus_one = set1(-1.0f);

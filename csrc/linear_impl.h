@@ -39,7 +39,7 @@ void direct_row(const Product<T>& p, int64_t n, const Table& table) {
   for (int64_t k = 0, b = 0; k < Kp; ++b) {
     const BlockTable block(table, scales[b]);
     for (const int64_t end = smaller(k + p.w.block_size, Kp); k < end; k += CHUNK) {
-      prefetch(packed + k / 2 + AHEAD);
+      prefetch(packed + k / 2, AHEAD);
       Vec v[VECTORS];
       decode32(packed + k / 2, block, v);
       for (int m = 0; m < M; ++m)
@@ -90,7 +90,7 @@ void tiled_rows(const Product<T>& p, int64_t n0, const Table& shared) {
         const BlockTable block(table, scales[block_of(p.w, k0 + k)]);
         const int64_t end = smaller(k + smaller(p.w.block_size, STRETCH), length);
         for (; k < end; k += CHUNK) {
-          prefetch(packed + k / 2 + TILE_N * Kp / 2);  // the same place in the next four rows
+          prefetch(packed + k / 2, TILE_N * Kp / 2);  // the same place in the next four rows
           decode32(packed + k / 2, block, w[j] + k);
         }
       }
