@@ -79,6 +79,8 @@ class SafetensorsFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        if not self.path.is_file():
+            raise FileFormatError(f"{self.path}: no such file; fetch it again")
         size = self.path.stat().st_size
         with open(self.path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")

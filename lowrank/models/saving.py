@@ -29,7 +29,7 @@ def save_model(
 
     `dtype` None keeps each weight's own. Above `max_shard_bytes` the weights are split into shards
     with an index, and at most one shard is in memory. A tied head is stored once. Raises
-    WeightError while adapters are in the model.
+    WeightError while adapters are in the model, ConfigError if the directory already holds weights.
     """
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
@@ -37,6 +37,9 @@ def save_model(
                 f"{name}: expected no adapter; save it with save_adapter, or merge it into "
                 "the model with merge_and_unload first"
             )
+    directory = Path(directory)
+    if old := sorted(path.name for path in directory.glob("*.safetensors*")):
+        raise ConfigError(f"{directory}: expected no weights there; found {old[0]}; name a new one")
     if max_shard_bytes < 1:
         raise ConfigError(f"max_shard_bytes: expected at least 1; got {max_shard_bytes}")
     shards: list[dict[str, Callable[[], Tensor]]] = [{}]
