@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import platform
-import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,12 @@ from lowrank.errors import ConfigError
 from lowrank.io.adapter import CONFIG_FILE, WEIGHTS_FILE, save_adapter
 from lowrank.io.atomic import write_files, write_text
 from lowrank.io.safetensors import save_safetensors
+from lowrank.nn.lora_linear import LoRALinear
 
 logger = logging.getLogger("lowrank.train")
 
 CONFIG, METRICS, RESULTS = "train_config.json", "metrics.jsonl", "results.json"
 PLOT, TRAINED = "loss.png", "trained.safetensors"
-_ADAPTER = re.compile(r"(?:^|\.)lora_[AB]\.([^.]+)\.")
 
 
 def check_output_dir(path: str | Path, overwrite: bool = False) -> None:
@@ -64,11 +63,18 @@ class RunDirectory:
 
     def save_model(self, model: nn.Module) -> Path:
         """Save adapters in PEFT's format, other trained tensors by name; returns where they are."""
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        adapters = {found[1] for name in trained if (found := _ADAPTER.search(name))}
-        for adapter in sorted(adapters):
+        of_adapters = set()
+        adapters = {}  # in order of appearance
+        for layer in (m for m in model.modules() if isinstance(m, LoRALinear)):
+            for name in layer.lora_A:
+                pair = [layer.lora_A[name].weight, layer.lora_B[name].weight]
+                of_adapters.update(map(id, pair))
+                if any(p.requires_grad for p in pair):
+                    adapters[name] = True
+        for adapter in adapters:
             save_adapter(model, self.path, adapter=adapter)
-        others = {name: p for name, p in trained.items() if not _ADAPTER.search(name)}
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        others = {name: p for name, p in trained.items() if id(p) not in of_adapters}
         if others:
             save_safetensors(self.path / TRAINED, others)
         return self.path

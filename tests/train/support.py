@@ -1,4 +1,4 @@
-"""What the training tests share: a small causal model, a byte tokenizer, and the loop written out."""
+"""What the training tests share: a small causal model, a byte tokenizer, the loop written out."""
 
 from __future__ import annotations
 

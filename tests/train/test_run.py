@@ -1,4 +1,4 @@
-"""The files of a run, and what happens to them when it is repeated, interrupted or lacks a package."""
+"""The files of a run: when it is repeated, when it is interrupted, when a package is missing."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def test_a_run_leaves_its_files(tmp_path, generator):
     result = run(tmp_path, generator, model, Saving(), learning_rate=1e-3)
     names = {path.name for path in result.output_dir.iterdir()}
     assert names == {
-        "train_config.json", "metrics.jsonl", "results.json", "loss.png", "trained.safetensors", "tokenizer.json",
+        "train_config.json", "metrics.jsonl", "results.json", "loss.png", "trained.safetensors",
+        "tokenizer.json",
     }  # fmt: skip
     saved = load_file(result.output_dir / "trained.safetensors")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -55,7 +56,9 @@ def test_a_run_leaves_its_files(tmp_path, generator):
 def test_a_directory_that_holds_a_run_is_refused_and_kept(tmp_path, generator):
     first = run(tmp_path, generator)
     before = {path.name: path.read_bytes() for path in first.output_dir.iterdir()}
-    with pytest.raises(ConfigError, match=r"already holds a run \(metrics.jsonl, trained.safetensors\)"):
+    with pytest.raises(
+        ConfigError, match=r"already holds a run \(metrics.jsonl, trained.safetensors\)"
+    ):
         run(tmp_path, generator)
     assert before == {path.name: path.read_bytes() for path in first.output_dir.iterdir()}
     second = run(tmp_path, generator, overwrite_output_dir=True, max_steps=2)
@@ -141,7 +144,7 @@ class Interrupted(Small):
 
 
 def test_ctrl_c_saves_the_last_whole_step(tmp_path, generator, caplog):
-    """In the first of step 3's two batches: what steps 1 and 2 made is saved, the third is dropped."""
+    """In the first of step 3's two batches: what steps 1 and 2 made is saved."""
     rows = examples(12, generator)
     settings = {"max_steps": 6, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     model = Interrupted(call=5)
@@ -174,7 +177,10 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, generator):
     with pytest.raises(KeyboardInterrupt):
         Trainer(Interrupted(call=3, times=2), config, examples(12, generator)).train()
     assert [line["step"] for line in metrics_lines(tmp_path / "run")] == [1, 2]
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"train_config.json", "metrics.jsonl"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "train_config.json",
+        "metrics.jsonl",
+    }
     assert signal.getsignal(signal.SIGINT) is handler
 
 

@@ -1,4 +1,4 @@
-"""The loop against one written out in plain torch, in float64: losses, norms, parameters, evaluation."""
+"""The loop against one written out in plain torch, in float64, and where it must stop."""
 
 from __future__ import annotations
 
@@ -42,7 +42,13 @@ def test_equals_the_plain_loop(tmp_path, generator, seed, batch, accumulation):
 
     steps = windows(rows, seed, 2, batch * accumulation)
     losses, norms = plain_loop(
-        reference, steps, [1e-2] * len(steps), max_norm=0.5, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-6
+        reference,
+        steps,
+        [1e-2] * len(steps),
+        max_norm=0.5,
+        weight_decay=0.1,
+        betas=(0.8, 0.9),
+        eps=1e-6,
     )
     torch.testing.assert_close(result.losses, losses, rtol=1e-10, atol=0)
     found = [line["grad_norm"] for line in metrics_lines(tmp_path / "run")]
@@ -52,11 +58,15 @@ def test_equals_the_plain_loop(tmp_path, generator, seed, batch, accumulation):
 
 
 def test_accumulation_equals_one_large_batch(tmp_path, generator):
-    """4 × batch 1 and batch 4: the same losses though no two examples have as many learned tokens."""
-    rows = [{"input_ids": row["input_ids"] * (i + 1)} for i, row in enumerate(examples(8, generator))]
+    """4 × batch 1 and batch 4: the same losses, though examples differ in learned tokens."""
+    rows = [
+        {"input_ids": row["input_ids"] * (i + 1)} for i, row in enumerate(examples(8, generator))
+    ]
     small = Small().double()
     large = copy.deepcopy(small)
-    one = config(tmp_path / "a", max_steps=6, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    one = config(
+        tmp_path / "a", max_steps=6, per_device_train_batch_size=1, gradient_accumulation_steps=4
+    )
     four = config(tmp_path / "b", max_steps=6, per_device_train_batch_size=4)
     first, second = Trainer(small, one, rows).train(), Trainer(large, four, rows).train()
     torch.testing.assert_close(first.losses, second.losses, rtol=1e-12, atol=0)
@@ -150,19 +160,25 @@ def test_loss_falls_on_text(tmp_path):
 
 def test_metrics_count_real_and_learned_tokens(tmp_path, generator):
     rows = examples(10, generator)
-    settings = config(tmp_path, num_train_epochs=1, per_device_train_batch_size=4, learning_rate=0.5)
+    settings = config(
+        tmp_path, num_train_epochs=1, per_device_train_batch_size=4, learning_rate=0.5
+    )
     result = Trainer(Small(), settings, rows).train()
     lines = metrics_lines(tmp_path / "run")
     steps = windows(rows, 42, 1, 4)
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert [line["loss"] for line in lines] == result.losses
-    assert [line["tokens"] for line in lines] == [sum(len(r["input_ids"]) for r in s) for s in steps]
+    assert [line["tokens"] for line in lines] == [
+        sum(len(r["input_ids"]) for r in s) for s in steps
+    ]
     learned = [sum(label != -100 for r in s for label in r["labels"][1:]) for s in steps]
     assert [line["labelled_tokens"] for line in lines] == learned
     assert [line["epoch"] for line in lines] == [0.4, 0.8, 1.0]
     metrics = result.metrics
     assert metrics["tokens"] == sum(len(row["input_ids"]) for row in rows)
-    assert metrics["tokens_per_second"] == pytest.approx(metrics["tokens"] / metrics["train_seconds"])
+    assert metrics["tokens_per_second"] == pytest.approx(
+        metrics["tokens"] / metrics["train_seconds"]
+    )
     assert metrics["wall_seconds"] >= metrics["train_seconds"] > 0
     assert metrics["trainable_parameters"] == sum(p.numel() for p in Small().parameters())
     assert metrics["peak_memory_bytes"] > 50 * 2**20
@@ -174,24 +190,25 @@ def test_only_what_requires_a_gradient_is_trained(tmp_path, generator):
     model.embed.requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
     Trainer(model, config(tmp_path, max_steps=3), examples(8, generator)).train()
-    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    changed = {
+        name for name, value in model.state_dict().items() if not torch.equal(value, before[name])
+    }
     assert changed == {name for name in before if not name.startswith("embed")}
     assert all(p.grad is None for p in model.parameters())
 
 
 class Adapted(Small):
-    """Small with a low-rank update of its head, B = 0, and everything else frozen; `used` or not."""
+    """Small with a low-rank update of its head, B = 0, and everything else frozen."""
 
-    def __init__(self, used: bool = True):
+    def __init__(self):
         super().__init__()
         self.requires_grad_(False)
-        self.down = nn.ParameterDict({"lora_A": torch.randn(4, 16), "lora_B": torch.zeros(VOCAB, 4)})
-        self.used = used
+        low_rank = {"lora_A": torch.randn(4, 16), "lora_B": torch.zeros(VOCAB, 4)}
+        self.update = nn.ParameterDict(low_rank)
 
     def forward(self, input_ids):
         h = self.mix(self.embed(input_ids))[0]
-        update = h @ self.down["lora_A"].T @ self.down["lora_B"].T
-        return self.head(h) + (update if self.used else update.detach() + 0 * h.sum())
+        return self.head(h) + h @ self.update["lora_A"].T @ self.update["lora_B"].T
 
 
 def test_a_zero_b_is_no_missing_gradient(tmp_path, generator, caplog):
@@ -230,7 +247,9 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_named(tmp_path, generator
     model = Breaks()
     kept = []
     model.register_forward_pre_hook(lambda *_: kept.append(copy.deepcopy(model.state_dict())))
-    with pytest.raises(TrainingError, match=r"step 4: the loss is nan; the model stays as step 3 left it"):
+    with pytest.raises(
+        TrainingError, match=r"step 4: the loss is nan; the model stays as step 3 left it"
+    ):
         Trainer(model, config(tmp_path, max_steps=9), examples(8, generator)).train()
     assert all(torch.equal(value, kept[3][name]) for name, value in model.state_dict().items())
     assert [line["step"] for line in metrics_lines(tmp_path / "run")] == [1, 2, 3]
@@ -291,7 +310,9 @@ def test_gradient_checkpointing_is_switched_on_and_back(tmp_path, generator):
     model = Switched()
     Trainer(model, config(tmp_path, max_steps=2, gradient_checkpointing=True), rows).train()
     assert model.seen == {True} and model.gradient_checkpointing is False
-    with pytest.raises(ConfigError, match="gradient_checkpointing is on, but Small has no attribute"):
+    with pytest.raises(
+        ConfigError, match="gradient_checkpointing is on, but Small has no attribute"
+    ):
         Trainer(Small(), config(tmp_path / "b", gradient_checkpointing=True), rows)
 
 
