@@ -85,7 +85,7 @@ def first_paragraph(obj: object) -> str:
 
 
 def _signature(obj: object) -> str | None:
-    """`(a, b=1)` without annotations; None where Python knows none, it is long or has an address."""
+    """`(a, b=1)` without annotations; None where unknown, long, or with an address in it."""
     try:
         signature = inspect.signature(obj)
     except (TypeError, ValueError):

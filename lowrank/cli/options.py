@@ -1,0 +1,218 @@
+"""Dataclass fields as command-line flags, and a run's settings as a TOML file."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import json
+import re
+import sys
+import types
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from lowrank.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def add_fields(parser: argparse.ArgumentParser, config: type, prefix: str) -> None:
+    """A flag for every field of the dataclass `config`, with the help text of its docstring.
+
+    Only those given come out of parsing, as `<prefix>.<field>`.
+    """
+    group = parser.add_argument_group(f"{config.__name__}: [{prefix}] in a TOML file")
+    texts, hints = field_help(config), get_type_hints(config)
+    for field in dataclasses.fields(config):
+        kinds = _kinds(hints[field.name])
+        required = (
+            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        )
+        default = "required" if required else f"default: {_shown(_default(field))}"
+        text = f"{texts.get(field.name, '').rstrip('.')} ({default})".strip().replace("%", "%%")
+        flag = "--" + field.name.replace("_", "-")
+        options: dict[str, Any] = {
+            "dest": f"{prefix}.{field.name}",
+            "default": argparse.SUPPRESS,
+            "help": text,
+        }
+        if kinds == [bool]:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+            continue
+        words = _word_kinds(hints[field.name])
+        many = list in kinds or dict in kinds
+        metavar = "|".join(_metavar(kind) for kind in words)
+        if many:
+            options |= {"nargs": "+", "action": _Collect, "single": str in kinds}
+        group.add_argument(flag, type=_Reader(words), metavar=metavar, **options)
+
+
+def given_fields(args: argparse.Namespace, prefix: str) -> dict[str, Any]:
+    """The flags of `add_fields` that were given: {field: value}."""
+    start = prefix + "."
+    return {k.removeprefix(start): v for k, v in vars(args).items() if k.startswith(start)}
+
+
+def field_help(config: type) -> dict[str, str]:
+    """{field: text} from the entries `field: text` or `a, b: text` of a dataclass's docstring.
+
+    An entry goes on to the next one, also after three spaces on the same line, or to an empty line.
+    """
+    names = "|".join(field.name for field in dataclasses.fields(config))
+    entry = re.compile(rf"((?:{names})(?:, (?:{names}))*): (.*)")
+    found: dict[str, str] = {}
+    current: list[str] = []
+    for line in inspect.cleandoc(config.__doc__ or "").splitlines():
+        if not line.strip():
+            current = []
+        for part in re.split(r"\s{3,}(?=\w+:)", line.strip()):
+            if start := entry.fullmatch(part):
+                current = start[1].split(", ")
+                found |= dict.fromkeys(current, start[2])
+            else:
+                found |= {name: f"{found[name]} {part}" for name in current if part}
+    return found
+
+
+def read_toml(path: Path, tables: Mapping[str, type]) -> dict[str, dict[str, Any]]:
+    """{table: {field: value}} of a TOML file; ConfigError for what the dataclasses do not have."""
+    try:
+        loaded = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
+    _refuse_unknown(f"{path}", loaded, tables)
+    for name, table in loaded.items():
+        if not isinstance(table, dict):
+            raise ConfigError(f"{path}: expected [{name}] to be a table; got {table!r}")
+        _refuse_unknown(
+            f"{path}: [{name}]", table, [f.name for f in dataclasses.fields(tables[name])]
+        )
+    return {name: loaded.get(name, {}) for name in tables}
+
+
+def dump_toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
+    """The text that `read_toml` reads back; what is None is left out."""
+    parts = []
+    for name, table in tables.items():
+        lines = [f"{key} = {_toml(value)}" for key, value in table.items() if value is not None]
+        parts.append("\n".join([f"[{name}]", *lines]) + "\n")
+    return "\n".join(parts)
+
+
+def _refuse_unknown(place: str, found: Iterable[str], known: Iterable[str]) -> None:
+    for name in found:
+        if name not in known:
+            near = difflib.get_close_matches(name, list(known), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+            raise ConfigError(f"{place} has an unknown key {name!r}: {hint}")
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple | set | frozenset):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    if isinstance(value, bool | int | float):
+        return json.dumps(value)
+    return json.dumps(str(value), ensure_ascii=False)
+
+
+class _Reader:
+    """Reads one word as the first of `kinds` that takes it."""
+
+    def __init__(self, kinds: list[Any]) -> None:
+        self.kinds = kinds
+
+    def __call__(self, word: str) -> Any:
+        for kind in self.kinds:
+            try:
+                return _READ[kind](word) if kind in _READ else _choice(kind, word)
+            except ValueError:
+                continue
+        raise argparse.ArgumentTypeError(
+            f"expected {' or '.join(map(_metavar, self.kinds))}; got {word!r}"
+        )
+
+
+class _Collect(argparse.Action):
+    """Several words: a dict, or a list; with `single`, one that is no plain name stays a word."""
+
+    def __init__(self, *args: Any, single: bool, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.single = single
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if isinstance(values[0], tuple):
+            values = dict(values)
+        elif len(values) == 1 and (values[0] is None or self.single and not _is_name(values[0])):
+            values = values[0]
+        setattr(namespace, self.dest, values)
+
+
+def _pair(word: str) -> tuple[str, int | float]:
+    name, equals, value = word.partition("=")
+    if not equals:
+        raise ValueError
+    try:
+        return name, int(value)
+    except ValueError:
+        return name, float(value)
+
+
+def _choice(choice: Any, word: str) -> Any:
+    if word != str(choice).lower():
+        raise ValueError
+    return choice
+
+
+# The order of trial is that of `_word_kinds`.
+_READ: dict[Any, Callable[[str], Any]] = {int: int, float: float, dict: _pair, Path: Path, str: str}
+
+
+def _is_name(word: str) -> bool:
+    return re.fullmatch(r"[\w.]+", word) is not None and ".*" not in word
+
+
+def _kinds(hint: Any) -> list[Any]:
+    """The alternatives of an annotation: plain types, None, and the values of a Literal."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return [kind for part in get_args(hint) for kind in _kinds(part)]
+    if origin is Literal:
+        return list(get_args(hint))
+    return [None if hint is type(None) else origin or hint]
+
+
+def _word_kinds(hint: Any) -> list[Any]:
+    """What one word of a flag can be, a list's elements included; the strictest first."""
+    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else [hint]
+    found: list[Any] = []
+    for part in parts:
+        found += _kinds(get_args(part)[0]) if get_origin(part) is list else _kinds(part)
+    if Path in found:
+        found.remove(str)
+    found = [choice for kind in found for choice in ((True, False) if kind is bool else (kind,))]
+    return sorted(
+        dict.fromkeys(found), key=lambda kind: [*_READ].index(kind) + 1 if kind in _READ else 0
+    )
+
+
+def _metavar(kind: Any) -> str:
+    names = {int: "N", float: "X", str: "TEXT", Path: "PATH", dict: "NAME=N"}
+    return names[kind] if kind in names else str(kind).lower()
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default is not dataclasses.MISSING else field.default_factory()
+
+
+def _shown(value: Any) -> str:
+    if value is None or value == [] or value == {}:
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,68 @@
+"""The model that a command loads: which, and how it is stored and computed with."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+from torch import nn
+
+import lowrank
+from lowrank import quant
+from lowrank.errors import ConfigError
+from lowrank.quant.registry import Quantizer
+
+
+@dataclass(kw_only=True)
+class Source:
+    """A model and its frozen weights.
+
+    model: a Hugging Face directory, a .gguf file, or a name on the Hugging Face hub.
+    quantizer: how the frozen linear weights are stored, nf4 for QLoRA; none keeps them in `dtype`.
+    block_size: weights that share a scale.
+    double_quant: quantize the scales too.
+    dtype: what is computed with.
+    device: cpu, cuda, cuda:1, ...
+    """
+
+    model: str
+    quantizer: str | None = None
+    block_size: int = 64
+    double_quant: bool = True
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:  # torch's own words, the first line of them
+            reason = str(error).partition("\n")[0]
+            raise ConfigError(f"device: cannot use {self.device!r}: {reason}") from None
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    def load(self) -> nn.Module:
+        """The model, its linear weights quantized as they stream in."""
+        return lowrank.load_model(
+            self.model, quantizer=self.make_quantizer(), dtype=self.torch_dtype, device=self.device
+        )
+
+    def load_tokenizer(self):
+        return lowrank.load_tokenizer(self.model)
+
+    def make_quantizer(self) -> Quantizer | None:
+        if self.quantizer is None:
+            return None
+        return quant.get(self.quantizer, block_size=self.block_size, double_quant=self.double_quant)
+
+
+def from_args(args: argparse.Namespace) -> Source:
+    """The Source of the flags that `options.add_fields(parser, Source, "source")` added."""
+    given = vars(args)
+    return Source(
+        **{f.name: given[k] for f in fields(Source) if (k := f"source.{f.name}") in given}
+    )

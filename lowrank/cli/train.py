@@ -1,0 +1,102 @@
+"""Fine-tune a model on your own examples.
+
+  lowrank train --model DIR --data train.jsonl --quantizer nf4 --r 16 --output-dir out
+  lowrank train --config run.toml --learning-rate 1e-4
+
+A TOML file has the tables [run], [train] and [lora]; a flag beats it. The settings a run was made
+with are written into its output directory as run.toml, which --config takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lowrank
+from lowrank.cli.options import add_fields, dump_toml, given_fields, read_toml
+from lowrank.cli.source import Source
+from lowrank.data import load_examples
+from lowrank.errors import ConfigError
+from lowrank.train import TrainConfig, Trainer
+from lowrank.train.run import check_output_dir
+
+RESOLVED = "run.toml"
+
+
+@dataclass(kw_only=True)
+class Run(Source):
+    __doc__ = f"""{Source.__doc__}
+    data: training examples, JSON lines of text, of prompt and completion, or of messages.
+    eval_data: held-out examples, for the loss before, after and every eval_steps.
+    """
+
+    data: str
+    eval_data: str | None = None
+
+
+TABLES = {"run": Run, "train": TrainConfig, "lora": lowrank.LoRAConfig}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a TOML file of all this")
+    for name, config in TABLES.items():
+        add_fields(parser, config, name)
+
+
+def run(args: argparse.Namespace) -> int:
+    settings, config, lora = resolve(args)
+    check_output_dir(config.output_dir, config.overwrite_output_dir)
+    train_data = load_examples(settings.data)
+    eval_data = None if settings.eval_data is None else load_examples(settings.eval_data)
+
+    model, tokenizer = settings.load(), settings.load_tokenizer()
+    torch.manual_seed(config.seed)  # of the adapter's first values; the Trainer seeds the rest
+    lowrank.print_trainable_parameters(lowrank.inject(model, lora))
+    trainer = Trainer(model, config, train_data, eval_data, tokenizer=tokenizer)
+    output = Path(config.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    tables = {"run": settings, "train": config, "lora": lora}
+    text = dump_toml({name: dataclasses.asdict(table) for name, table in tables.items()})
+    (output / RESOLVED).write_text(text, encoding="utf-8")
+    result = trainer.train()
+    if result.interrupted:
+        done = f"{len(result.losses)} of {trainer.total_steps} steps"
+        raise KeyboardInterrupt(f"interrupted after {done}; see {output}")
+    print(report(result))
+    return 0
+
+
+def resolve(args: argparse.Namespace) -> tuple[Run, TrainConfig, lowrank.LoRAConfig]:
+    """The three dataclasses, from the file of --config and the flags over it."""
+    tables = read_toml(args.config, TABLES) if args.config else {name: {} for name in TABLES}
+    for name in TABLES:
+        tables[name] |= given_fields(args, name)
+    return tuple(_make(config, tables[name]) for name, config in TABLES.items())
+
+
+def report(result: Any) -> str:
+    """What a run came to, in a few lines."""
+    lines = [
+        f"loss {result.losses[0]:.4f} → {result.losses[-1]:.4f} over {len(result.losses)} steps"
+    ]
+    if len(result.eval_losses) > 1:
+        (_, before), (_, after) = result.eval_losses[0], result.eval_losses[-1]
+        lines.append(f"held-out loss {before:.4f} → {after:.4f}")
+    return "\n".join([*lines, f"saved in {result.output_dir}"])
+
+
+def _make(config: type, values: dict[str, Any]) -> Any:
+    """The dataclass; ConfigError for a required field that neither the flags nor the file have."""
+    for field in dataclasses.fields(config):
+        required = (
+            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        )
+        if required and field.name not in values:
+            flag = "--" + field.name.replace("_", "-")
+            raise ConfigError(f"{field.name} is needed: pass {flag}, or set it in the TOML file")
+    return config(**values)
