@@ -1,0 +1,144 @@
+"""LoRAConfig: PEFT's names and defaults, and every wrong value refused in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from lowrank import LoRAConfig
+from lowrank.errors import ConfigError
+
+from .oracle import peft
+
+
+def test_defaults_are_pefts():
+    theirs = peft.LoraConfig()
+    for field in dataclasses.fields(LoRAConfig):
+        assert getattr(LoRAConfig(), field.name) == getattr(theirs, field.name), field.name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": r".*\.(q|v)_proj", "bias": "lora_only", "use_rslora": True},
+        {
+            "target_modules": ["q_proj"],
+            "layers_to_transform": [0, 2],
+            "layers_pattern": "layers",
+            "rank_pattern": {"q_proj": 3},
+            "alpha_pattern": {r"layers\.0\..*": 5.5},
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": "someone/something",
+            "exclude_modules": ["lm_head"],
+        },
+    ],
+)
+def test_the_file_is_pefts_dump(tmp_path, options):
+    theirs = peft.LoraConfig(**options)
+    theirs.inference_mode = True  # as save_pretrained of a model writes it
+    theirs.save_pretrained(tmp_path)
+    text = (tmp_path / "adapter_config.json").read_text()
+    expected = json.loads(text)
+    if isinstance(expected["target_modules"], list):
+        expected["target_modules"] = options["target_modules"]  # a set of theirs has no order
+    if peft.__version__ != expected["peft_version"] or peft.__version__ != "0.21.2":
+        pytest.skip("the keys written are those of peft 0.21.2: pip install peft==0.21.2")
+    ours = LoRAConfig(**options).to_peft()
+    assert ours == expected
+    assert json.dumps(ours, indent=2, sort_keys=True) == json.dumps(
+        expected, indent=2, sort_keys=True
+    )
+    assert LoRAConfig.from_peft(ours) == LoRAConfig(**options)
+
+
+def test_reads_old_and_future_files():
+    old = {"peft_type": "LORA", "r": 4, "lora_alpha": 16, "target_modules": ["q_proj"]}
+    assert LoRAConfig.from_peft(old) == LoRAConfig(r=4, lora_alpha=16, target_modules=["q_proj"])
+    assert LoRAConfig.from_peft({**old, "a_key_of_2031": {"x": 1}}).r == 4
+    # initialisations that leave the base alone are, once trained, plain LoRA
+    assert LoRAConfig.from_peft({**old, "init_lora_weights": "eva"}).init_lora_weights is True
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"peft_type": "IA3"},
+        {"peft_type": None},
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"init_lora_weights": "pissa"},
+        {"trainable_token_indices": [1, 2]},
+        {"layer_replication": [[0, 2], [1, 2]]},
+        {"target_parameters": ["experts.gate_up_proj"]},
+        {"modules_to_save": ["lm_head"]},
+        {"r": "8"},
+        {"target_modules": {"q_proj": 1}},
+    ],
+)
+def test_refuses_files_that_mean_something_else(change):
+    with pytest.raises(ConfigError, match=next(iter(change))) as caught:
+        LoRAConfig.from_peft({"peft_type": "LORA", "r": 4, **change})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("r", 0),
+        ("r", -1),
+        ("r", 2.0),
+        ("r", True),
+        ("r", None),
+        ("lora_alpha", "16"),
+        ("lora_alpha", float("nan")),
+        ("lora_alpha", float("inf")),
+        ("lora_dropout", 1.0),
+        ("lora_dropout", -0.1),
+        ("lora_dropout", None),
+        ("bias", "some"),
+        ("bias", None),
+        ("use_rslora", 1),
+        ("use_dora", True),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", None),
+        ("init_lora_weights", 1),
+        ("target_modules", []),
+        ("target_modules", ["q_proj", 3]),
+        ("target_modules", [""]),
+        ("target_modules", ""),
+        ("target_modules", "(q_proj"),
+        ("target_modules", 7),
+        ("exclude_modules", [None]),
+        ("exclude_modules", "*"),
+        ("modules_to_save", ["lm_head"]),
+        ("rank_pattern", ["q_proj"]),
+        ("rank_pattern", {"q_proj": 0}),
+        ("rank_pattern", {"(": 4}),
+        ("rank_pattern", {3: 4}),
+        ("alpha_pattern", {"q_proj": "x"}),
+        ("layers_to_transform", -1),
+        ("layers_to_transform", []),
+        ("layers_to_transform", ["0"]),
+        ("layers_pattern", "layers"),
+        ("task_type", "GUESSING"),
+        ("inference_mode", "no"),
+    ],
+)
+def test_refuses_wrong_values(field, value):
+    with pytest.raises(ConfigError, match=field) as caught:
+        LoRAConfig(**{field: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_layers_to_transform_wants_names():
+    with pytest.raises(ConfigError, match="layers_to_transform"):
+        LoRAConfig(target_modules=".*q_proj", layers_to_transform=[0])
+
+
+def test_takes_pefts_task_type_and_sets():
+    config = LoRAConfig(task_type=peft.TaskType.CAUSAL_LM, target_modules={"q_proj"})
+    assert config.task_type == "CAUSAL_LM" and type(config.task_type) is str
+    assert config.target_modules == ["q_proj"]
