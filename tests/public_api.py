@@ -1,4 +1,4 @@
-"""Never run: mypy reads it (`make lint`), as a caller's editor would read calls of the public API."""
+"""Never run: mypy reads it (`make lint`), as a caller's editor reads calls of the public API."""
 
 from __future__ import annotations
 

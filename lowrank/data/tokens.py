@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -19,8 +20,11 @@ IGNORED = -100  # the label of a token that is not learned, as in F.cross_entrop
 class Tokenizer(Protocol):
     """What tokenization asks of a tokenizer; `apply_chat_template` only for messages."""
 
-    eos_token_id: int | None
-    bos_token_id: int | None
+    @property
+    def eos_token_id(self) -> int | None: ...
+
+    @property
+    def bos_token_id(self) -> int | None: ...
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]: ...
 
@@ -86,10 +90,11 @@ def tokenize_all(
         )
     all_ids, all_labels = array("i"), array("i")
     offsets, labelled = [0], []
-    truncated = dropped = unmasked = 0
+    truncated = dropped = 0
+    told_apart: Counter[str] = Counter()
     for i, example in enumerate(examples):
         try:
-            ids, labels, masked = _tokenize(example, examples.kind, tokenizer, completion_only_loss)
+            ids, labels, turns = _tokenize(example, examples.kind, tokenizer, completion_only_loss)
         except MissingPackageError:
             raise
         except LowrankError as error:
@@ -101,12 +106,12 @@ def tokenize_all(
         if not learned:
             dropped += 1
             continue
-        unmasked += not masked
+        told_apart[turns] += 1
         all_ids.extend(ids)
         all_labels.extend(labels)
         offsets.append(len(all_ids))
         labelled.append(learned)
-    notes = _notes(len(examples), max_length, truncated, dropped, unmasked)
+    notes = _notes(len(examples), max_length, truncated, dropped, told_apart)
     if not labelled:
         raise DataError(
             f"{examples.where(0)} and all after it: no token is left to learn: {'; '.join(notes)}"
@@ -116,7 +121,7 @@ def tokenize_all(
 
 
 def _notes(
-    total: int, max_length: int | None, truncated: int, dropped: int, unmasked: int
+    total: int, max_length: int | None, truncated: int, dropped: int, turns: Counter[str]
 ) -> list[str]:
     notes = []
     if truncated:
@@ -126,25 +131,34 @@ def _notes(
             f"{dropped} of {total} examples have no token to learn within max_length={max_length} "
             "and were dropped"
         )
-    if unmasked:
+    if turns["unknown"]:
         notes.append(
-            f"{unmasked} of {total} conversations are learned whole: the chat template does not "
-            "show where the assistant's turns begin and end"
+            f"{turns['unknown']} of {total} conversations are learned whole: the chat template "
+            "does not show where the assistant's turns begin and end"
+        )
+    if turns["some"]:
+        notes.append(
+            f"{turns['some']} of {total} conversations have turns of the assistant that the chat "
+            "template shows otherwise once they are past: those turns are not learned"
         )
     return notes
 
 
 def _tokenize(
     example: Mapping[str, Any], kind: str, tokenizer: Tokenizer | None, completion_only: bool
-) -> tuple[list[int], list[int], bool]:
-    """ids, labels, and whether what is learned was told apart as asked."""
+) -> tuple[list[int], list[int], str]:
+    """ids, labels, and which of the assistant's turns are learned: "all", "some" or "unknown"."""
     if kind == "tokens":
         ids = [int(token) for token in example["input_ids"]]
-        return ids, [int(label) for label in example.get("labels", ids)], True
+        return ids, [int(label) for label in example.get("labels", ids)], "all"
     if kind == "messages":
-        turns = _turns(example, tokenizer, completion_only)
-        masked = not completion_only or any(learned for _, learned in turns)
-        return *_encode(turns if masked else [(text, True) for text, _ in turns], tokenizer), masked
+        segments = _turns(example, tokenizer, completion_only)
+        if not any(learned for _, learned in segments):
+            return *_encode([(text, True) for text, _ in segments], tokenizer), "unknown"
+        found = sum(learned for _, learned in segments)
+        said = sum(message["role"] == "assistant" for message in example["messages"])
+        all_found = found == said or not completion_only
+        return *_encode(segments, tokenizer), "all" if all_found else "some"
     if kind == "text":
         segments = [(example["text"], True)]
     else:
@@ -159,7 +173,7 @@ def _tokenize(
         ids, labels = [bos, *ids], [IGNORED, *labels]
     if eos is not None and ids[-1:] != [eos]:
         ids, labels = [*ids, eos], [*labels, eos]
-    return ids, labels, True
+    return ids, labels, "all"
 
 
 def _encode(
