@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib
 import json
 import os
 import sys
 from pathlib import Path
 
 from benchmarks import machine, shapes, table
-from benchmarks.errors import MissingInputError, UsageError, WrongResultError
+from benchmarks.errors import UsageError
 
 BENCHMARKS = {
     "codebook_quantize": "dense float32 weights to NF4 with double quantization",
@@ -71,7 +69,12 @@ def parser() -> argparse.ArgumentParser:
         default=list(shapes.HEADLINE),
         help="names from --list, or NxK (default: %(default)s)",
     )
-    made.add_argument("--rows", metavar="M,...", default=None, help="rows of x in codebook_linear")
+    made.add_argument(
+        "--rows",
+        metavar="M,...",
+        default="1,2,4,8,16,128,512",
+        help="rows of x in codebook_linear (default: %(default)s)",
+    )
     made.add_argument(
         "--seconds", type=float, default=6.0, help="time for each case (default: %(default)s)"
     )
@@ -128,89 +131,44 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"python -m benchmarks: {error}", file=sys.stderr)
         return USAGE_ERROR
-    return WRONG_RESULT if result.get("wrong") else 0
+    return WRONG_RESULT if any("wrong" in row for row in result["rows"]) else 0
 
 
 def _run(given: argparse.Namespace) -> dict:
     names = _chosen("benchmark", given.names or list(BENCHMARKS), BENCHMARKS)
     against = [] if given.against == "none" else _chosen("peer", given.against.split(","), AGAINST)
     wanted_shapes = [shapes.parse(text) for text in given.shapes]
-    rows_of_x = _counts(given.rows) if given.rows is not None else None
+    rows_of_x = _counts(given.rows)
     if given.seconds <= 0 or given.steps < 3 or (given.threads or 1) < 1:
         raise UsageError("--seconds and --threads must be positive, --steps at least 3")
     machine.restrict(given.threads, given.isa)
 
-    import torch
+    from benchmarks.run import run  # after the restriction: it brings torch
+    from benchmarks.settings import Settings
 
-    from benchmarks import peers
-    from benchmarks.ceilings import better, ceilings
-    from benchmarks.settings import ROWS_OF_X, Settings
-
-    torch.manual_seed(0)
-    notes = machine.unrestricted(given.isa) if "bitsandbytes" in against else []
-    for name in list(against):
-        reason = peers.missing(name)
-        if reason is not None:
-            against.remove(name)
-            notes.append(f"without {name}: {reason}")
-    working_set = machine.working_set_bytes()
-    limits = ceilings(working_set)
-    result: dict = {
-        "machine": machine.describe(),
-        "run": {
-            "date": datetime.date.today().isoformat(),
-            "isa": given.isa,
-            "working_set": working_set,
-            "arguments": list(given.names),
-            "seconds": given.seconds,
-        },
-        "ceilings": limits,
-        "rows": [],
-        "notes": notes,
-        "wrong": [],
-    }
-    print(table.header(result), *notes, sep="\n\n", flush=True)
     settings = Settings(
         against,
         wanted_shapes,
-        limits,
-        working_set,
-        rows_of_x or ROWS_OF_X,
+        rows_of_x,
         given.seconds,
         given.steps,
+        machine.working_set_bytes(),
+        given.isa,
         tell=lambda text: print(text, file=sys.stderr, flush=True),
     )
-    for name in names:
-        try:
-            rows = importlib.import_module(f"benchmarks.{name}").run(settings)
-        except WrongResultError as error:
-            result["wrong"].append(f"{name}: {error}")
-            print(f"\nWRONG: {name}: {error}", flush=True)
-            continue
-        except MissingInputError as error:
-            result["notes"].append(f"{name} was left out: {error}")
-            print(f"\n{result['notes'][-1]}", flush=True)
-            continue
-        result["rows"] += rows
-        for case in table.cases(rows):
-            print(
-                f"\n### {case[0]['benchmark']}: {case[0]['case']}\n\n{table.table(case)}",
-                flush=True,
-            )
-    result["ceilings_after"] = ceilings(working_set)
-    best = better(limits, result["ceilings_after"])
-    print(
-        f"\nceilings after the run, better of both: copy {best['copy_gbs']:.1f} GB/s, "
-        f"read {best['read_gbs']:.1f} GB/s, matmul {best['matmul_tflops'] * 1e3:.0f} GFLOP/s"
-    )
+    result = run(names, settings)
     if given.json is not None:
         path = Path(given.json) if given.json else _default_path(result)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(path.name + ".part")
-        aside.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(aside, path)
-        print(f"written: {path}")
+        _write(path, json.dumps(result, indent=1) + "\n")
+        print(f"\nwritten: {path}")
     return result
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(text)
+    os.replace(aside, path)
 
 
 def _read(path: Path) -> dict:

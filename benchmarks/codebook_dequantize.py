@@ -41,6 +41,13 @@ def _lowrank(
         lambda dense: relative_error(dense, exact),
         limit,
         moved=storage.nbytes + weight.numel() * dtype.itemsize,
+        path=peers.chosen_backend(
+            "codebook_dequantize",
+            *peers.operands(storage),
+            weight.shape[1],
+            peers.BLOCK_SIZE,
+            dtype,
+        ),
     )
 
 

@@ -95,6 +95,10 @@ def _contender(
 
     for module in modules:
         module.train(backward)
+    path = ""
+    if layer.name == "lowrank":
+        weight = peers.operands(layer.module.storage)
+        path = peers.chosen_backend("codebook_linear", x, *weight, None, peers.BLOCK_SIZE)
     passes = 2 if backward else 1
     return Contender(
         name,
@@ -105,4 +109,5 @@ def _contender(
         moved=passes
         * (layer.stored_bytes + count * (in_features + out_features) * layer.dtype.itemsize),
         flops=passes * 2 * count * out_features * in_features,
+        path=path,
     )

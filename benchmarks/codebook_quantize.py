@@ -48,6 +48,9 @@ def _lowrank(weights: list[torch.Tensor]) -> Contender:
         error,
         NF4_ERROR,
         moved=nbytes(weights[0]) + storage.nbytes,
+        path=peers.chosen_backend(
+            "codebook_quantize", weights[0], storage.tensors["codebook"], peers.BLOCK_SIZE
+        ),
     )
 
 

@@ -9,9 +9,3 @@ class UsageError(Exception):
 
 class MissingInputError(Exception):
     """A benchmark lacks its model or data; it is left out with this reason."""
-
-
-class WrongResultError(Exception):
-    """A contender's result is not finite, or further from float64 than its dtype allows; exit
-    status 1.
-    """

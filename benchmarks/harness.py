@@ -1,10 +1,9 @@
-"""Timing that can be believed: contenders take turns, inputs come from memory, outputs start as
-NaN.
+"""Timing that can be believed.
 
-`measure` runs contenders A, B, C as A B C, B C A, C A B, ... in one loop, so that a neighbour's
-noise or a change of clock speed hits all of them; each call takes the next of its contender's
-copies of the inputs, so that no call finds them in a cache; and the result is compared with float64
-before and after.
+`measure` runs contenders A, B, C as A B C A B C ... in one loop, so that a neighbour's noise or a
+change of clock speed hits all of them; each call takes the next of its contender's copies of the
+inputs, so that no call finds them in a cache; outputs start as NaN when they are first compared
+with float64, and are compared again after the last call.
 """
 
 from __future__ import annotations
@@ -23,10 +22,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.errors import WrongResultError
-
-MIN_ROUNDS, MAX_ROUNDS = 7, 300
-SLOW_SECONDS = 2.0  # a contender this slow a call is not run once more only to be checked
+MIN_CALLS, MIN_SLOW_CALLS, SLOW_SECONDS = 5, 2, 1.0
+UNCHECKED_SECONDS = 4.0  # slower than that, a call is not repeated only to start from NaN
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
@@ -35,9 +32,9 @@ class Contender:
     """One side of a comparison.
 
     `call(i)` runs on the i-th copy of the inputs and returns the outputs (a tensor or a tuple);
-    `error(outputs)` is their distance to float64, relative; `limit` what is tolerated (None: only
-    finite). `moved` and `flops` are the bytes and floating-point operations that the task needs at
-    least.
+    `error(outputs)` is their distance to float64, relative; `limit` is the largest that counts as
+    right (None: any that is finite). `moved` and `flops` are the bytes and floating-point
+    operations that the task needs at least; `path` is what was chosen to do it.
     """
 
     name: str
@@ -52,93 +49,84 @@ class Contender:
 
 @dataclass
 class Timing:
-    """Times of one contender in seconds, with its error and its memory beyond inputs and outputs."""
+    """Times of one contender in seconds, its error, and its memory beyond inputs and outputs."""
 
-    name: str
     seconds: list[float]
     error: float
     extra_bytes: int | None
+    limit: float | None = None
 
     def summary(self) -> dict:
-        """Median and 10th and 90th percentile in milliseconds, the number of calls, error, extra
-        memory.
-        """
-        return {
-            "median_ms": statistics.median(self.seconds) * 1e3,
-            "p10_ms": percentile(self.seconds, 10) * 1e3,
-            "p90_ms": percentile(self.seconds, 90) * 1e3,
-            "n": len(self.seconds),
-            "error": self.error,
-            "extra_bytes": self.extra_bytes,
-        }
+        """Median, percentiles, calls, error and extra memory; "wrong" where the error is too large."""
+        made = {**spread(self.seconds), "error": self.error, "extra_bytes": self.extra_bytes}
+        if not math.isfinite(self.error):
+            made |= {"error": None, "wrong": "the result holds NaN or infinity"}
+        elif self.limit is not None and self.error > self.limit:
+            made["wrong"] = f"relative error {self.error:.2e}, expected at most {self.limit:.0e}"
+        return made
+
+
+def spread(seconds: Sequence[float]) -> dict:
+    """Median, 10th and 90th percentile in milliseconds, and their number."""
+    return {
+        "median_ms": statistics.median(seconds) * 1e3,
+        "p10_ms": percentile(seconds, 10) * 1e3,
+        "p90_ms": percentile(seconds, 90) * 1e3,
+        "n": len(seconds),
+    }
 
 
 def measure(contenders: Sequence[Contender], seconds: float) -> list[Timing]:
-    """Time every contender in turn for about `seconds` in all; at least seven rounds of those that
-    are fast.
+    """Time every contender in turn, for about `seconds` in all.
 
-    A contender that would use up more than its share of the time is called in fewer of the rounds,
-    spread evenly. Raises WrongResultError.
+    The next call is always that of the contender which has had the least time so far: equally fast
+    ones alternate, and a slow one is called less often. Each is called five times at least, or
+    twice where a call takes longer than a second.
     """
     keep_freed_memory()
     prepared = [_first_calls(contender) for contender in contenders]
     share = seconds / len(contenders)
-    quickest = min(took for took, _, _ in prepared)
-    rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(share / max(quickest, 1e-7))))
-    wanted = [min(rounds, max(2, int(share / max(took, 1e-7)))) for took, _, _ in prepared]
-
+    least = [MIN_CALLS if took < SLOW_SECONDS else MIN_SLOW_CALLS for took, _, _ in prepared]
     times: list[list[float]] = [[] for _ in contenders]
+    spent = [0.0 for _ in contenders]
     last: list[object] = [None] * len(contenders)
-    for turn in range(rounds):
-        for position in range(len(contenders)):
-            which = (position + turn) % len(contenders)
-            if (turn * wanted[which]) // rounds == ((turn + 1) * wanted[which]) // rounds:
-                continue
-            contender, last[which] = contenders[which], None
-            copy = (len(times[which]) + 2) % contender.copies
-            start = time.perf_counter_ns()
-            last[which] = contender.call(copy)
-            times[which].append((time.perf_counter_ns() - start) * 1e-9)
-    errors = [
-        check(contender, outputs) for contender, outputs in zip(contenders, last, strict=True)
-    ]
-    return [
-        Timing(contender.name, took, max(error, checked), extra)
-        for contender, took, error, (_, checked, extra) in zip(
-            contenders, times, errors, prepared, strict=True
-        )
-    ]
+    pending = list(range(len(contenders)))
+    while pending:
+        which = min(pending, key=spent.__getitem__)
+        contender, last[which] = contenders[which], None
+        copy = (len(times[which]) + 2) % contender.copies
+        start = time.perf_counter_ns()
+        last[which] = contender.call(copy)
+        took = (time.perf_counter_ns() - start) * 1e-9
+        times[which].append(took)
+        spent[which] += took
+        if spent[which] >= share and len(times[which]) >= least[which]:
+            pending.remove(which)
+
+    timings = []
+    for contender, taken, outputs, (_, checked, extra) in zip(
+        contenders, times, last, prepared, strict=True
+    ):
+        errors = (checked, contender.error(outputs))
+        worst = math.nan if any(map(math.isnan, errors)) else max(errors)
+        timings.append(Timing(taken, worst, extra, contender.limit))
+    return timings
 
 
 def _first_calls(contender: Contender) -> tuple[float, float, int | None]:
-    """Seconds of a call, the error of one whose outputs began as NaN, and the memory that the first
-    one took.
-    """
-    holder: list[object] = []
+    """Seconds of a call, the error of one whose outputs began as NaN, the memory of the first."""
+    held: list[object] = []
     start = time.perf_counter()
-    extra = extra_memory(lambda: holder.append(contender.call(0)), lambda: nbytes(holder[0]))
+    extra = extra_memory(lambda: held.append(contender.call(0)), lambda: nbytes(held[0]))
     took = time.perf_counter() - start
-    if took > SLOW_SECONDS:
-        return took, check(contender, holder[0]), extra
-    holder.clear()
+    if took > UNCHECKED_SECONDS:
+        return took, contender.error(held[0]), extra
+    held.clear()
     with poisoned():
-        error = check(contender, contender.call(1 % contender.copies))
+        error = contender.error(contender.call(1 % contender.copies))
     start = time.perf_counter()
     contender.call(0)
     return time.perf_counter() - start, error, extra
-
-
-def check(contender: Contender, outputs: object) -> float:
-    """The relative error of `outputs`. Raises WrongResultError beyond the contender's limit."""
-    error = contender.error(outputs)
-    if not math.isfinite(error):
-        raise WrongResultError(f"{contender.name}: the result holds NaN or infinity")
-    if contender.limit is not None and error > contender.limit:
-        raise WrongResultError(
-            f"{contender.name}: relative error to float64 is {error:.2e}, "
-            f"at most {contender.limit:.0e} was expected"
-        )
-    return error
 
 
 def relative_error(result: torch.Tensor, exact: torch.Tensor) -> float:

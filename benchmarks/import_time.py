@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 from benchmarks import peers
-from benchmarks.harness import percentile
+from benchmarks.harness import spread
 from benchmarks.settings import Settings
 
 REPEATS = 7
@@ -40,10 +40,7 @@ def run(settings: Settings) -> list[dict]:
             "case": "import after torch",
             "contender": name,
             "path": "",
-            "median_ms": statistics.median(taken) * 1e3,
-            "p10_ms": percentile(taken, 10) * 1e3,
-            "p90_ms": percentile(taken, 90) * 1e3,
-            "n": len(taken),
+            **spread(taken),
             "baseline": "lowrank",
             "speed": ours / statistics.median(taken),
         }

@@ -8,6 +8,7 @@ import copy
 import importlib.util
 import logging
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -72,6 +73,30 @@ def lowrank_layer(weight: Tensor, dtype: torch.dtype) -> Layer:
     module = lowrank.QuantLinear.from_linear(linear, lowrank_quantizer())
     storage = module.storage
     return Layer("lowrank", module, dtype, exact_lowrank(storage), storage.nbytes, checked=True)
+
+
+def chosen_backend(op: str, *args) -> str:
+    """The backend that lowrank runs `op` on for these arguments; the instruction set too, for C++.
+
+    `args` are those of `torch.ops.lowrank.<op>`.
+    """
+    from lowrank import ops
+    from lowrank.ops import native
+
+    match = re.search(r"^\s+(\w+): runs$", ops.explain(op, *args), re.MULTILINE)
+    backend = match[1] if match else "none"
+    return f"{backend} {native.isa()}" if backend == "cpu" else backend
+
+
+def operands(storage) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """The tensors of a storage in the order in which the operators take them."""
+    tensors = storage.tensors
+    return (
+        tensors["packed"],
+        tensors["absmax"],
+        tensors.get("absmax_scale"),
+        tensors["codebook"],
+    )
 
 
 def lowrank_quantizer():

@@ -34,9 +34,7 @@ STEP_COLUMNS = (
 def render(result: dict) -> str:
     """The whole run: machine, ceilings, and one table a case."""
     parts = [header(result)]
-    for case in cases(result["rows"]):
-        first = case[0]
-        parts.append(f"### {first['benchmark']}: {first['case']}\n\n" + table(case))
+    parts += [titled(case) for case in cases(result["rows"])]
     if result.get("notes"):
         parts.append("\n".join(f"- {note}" for note in result["notes"]))
     return "\n\n".join(parts) + "\n"
@@ -53,8 +51,15 @@ def header(result: dict) -> str:
         f"inputs rotate over {megabytes(run['working_set'])} MB; "
         f"flags {' '.join(machine['flags'])}. {machine['system']}, "
         f"Python {machine['python']}, {versions}; commit {machine['commit'] or 'unknown'}, "
-        f"{run['date']}.\n\n"
-        f"Ceilings in this run: copy {limits['copy_gbs']:.1f} GB/s, read {limits['read_gbs']:.1f} GB/s, "
+        f"{run['date']}.\n\n" + ceilings_line(limits)
+    )
+
+
+def ceilings_line(limits: dict[str, float]) -> str:
+    """The ceilings as a sentence."""
+    return (
+        f"Ceilings, the best in this run: copy {limits['copy_gbs']:.1f} GB/s, "
+        f"read {limits['read_gbs']:.1f} GB/s, "
         f"float32 matmul {limits['matmul_tflops'] * 1e3:.0f} GFLOP/s."
     )
 
@@ -65,6 +70,12 @@ def cases(rows: Sequence[dict]) -> list[list[dict]]:
     for row in rows:
         grouped.setdefault((row["benchmark"], row["case"]), []).append(row)
     return list(grouped.values())
+
+
+def titled(rows: Sequence[dict]) -> str:
+    """One case with its heading, and what was wrong in it."""
+    wrong = [f"WRONG: {row['contender']}: {row['wrong']}" for row in rows if "wrong" in row]
+    return "\n\n".join([f"### {rows[0]['benchmark']}: {rows[0]['case']}", table(rows), *wrong])
 
 
 def table(rows: Sequence[dict]) -> str:

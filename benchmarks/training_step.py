@@ -10,26 +10,26 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from benchmarks import peers
-from benchmarks.errors import MissingInputError, WrongResultError
-from benchmarks.harness import percentile
+from benchmarks.errors import MissingInputError
+from benchmarks.harness import spread
 from benchmarks.settings import Settings
 from benchmarks.training_data import padding_share, real_tokens
 
 ROOT = Path(__file__).parent.parent
 PEER = "peft + bitsandbytes"
 WARM_UP = 2  # steps left out of the times: the first allocate and initialise
+QUANTIZED = ("lowrank", "lowrank, padding computed", PEER)
 LOSS_LIMIT = 1e-2  # relative, from the peer at any step
 
 
 def run(settings: Settings) -> list[dict]:
-    """One case, every side. Raises MissingInputError, WrongResultError."""
+    """One case, every side. Raises MissingInputError."""
     gguf, pairs = _inputs()
     sides = ["lowrank", "lowrank, padding computed"]
     if {"peft", "bitsandbytes"} <= set(settings.against):
@@ -141,10 +141,7 @@ def _rows(
                 "case": case,
                 "contender": side,
                 "path": "",
-                "median_ms": statistics.median(timed) * 1e3,
-                "p10_ms": percentile(timed, 10) * 1e3,
-                "p90_ms": percentile(timed, 90) * 1e3,
-                "n": len(timed),
+                **spread(timed),
                 "tokens_per_second": sum(tokens[WARM_UP:]) / sum(timed),
                 "peak_bytes": max(answer["peak_bytes"] for answer in done),
                 "load_peak_bytes": max(answer["load_peak_bytes"] for answer in done),
@@ -157,16 +154,10 @@ def _rows(
     for row in rows:
         row["baseline"] = reference
         row["speed"] = row["tokens_per_second"] / by_side[reference]["tokens_per_second"]
-    if len({row["trainable"] for row in rows}) > 1:
-        raise WrongResultError(
-            f"trainable parameters differ: { {row['contender']: row['trainable'] for row in rows} }"
-        )
-    for side in sides[:2]:
-        if by_side[side]["loss_difference"] > LOSS_LIMIT:
-            raise WrongResultError(
-                f"{side}: losses differ from {reference} by {by_side[side]['loss_difference']:.1e} "
-                f"relative, at most {LOSS_LIMIT:.0e} was expected"
-            )
+        if row["trainable"] != by_side[reference]["trainable"]:
+            row["wrong"] = f"{row['trainable']} trainable parameters, {reference} has others"
+        elif row["contender"] in QUANTIZED and not row["loss_difference"] <= LOSS_LIMIT:
+            row["wrong"] = f"losses differ from {reference} by more than {LOSS_LIMIT:.0e} relative"
     return rows
 
 
