@@ -21,7 +21,11 @@ def lora_names(model: nn.Module, kind: type) -> set[str]:
 def peft_names(model: nn.Module) -> set[str]:
     from peft.tuners.lora import LoraLayer
 
-    return {name for name, module in model.base_model.model.named_modules() if isinstance(module, LoraLayer)}
+    return {
+        name
+        for name, module in model.base_model.model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
 
 
 def state(model: nn.Module) -> dict[str, tuple[torch.Tensor, bool]]:
@@ -33,7 +37,9 @@ def assert_unchanged(model: nn.Module, before: dict) -> None:
     after = state(model)
     assert after.keys() == before.keys() and after["modules"] == before["modules"]
     for name in before.keys() - {"modules"}:
-        assert torch.equal(after[name][0], before[name][0]) and after[name][1] == before[name][1], name
+        assert torch.equal(after[name][0], before[name][0]) and after[name][1] == before[name][1], (
+            name
+        )
 
 
 TARGETS = [
@@ -49,7 +55,11 @@ TARGETS = [
     {"target_modules": None},
     {"target_modules": ["q_proj"], "bias": "all"},
     {"target_modules": ["q_proj"], "bias": "lora_only"},
-    {"target_modules": "all-linear", "rank_pattern": {"q_proj": 3, r"layers\.1\..*": 5}, "alpha_pattern": {"up_proj": 2.5}},
+    {
+        "target_modules": "all-linear",
+        "rank_pattern": {"q_proj": 3, r"layers\.1\..*": 5},
+        "alpha_pattern": {"up_proj": 2.5},
+    },
 ]
 
 
@@ -62,7 +72,9 @@ def test_targets_ranks_scalings_and_the_line_are_pefts(options, capsys):
     for name in lora_names(model, LoRALinear):
         ours, other = model.get_submodule(name), theirs.base_model.model.get_submodule(name)
         assert (ours.r, ours.lora_alpha, ours.scaling) == (other.r, other.lora_alpha, other.scaling)
-    wanted = {n.removeprefix("base_model.model."): p.requires_grad for n, p in theirs.named_parameters()}
+    wanted = {
+        n.removeprefix("base_model.model."): p.requires_grad for n, p in theirs.named_parameters()
+    }
     assert {n: p.requires_grad for n, p in model.named_parameters()} == wanted
     theirs.print_trainable_parameters()
     line = capsys.readouterr().out
@@ -71,7 +83,9 @@ def test_targets_ranks_scalings_and_the_line_are_pefts(options, capsys):
     assert lowrank.count_parameters(model) == theirs.get_nb_trainable_parameters()
 
 
-@pytest.mark.parametrize("options", [TARGETS[1], TARGETS[-1], {"target_modules": ["q_proj"], "use_rslora": True}])
+@pytest.mark.parametrize(
+    "options", [TARGETS[1], TARGETS[-1], {"target_modules": ["q_proj"], "use_rslora": True}]
+)
 def test_logits_gradients_and_merge_are_pefts(options, generator):
     model = tiny_llama()
     options = {"r": 4, "lora_alpha": 6, "init_lora_weights": False, **options}
@@ -181,7 +195,9 @@ def two_adapters(**options) -> nn.Module:
     model = tiny_llama()
     config = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, "r": 3}
     lowrank.inject(model, LoRAConfig(**{**config, **options}), adapter="a")
-    lowrank.inject(model, LoRAConfig(**{**config, "target_modules": ["v_proj", "up_proj"]}), adapter="b")
+    lowrank.inject(
+        model, LoRAConfig(**{**config, "target_modules": ["v_proj", "up_proj"]}), adapter="b"
+    )
     return model
 
 
@@ -194,13 +210,20 @@ def test_switching_equals_peft(generator):
     theirs = peft_model(base, "first", target_modules=["q_proj", "v_proj"], **options)
     theirs.add_adapter("second", peft.LoraConfig(target_modules=["v_proj", "up_proj"], **options))
     model = copy.deepcopy(base)
-    lowrank.inject(model, LoRAConfig(target_modules=["q_proj", "v_proj"], **options), adapter="first")
-    lowrank.inject(model, LoRAConfig(target_modules=["v_proj", "up_proj"], **options), adapter="second")
+    lowrank.inject(
+        model, LoRAConfig(target_modules=["q_proj", "v_proj"], **options), adapter="first"
+    )
+    lowrank.inject(
+        model, LoRAConfig(target_modules=["v_proj", "up_proj"], **options), adapter="second"
+    )
     model.load_state_dict(theirs.base_model.model.state_dict())
 
     def assert_equal():
         torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
-        wanted = {n.removeprefix("base_model.model."): p.requires_grad for n, p in theirs.named_parameters()}
+        wanted = {
+            n.removeprefix("base_model.model."): p.requires_grad
+            for n, p in theirs.named_parameters()
+        }
         assert {n: p.requires_grad for n, p in model.named_parameters()} == wanted
 
     assert_equal()
@@ -375,7 +398,9 @@ def test_merge_without_adapters():
 
 
 def test_inference_mode_freezes():
-    model = lowrank.inject(tiny_llama(), LoRAConfig(target_modules=["q_proj"], bias="all", inference_mode=True))
+    model = lowrank.inject(
+        tiny_llama(), LoRAConfig(target_modules=["q_proj"], bias="all", inference_mode=True)
+    )
     assert not any(p.requires_grad for p in model.parameters())
 
 
@@ -391,7 +416,9 @@ def test_quantize_replaces_linears_in_place(generator):
     model, ids = tiny_llama(), words(generator)
     dense = copy.deepcopy(model)
     assert lowrank.quantize(model, "nf4", double_quant=False) is model
-    assert lora_names(model, QuantLinear) == {n for n in lora_names(dense, nn.Linear) if n != "lm_head"}
+    assert lora_names(model, QuantLinear) == {
+        n for n in lora_names(dense, nn.Linear) if n != "lm_head"
+    }
     storage = model.model.layers[0].mlp.up_proj.storage
     assert storage.options["double_quant"] is False
     for name in lora_names(model, QuantLinear):
@@ -406,7 +433,9 @@ def test_quantize_under_adapters_and_with_skip():
     assert isinstance(model.model.layers[0].self_attn.q_proj.base_layer, QuantLinear)
     assert type(model.model.layers[0].self_attn.q_proj.lora_A["default"]) is nn.Linear
     kept = {n for n in lora_names(model, nn.Linear) if "lora_" not in n}
-    assert kept == {"lm_head", "model.layers.0.mlp.up_proj"} | {f"model.layers.{i}.self_attn.k_proj" for i in (0, 1)}
+    assert kept == {"lm_head", "model.layers.0.mlp.up_proj"} | {
+        f"model.layers.{i}.self_attn.k_proj" for i in (0, 1)
+    }
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -432,7 +461,18 @@ def test_quantize_refuses_a_bad_weight_by_name(bad):
 def test_quantize_refuses_wrong_requests(options, match):
     model = tiny_llama()
     if "layers" in options.get("skip", ()):
-        options = {"skip": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]}
+        options = {
+            "skip": [
+                "q_proj",
+                "k_proj",
+                "v_proj",
+                "o_proj",
+                "gate_proj",
+                "up_proj",
+                "down_proj",
+                "lm_head",
+            ]
+        }
     with pytest.raises(LowrankError, match=match):
         lowrank.quantize(model, **options)
     assert not lora_names(model, QuantLinear)

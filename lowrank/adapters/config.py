@@ -1,4 +1,4 @@
-"""The settings of an adapter, under PEFT's names and with PEFT's defaults, checked when they are made."""
+"""The settings of an adapter: PEFT's names, PEFT's defaults, checked when they are made."""
 
 from __future__ import annotations
 
@@ -62,14 +62,17 @@ _PEFT_PLAIN_INITS = ("eva", "orthogonal")
 class LoRAConfig:
     """What to adapt and how: y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ, with s = lora_alpha / r.
 
-    target_modules: names or suffixes of names; a str is a regex for the whole name (`re.fullmatch`),
-      and "all-linear" means every linear layer but the output head. None: q_proj and v_proj.
+    target_modules: names or suffixes of names; a str is a regex for the whole name
+      (`re.fullmatch`), and "all-linear" means every linear layer but the output head.
+      None: q_proj and v_proj.
     exclude_modules: the same two rules; wins over target_modules.
-    rank_pattern, alpha_pattern: {name, suffix or regex: value} for layers that differ; first match wins.
+    rank_pattern, alpha_pattern: {name, suffix or regex: value} for layers that differ; the first
+      that matches wins.
     layers_to_transform: indices of the blocks to adapt, counted in the ModuleList `layers_pattern`
       (None: the first one in the name).
     use_rslora: s = lora_alpha / sqrt(r).      bias: which of the base's biases train and are saved.
-    init_lora_weights: True (A uniform, B zero), "gaussian" (A normal, B zero), or False (neither zero).
+    init_lora_weights: True (A uniform, B zero), "gaussian" (A normal, B zero), or False (neither
+      is zero).
 
     Raises ConfigError on any value that is out of range or not supported.
     """
@@ -105,7 +108,7 @@ class LoRAConfig:
         _check_choice("init_lora_weights", self.init_lora_weights, INITS)
         if self.use_dora:
             raise ConfigError(
-                "use_dora: expected False, plain LoRA and use_rslora are what is supported; got True"
+                "use_dora: expected False (LoRA and use_rslora are supported); got True"
             )
         if self.modules_to_save:
             raise ConfigError(
@@ -145,7 +148,7 @@ class LoRAConfig:
 
     @classmethod
     def from_peft(cls, content: Mapping[str, Any]) -> LoRAConfig:
-        """The config in PEFT's adapter_config.json: unknown keys are ignored, missing ones are defaults.
+        """The config in PEFT's adapter_config.json; unknown keys are ignored, missing ones default.
 
         Raises ConfigError if the file asks for something that would change what the layers compute.
         """

@@ -1,4 +1,4 @@
-"""LoRA: W + s·B A with A [R, K] and B [N, R] trained and W [N, K] frozen.   Hu et al., arXiv:2106.09685, §4.1.
+"""LoRA: W + s·B A, A [R, K] and B [N, R] trained, W [N, K] frozen.   arXiv:2106.09685, §4.1.
 
 The branch is two functions around the base layer, so that each direction touches x and y once:
 
@@ -22,7 +22,7 @@ from lowrank.errors import WeightError
 
 
 def scaling(r: int, alpha: float, rslora: bool = False) -> float:
-    """s = alpha / R, or alpha / sqrt(R) when rank-stabilized.   rsLoRA: Kalajdzievski, arXiv:2312.03732."""
+    """s = alpha / R, or alpha / sqrt(R) when rank-stabilized.   rsLoRA, arXiv:2312.03732."""
     return alpha / math.sqrt(r) if rslora else alpha / r
 
 
@@ -48,7 +48,9 @@ def init_(A: Tensor, B: Tensor, how: bool | str = True) -> None:
 def merged_weight(
     weight: Tensor, branches: Iterable[tuple[Tensor, Tensor, float]], dtype: torch.dtype
 ) -> Tensor:
-    """W + Σ s·B A over branches (A, B, s): a new [N, K], summed in at least float32 and rounded once to `dtype`.
+    """W + Σ s·B A over branches (A, B, s): a new [N, K] of `dtype`.
+
+    Summed in at least float32 and rounded once.
 
     Raises WeightError if the result is not finite.
     """
@@ -65,7 +67,7 @@ def merged_weight(
 
 
 def down(x: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """x [..., K] -> (x, h = x Aᵀ [..., R]); give the returned x, and nothing else, to the base layer.
+    """x [..., K] -> (x, h = x Aᵀ [..., R]); the returned x is for the base layer and no other use.
 
     The gradient of that x is then base's dx, and dh A is added into it where it lies.
     h has autocast's dtype if autocast is on, else A's.
@@ -79,7 +81,7 @@ def down(x: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def up(y: Tensor, h: Tensor, B: Tensor, s: float) -> Tensor:
-    """y [..., N] + s·h Bᵀ in y's dtype, summed in the wider of y's and h's, in place if that is y's.
+    """y [..., N] + s·h Bᵀ in y's dtype, summed in the wider of the two, in place if that is y's.
 
     y must be the fresh output of a linear layer: nothing but this function may hold it.
     """
@@ -107,11 +109,9 @@ class _Down(torch.autograd.Function):
         dA = (
             (_rows(dh).t() @ _rows(x).to(dh.dtype)).to(A.dtype) if ctx.needs_input_grad[1] else None
         )
-        if dx is None:  # dropout: the base layer took another x
-            dx = (dh @ A.to(dh.dtype)).to(x.dtype)
-        else:
-            dx = _add_product(dx, dh, A, 1.0)
-        return dx, dA, None
+        if dx is None:  # with dropout the base layer took another x
+            return (dh @ A.to(dh.dtype)).to(x.dtype), dA, None
+        return _add_product(dx, dh, A, 1.0), dA, None
 
 
 class _Up(torch.autograd.Function):
@@ -119,8 +119,8 @@ class _Up(torch.autograd.Function):
     def forward(ctx, y: Tensor, h: Tensor, B: Tensor, s: float) -> Tensor:
         ctx.save_for_backward(h, B)
         ctx.s = s
-        # detached, not marked dirty: a custom operator's output may be a view, which autograd will not
-        # have changed in place; the version counter is y's, so a base layer that had saved y is caught
+        # detached, not marked dirty: a custom operator's output may be a view, which autograd will
+        # not have changed; the version counter is y's, so a base that had saved y is caught
         return _add_product(y.detach(), h, B.t(), s)
 
     @staticmethod

@@ -1,7 +1,7 @@
 """Adapters on disk in PEFT's format: adapter_config.json, adapter_model.safetensors, README.md.
 
-A tensor's key is `base_model.model.` + the module's name + `.lora_A.weight` or `.lora_B.weight`; the
-adapter's name is not in the file. Trained biases are there too: a targeted layer's as
+A tensor's key is `base_model.model.` + the module's name + `.lora_A.weight` or `.lora_B.weight`;
+the adapter's name is not in the file. Trained biases are there too: a targeted layer's as
 `<module>.base_layer.bias`, others (bias="all") under their plain names.
 """
 
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 def save_adapter(model: nn.Module, path: str | Path, adapter: str = "default") -> Path:
-    """Write one adapter, as PEFT does: into `path` itself if it is "default", else into `path`/`adapter`.
+    """Write one adapter as PEFT does: "default" into `path` itself, others into `path`/`adapter`.
 
     Returns that directory. Each file appears whole; an adapter that was there before survives any
     failure. Raises TargetError if the model has no such adapter.
@@ -158,7 +158,7 @@ def _tensors(
 def _biases(
     model: nn.Module, targets: Iterable[str], config: LoRAConfig
 ) -> dict[str, nn.Parameter]:
-    """The base's biases that belong to the adapter, under the names they have once the targets are wrapped."""
+    """The biases that belong to the adapter, by the names they have once the targets are wrapped."""
     found = {}
     if config.bias == "none":
         return found

@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def write_files(directory: str | Path, writers: Mapping[str, Callable[[Path], None]]) -> None:
-    """Write files into `directory`: each aside and synced, and only when all are, renamed into place.
+    """Write files into `directory`: each aside and synced, and when all are, renamed into place.
 
     `writers`: {name: function that writes the path it is given}. On any error, Ctrl-C included, what
     was in the directory before is untouched. The files are renamed in the order given.

@@ -1,4 +1,4 @@
-"""safetensors files: written whole or not at all, and refused whole if anything in them is wrong."""
+"""safetensors files: written whole or not at all, refused whole if anything in them is wrong."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def save_safetensors(
 def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write the tensors, dense and each with its own memory, straight to `path`; metadata as transformers expects it."""
+    """Write straight to `path`: each tensor dense and of its own memory, marked as transformers does."""
     seen: set[int] = set()
     owned = {}
     for name, tensor in tensors.items():

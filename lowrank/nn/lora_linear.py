@@ -127,7 +127,7 @@ class LoRALinear(nn.Module):
         return self.base_layer.bias
 
     def add_adapter(self, adapter: str, config: LoRAConfig, name: str = "") -> None:
-        """Add an inactive adapter, initialised as `config` says; `name` is this layer's name in its model."""
+        """Add an inactive adapter as `config` says; `name` is this layer's name in its model."""
         if adapter in self.lora_A:
             raise ConfigError(
                 f"adapter: {adapter!r} is already there; delete it first or choose another name"
@@ -162,7 +162,7 @@ class LoRALinear(nn.Module):
         self.scale_adapter(adapter, 1.0)
 
     def set_adapter(self, adapters: Iterable[str]) -> None:
-        """Make these adapters, of those that are here, the active ones: their outputs add up, and only they train."""
+        """Make these, as far as they are here, the active adapters: they add up, and only they train."""
         self._refuse_if_merged("set_adapter")
         self.active_adapters = [a for a in adapters if a in self.lora_A]
         for part in (self.lora_A, self.lora_B):
@@ -172,7 +172,7 @@ class LoRALinear(nn.Module):
                 )
 
     def scale_adapter(self, adapter: str, factor: float) -> None:
-        """s = factor · alpha / R (sqrt(R) if rank-stabilized): of the config's s, not of the last one set."""
+        """s = factor · alpha / R (sqrt(R) if rank-stabilized); never cumulative."""
         self._refuse_if_merged("scale_adapter")
         rslora = self.config[adapter].use_rslora
         self.scaling[adapter] = factor * lora.scaling(

@@ -8,7 +8,7 @@ from lowrank.nn.quant_linear import QuantLinear
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters, adapters included; a quantized weight counts as its N·K logical weights."""
+    """(trainable, all) parameters, adapters included; a quantized weight counts as N·K."""
     seen: set[int] = set()
     trainable = total = 0
     for module in model.modules():

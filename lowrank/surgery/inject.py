@@ -23,9 +23,10 @@ from .targets import (
 
 
 def inject(model: nn.Module, config: LoRAConfig, adapter: str = "default") -> nn.Module:
-    """Give every layer that `config` targets a fresh adapter, in place; freeze the rest; return the model.
+    """Give every layer that `config` targets a fresh adapter, in place, and freeze the rest.
 
-    The first adapter is active; a further one stays idle and frozen until `set_adapter`.
+    The first adapter is active; a further one stays idle and frozen until `set_adapter`, and
+    what trains already goes on training. Returns the model.
     Raises TargetError for targets that match nothing, ConfigError for a name already taken; the
     model is then as it was.
     """
@@ -99,7 +100,7 @@ def attach(
 
 
 def activate(model: nn.Module, active: list[str]) -> None:
-    """Make `active` the active adapters: they train, with the biases their configs ask for, and no other adapter does."""
+    """Make `active` the active adapters: they train, with the biases that their configs ask for."""
     layers = lora_layers(model).values()
     for layer in layers:
         layer.set_adapter(active)

@@ -24,10 +24,10 @@ def quantize(
     compute_dtype: torch.dtype | None = None,
     skip: Iterable[str] = ("lm_head",),
 ) -> nn.Module:
-    """Replace every nn.Linear but those in `skip` (names or suffixes) by a QuantLinear, in place; return the model.
+    """Replace every nn.Linear by a QuantLinear, in place, but those in `skip` (names or suffixes).
 
     `double_quant` belongs to a quantizer given by name; None means that scheme's own default.
-    Raises WeightError at a NaN or inf, naming the tensor; the model is then as it was.
+    Returns the model. Raises WeightError at a NaN or inf, naming the tensor; the model is then as it was.
     """
     if isinstance(quantizer, str):
         quantizer = quant.get(

@@ -16,21 +16,21 @@ from .targets import check_adapters, lora_layers
 
 
 def set_adapter(model: nn.Module, adapters: str | Iterable[str]) -> None:
-    """Make one adapter, or the sum of several, the active ones; only they train, unless in inference mode."""
+    """Make one adapter, or the sum of several, active; only they train, unless in inference mode."""
     adapters = check_adapters(model, [adapters] if isinstance(adapters, str) else adapters)
     _unmerged_layers(model, "set_adapter")
     activate(model, adapters)
 
 
 def delete_adapter(model: nn.Module, adapter: str) -> None:
-    """Remove an adapter from the model; if it was active, what is left of the active ones stays active."""
+    """Remove an adapter from the model; the other active ones stay active."""
     check_adapters(model, [adapter])
     for layer in _unmerged_layers(model, "delete_adapter"):
         layer.delete_adapter(adapter)
 
 
 def scale_adapter(model: nn.Module, adapter: str, factor: float) -> None:
-    """Scale an adapter's output to `factor` times what its config says; never cumulative, 1.0 undoes it."""
+    """Scale an adapter to `factor` times what its config says; never cumulative, 1.0 undoes it."""
     if not math.isfinite(factor):
         raise ConfigError(f"factor: expected a finite number; got {factor!r}")
     check_adapters(model, [adapter])
@@ -40,7 +40,7 @@ def scale_adapter(model: nn.Module, adapter: str, factor: float) -> None:
 
 
 def disable_adapters(model: nn.Module) -> Disabled:
-    """Let the base model speak alone, merged or not: from now on, or as `with disable_adapters(model):` for a while.
+    """Let the base model speak alone, merged or not: from now on, or within a `with`.
 
     Biases that an adapter trained are part of the base and stay.
     """

@@ -19,7 +19,7 @@ CONDENSE_FROM = 20  # names, from which PEFT shortens the list
 
 
 def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of everything below `module` but the inside of linear layers, shared modules each time."""
+    """(name, module) of all below `module` but the inside of linears; shared modules each time."""
     for name, child in module._modules.items():
         if child is not None:
             yield prefix + name, child
@@ -96,7 +96,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
 
 
 def check_each_matches(model: nn.Module, entries: list[str] | str | None, field: str) -> None:
-    """Raises TargetError at the first of a list of names that is no module of the model: a slip of the pen."""
+    """Raises TargetError at the first of a list of names that is no module of the model."""
     if isinstance(entries, list):
         modules = list(walk(model))
         for entry in entries:
@@ -128,7 +128,7 @@ def _output_heads(model: nn.Module) -> set[nn.Module]:
 
 
 def _in_layers(name: str, config: LoRAConfig) -> bool:
-    """Whether the block that `name` lies in is among layers_to_transform; a full name given as target always is."""
+    """Whether `name` lies in one of layers_to_transform; a full name given as target always does."""
     layers = config.layers_to_transform
     if layers is None or (
         isinstance(config.target_modules, list) and name in config.target_modules

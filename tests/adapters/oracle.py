@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 peft = pytest.importorskip("peft", reason="needs peft, the oracle: pip install peft")
-transformers = pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
+transformers = pytest.importorskip(
+    "transformers", reason="needs transformers: pip install transformers"
+)
 
 
 def tiny_llama(attention_bias: bool = False, layers: int = 2) -> nn.Module:
@@ -26,6 +28,7 @@ def tiny_llama(attention_bias: bool = False, layers: int = 2) -> nn.Module:
         num_key_value_heads=1,
         max_position_embeddings=64,
         attention_bias=attention_bias,
+        initializer_range=0.15,  # so that attention is not uniform
         tie_word_embeddings=False,
     )
     model = transformers.LlamaForCausalLM(config)

@@ -33,7 +33,10 @@ def test_init():
 def test_merged_weight_is_rounded_once(dtype):
     W = torch.randn(37, 21).to(dtype)
     before = W.clone()
-    branches = [(torch.randn(4, 21), torch.randn(37, 4), 0.7), (torch.randn(9, 21), torch.randn(37, 9), -2.0)]
+    branches = [
+        (torch.randn(4, 21), torch.randn(37, 4), 0.7),
+        (torch.randn(9, 21), torch.randn(37, 9), -2.0),
+    ]
     merged = lora.merged_weight(W, branches, dtype)
     exact = W.double() + sum(s * B.double() @ A.double() for A, B, s in branches)
     assert merged.dtype == dtype and torch.equal(W, before)
@@ -72,7 +75,9 @@ def test_gradients_of_both_orders(M, K, N, R):
 
 
 @pytest.mark.parametrize(("M", "K", "N", "R"), SHAPES)
-@pytest.mark.parametrize("needs", [(1, 1, 1), (0, 1, 1), (1, 0, 0), (1, 1, 0), (1, 0, 1), (0, 0, 1)])
+@pytest.mark.parametrize(
+    "needs", [(1, 1, 1), (0, 1, 1), (1, 0, 0), (1, 1, 0), (1, 0, 1), (0, 0, 1)]
+)
 def test_equals_the_formula(M, K, N, R, needs):
     def leaves():
         return [t.clone().requires_grad_(bool(n)) for t, n in zip(values, needs, strict=True)]
@@ -94,7 +99,11 @@ def test_equals_the_formula(M, K, N, R, needs):
 
 def test_non_contiguous_input_and_gradient():
     x = torch.randn(11, 6).t().requires_grad_()  # [6, 11]
-    W, A, B = torch.randn(5, 11), torch.randn(3, 11, requires_grad=True), torch.randn(5, 3, requires_grad=True)
+    W, A, B = (
+        torch.randn(5, 11),
+        torch.randn(3, 11, requires_grad=True),
+        torch.randn(5, 3, requires_grad=True),
+    )
     weight = torch.randn(5, 6).t()
     grads = torch.autograd.grad(branch(x, W, A, B, 2.0), (x, A, B), weight)
     wanted = torch.autograd.grad(x @ W.t() + 2 * x @ A.t() @ B.t(), (x, A, B), weight)

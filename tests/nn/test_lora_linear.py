@@ -140,7 +140,9 @@ def test_dropout_is_on_the_adapters_input_alone():
         one.lora_A["default"].weight.fill_(1 / 4000)
     branch = one(x) - one.base_layer(x)  # s · 2 ranks · mean of dropped ones
     assert branch.min() != 2 * one.scaling["default"]
-    torch.testing.assert_close(branch / (2 * one.scaling["default"]), torch.ones(1, 5), rtol=0.1, atol=0.1)
+    torch.testing.assert_close(
+        branch / (2 * one.scaling["default"]), torch.ones(1, 5), rtol=0.1, atol=0.1
+    )
     x = torch.randn(3, 4000, requires_grad=True)
     one(x).sum().backward()
     touched = x.grad - one.weight.sum(0)
@@ -189,7 +191,9 @@ def test_merge_and_back(quantizer, dtype):
         one.merge()
         assert one.merged and type(one.base_layer) is nn.Linear
         assert one.base_layer.weight.dtype == dtype
-        tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+        tolerance = (
+            {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+        )
         torch.testing.assert_close(one(x), y, **tolerance)
         one.disabled = True
         assert torch.equal(one(x), base)
