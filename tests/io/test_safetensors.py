@@ -1,0 +1,162 @@
+"""safetensors files: whole or refused, old or new, never between."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lowrank.errors import FileFormatError
+from lowrank.io.atomic import write_files, write_text
+from lowrank.io.safetensors import load_safetensors, open_safetensors, save_safetensors
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int32, torch.float64]
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    return {f"layer.{i}.w": (torch.randn(i + 1, 5) * 40).to(d) for i, d in enumerate(DTYPES)}
+
+
+def assert_same(got: dict, want: dict) -> None:
+    assert got.keys() == want.keys()
+    for name in want:
+        assert got[name].dtype == want[name].dtype and torch.equal(got[name], want[name])
+
+
+def test_round_trip_both_ways_with_the_package(tmp_path):
+    want = tensors()
+    save_safetensors(tmp_path / "ours.safetensors", want, {"who": "us"})
+    assert_same(load_file(tmp_path / "ours.safetensors"), want)
+    assert_same(load_safetensors(tmp_path / "ours.safetensors"), want)
+    with open_safetensors(tmp_path / "ours.safetensors") as handle:
+        assert handle.metadata() == {"format": "pt", "who": "us"}
+        assert torch.equal(handle.get_tensor("layer.2.w"), want["layer.2.w"])
+    save_file(want, tmp_path / "theirs.safetensors")
+    assert_same(load_safetensors(tmp_path / "theirs.safetensors"), want)
+
+
+def test_shared_strided_and_empty_tensors(tmp_path):
+    base = torch.randn(6, 8)
+    want = {"a": base, "b": base, "rows": base[2:4], "t": base.t(), "none": torch.empty(0, 3)}
+    save_safetensors(tmp_path / "x.safetensors", want)
+    assert_same(load_safetensors(tmp_path / "x.safetensors"), want)
+
+
+def test_truncated_anywhere_is_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_safetensors(path, tensors())
+    whole = path.read_bytes()
+    for length in [*range(0, len(whole), max(1, len(whole) // 60)), len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(FileFormatError, match="x.safetensors") as caught:
+            load_safetensors(path)
+        assert "\n" not in str(caught.value)
+    path.write_bytes(whole + b"\0")
+    with pytest.raises(FileFormatError):
+        load_safetensors(path)
+
+
+def test_every_flipped_header_bit_is_refused_or_shows(tmp_path):
+    path = tmp_path / "x.safetensors"
+    want = {"w": torch.randn(3, 4), "v": torch.randn(5)}
+    save_safetensors(path, want)
+    whole = path.read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    header = json.loads(whole[8 : 8 + length])
+    for at in range(8 + length):
+        for bit in (0, 3, 6):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
+            try:
+                got = load_safetensors(path)
+            except FileFormatError as error:
+                assert "\n" not in str(error)
+                continue
+            # what is still a valid file says something else, or the same in other white space
+            now = path.read_bytes()
+            changed = json.loads(now[8 : 8 + struct.unpack("<Q", now[:8])[0]])
+            shown = {n: (list(t.shape), t.dtype) for n, t in got.items()}
+            same = {n: (list(t.shape), t.dtype) for n, t in want.items()}
+            assert (
+                (changed == header) == (shown == same)
+                or changed.keys() != header.keys()
+                or (changed["__metadata__"] != header["__metadata__"])
+            )
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"w": {"dtype": "F31", "shape": [2], "data_offsets": [0, 8]}},
+        {"w": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}},
+        {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 16]}},
+        {"w": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}},
+        {"w": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}},
+        {"w": {"dtype": "F32", "shape": [2**62, 8], "data_offsets": [0, 8]}},
+        {"w": {"dtype": "F32", "shape": [2]}},
+        {
+            "w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+            "v": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+        },
+        [],
+        "text",
+    ],
+)
+def test_headers_that_lie_are_refused(tmp_path, header):
+    text = json.dumps(header).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
+    with pytest.raises(FileFormatError, match="x.safetensors"):
+        load_safetensors(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF" + bytes(60), bytes(64), b"\xff" * 64, b"{}"])
+def test_other_files_are_refused(tmp_path, content):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(FileFormatError, match="not a whole safetensors file"):
+        load_safetensors(path)
+
+
+def test_no_file(tmp_path):
+    for path in (tmp_path / "none.safetensors", tmp_path):
+        with pytest.raises(FileFormatError, match="no such file"):
+            load_safetensors(path)
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, error, call):
+    path, old = tmp_path / "x.safetensors", tensors()
+    save_safetensors(path, old)
+
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(os, call, fails)
+    with pytest.raises(type(error)):
+        save_safetensors(path, {"w": torch.zeros(3)})
+    monkeypatch.undo()
+    assert_same(load_safetensors(path), old)
+    assert os.listdir(tmp_path) == ["x.safetensors"]
+
+
+def test_all_files_or_none(tmp_path):
+    write_text(tmp_path / "a", "old a")
+
+    def fails(path):
+        path.write_text("half")
+        raise RuntimeError("while writing b")
+
+    with pytest.raises(RuntimeError, match="while writing b"):
+        write_files(tmp_path, {"a": lambda path: path.write_text("new a"), "b": fails})
+    assert os.listdir(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "old a"
+
+
+def test_files_get_the_usual_permissions(tmp_path):
+    write_text(tmp_path / "ours", "x")
+    (tmp_path / "theirs").write_text("x")
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "theirs").stat().st_mode
