@@ -6,6 +6,9 @@ from . import quant as quant
 from .adapters.config import LoRAConfig as LoRAConfig
 from .io.adapter import load_adapter as load_adapter
 from .io.adapter import save_adapter as save_adapter
+from .models.generate import generate as generate
+from .models.loading import load_model as load_model
+from .models.tokenizer import load_tokenizer as load_tokenizer
 from .nn.lora_linear import LoRALinear as LoRALinear
 from .nn.quant_linear import QuantLinear as QuantLinear
 from .surgery import count_parameters as count_parameters
@@ -20,6 +23,3 @@ from .surgery import quantize as quantize
 from .surgery import scale_adapter as scale_adapter
 from .surgery import set_adapter as set_adapter
 from .surgery import unmerge as unmerge
-from .models.generate import generate as generate
-from .models.loading import load_model as load_model
-from .models.tokenizer import load_tokenizer as load_tokenizer

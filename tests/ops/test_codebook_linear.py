@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank import ops
 from lowrank.errors import ConfigError, DtypeError, ShapeError
+from lowrank.ops import reference
 from tests.ops.weights import dense, random_weight
 
 SHAPES = [(1, 1, 1), (3, 7, 33), (5, 63, 63), (17, 9, 123), (40, 129, 256), (2, 3, 1025)]
@@ -115,6 +117,27 @@ def test_only_the_weight_is_saved_for_backward():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         ops.codebook_linear(x, *weight)
     assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in weight}
+
+
+class LargestResult(TorchDispatchMode):
+    """Sees every torch call and remembers the largest tensor that one returned."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.numel = max(self.numel, out.numel())
+        return out
+
+
+def test_the_reference_never_holds_the_whole_weight():
+    N, K = 3000, 1500
+    weight, x, dy = random_weight(N, K), torch.randn(2, K), torch.randn(2, N)
+    with LargestResult() as seen:
+        reference.codebook_linear(x, *weight, None, 64)
+        reference.codebook_linear_dx(dy, *weight, K, 64)
+    assert 0 < seen.numel < N * K / 2
 
 
 def test_rows_of_a_slice_are_the_slice_of_the_rows():
