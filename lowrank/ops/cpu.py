@@ -1,4 +1,4 @@
-"""The operators on a CPU, over the kernels of `csrc/`. Meaning and letters are those of `reference.py`.
+"""The operators on a CPU, over the kernels of `csrc/`; their meaning is in `reference.py`.
 
 Few rows of x are multiplied straight from packed codes. For more, a panel of the weight's rows is
 decoded to float32 and given to the BLAS that torch brings, so the dense weight never exists.
@@ -21,8 +21,10 @@ from . import native
 from .reference import IGNORED_LABEL
 
 _DIRECT_M = 16  # rows of x up to which decoding inside the product beats a panel and BLAS
-_PANEL = 1 << 20  # weights in a decoded panel: 4 MB of float32
+_PANEL = (1 << 20, 1 << 22)  # weights decoded at once, least and most: 4 and 16 MB of float32
 _LOGITS = 1 << 23  # logits held at once: 32 MB of float32
+
+_Weight = tuple[Tensor, Tensor, Tensor | None, Tensor]  # packed, absmax, absmax_scale, codebook
 
 
 def refuse(op: str, *args) -> str | None:
@@ -59,7 +61,7 @@ def codebook_dequantize(
     """The weight [N, K] in `dtype`."""
     N = packed.shape[0]
     out = torch.empty(N, K, dtype=dtype)
-    _dequantize_rows(packed, absmax, absmax_scale, codebook, K, block_size, 0, N, out)
+    _dequantize_rows((packed, absmax, absmax_scale, codebook), K, block_size, 0, N, out)
     return out
 
 
@@ -73,14 +75,14 @@ def codebook_linear(
     block_size: int,
 ) -> Tensor:
     """y = x Wᵀ + b for x [..., K]: [..., N] in the dtype of x."""
-    N, K = packed.shape[0], x.shape[-1]
+    weight, N, K = (packed, absmax, absmax_scale, codebook), packed.shape[0], x.shape[-1]
     rows = x.reshape(-1, K)  # [M, K]
     if rows.shape[0] <= _DIRECT_M:
-        y = _linear_direct(rows.contiguous(), packed, absmax, absmax_scale, codebook, bias, block_size)
+        y = _linear_direct(rows.contiguous(), weight, bias, block_size)
         return y.view(*x.shape[:-1], N)
     rows = rows.float()
     y = torch.empty(rows.shape[0], N)
-    for n0, n1, w in _panels(packed, absmax, absmax_scale, codebook, K, block_size):
+    for n0, n1, w in _panels(rows, weight, K, block_size):
         torch.mm(rows, w.T, out=y[:, n0:n1])
     if bias is not None:
         y += bias
@@ -97,14 +99,17 @@ def codebook_linear_dx(
     block_size: int,
 ) -> Tensor:
     """dx = dy W for dy [..., N]: [..., K] in the dtype of dy."""
+    weight = (packed, absmax, absmax_scale, codebook)
     rows = dy.reshape(-1, packed.shape[0]).float()  # [M, N]
-    dx = torch.zeros(rows.shape[0], K)
-    for n0, n1, w in _panels(packed, absmax, absmax_scale, codebook, K, block_size):
-        dx.addmm_(rows[:, n0:n1], w)
+    dx = torch.empty(rows.shape[0], K)
+    for n0, n1, w in _panels(rows, weight, K, block_size):
+        dx.addmm_(rows[:, n0:n1], w, beta=0 if n0 == 0 else 1)
     return dx.to(dy.dtype).view(*dy.shape[:-1], K)
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, with_dx: bool) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, labels: Tensor, with_dx: bool
+) -> tuple[Tensor, Tensor]:
     """Σ_t (logsumexp_v z[t, v] - z[t, label_t]) with z = x Wᵀ, and its gradient in x.
 
     Only rows with a label are multiplied. One native pass turns a chunk of logits [m, V] into its
@@ -120,7 +125,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, with_dx: boo
         )
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if with_dx else x.new_empty(0)
     losses = torch.empty(kept.numel())
-    chunk = min(max(1, _LOGITS // V), kept.numel())
+    chunk = max(1, min(_LOGITS // V, kept.numel()))
     room = torch.empty(chunk, V)
     for start in range(0, kept.numel(), chunk):
         rows = kept[start : start + chunk]
@@ -140,62 +145,66 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, with_dx: boo
     return losses.sum(), dx
 
 
-def _linear_direct(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax_scale: Tensor | None,
-    codebook: Tensor,
-    bias: Tensor | None,
-    block_size: int,
-) -> Tensor:
+def _linear_direct(x: Tensor, weight: _Weight, bias: Tensor | None, block_size: int) -> Tensor:
     """x [M, K] contiguous -> y [M, N], from packed codes."""
-    (M, K), N = x.shape, packed.shape[0]
+    (M, K), N = x.shape, weight[0].shape[0]
     y = torch.empty(M, N, dtype=x.dtype)
     if bias is not None:
         bias = bias.float().contiguous()
     status = native.load_cpu().lowrank_codebook_linear(
-        x.data_ptr(), native.DTYPES[x.dtype], M,
-        packed.data_ptr(), absmax.data_ptr(), _pointer(absmax_scale), codebook.data_ptr(), codebook.shape[0],
-        N, K, block_size, _pointer(bias), y.data_ptr(), torch.get_num_threads(),
+        x.data_ptr(), native.DTYPES[x.dtype], M, *_pointers(weight), N, K, block_size,
+        None if bias is None else bias.data_ptr(), y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     native.check(status, "codebook_linear")
     return y
 
 
-def _dequantize_rows(packed, absmax, absmax_scale, codebook, K, block_size, n0, n1, out) -> None:
+def _dequantize_rows(
+    weight: _Weight, K: int, block_size: int, n0: int, n1: int, out: Tensor
+) -> None:
     """Rows n0 <= n < n1 of the weight into the contiguous `out` [n1 - n0, K]."""
     status = native.load_cpu().lowrank_codebook_dequantize(
-        packed.data_ptr(), absmax.data_ptr(), _pointer(absmax_scale), codebook.data_ptr(), codebook.shape[0],
-        packed.shape[0], K, block_size, n0, n1,
+        *_pointers(weight), weight[0].shape[0], K, block_size, n0, n1,
         out.data_ptr(), native.DTYPES[out.dtype], torch.get_num_threads(),
     )  # fmt: skip
     native.check(status, "codebook_dequantize")
 
 
-def _panels(packed, absmax, absmax_scale, codebook, K, block_size) -> Iterator[tuple[int, int, Tensor]]:
-    """(n0, n1, w [n1 - n0, K] float32) over all rows of the weight, in one scratch that is reused."""
-    N = packed.shape[0]
-    height = min(N, max(1, _PANEL // max(1, K)))
+def _pointers(weight: _Weight) -> tuple[int, int, int | None, int, int]:
+    """The tensors of a weight and the number of its codebooks, as the C functions take them."""
+    packed, absmax, scale, codebook = weight
+    scale_ptr = None if scale is None else scale.data_ptr()
+    return packed.data_ptr(), absmax.data_ptr(), scale_ptr, codebook.data_ptr(), codebook.shape[0]
+
+
+def _panels(
+    rows: Tensor, weight: _Weight, K: int, block_size: int
+) -> Iterator[tuple[int, int, Tensor]]:
+    """(n0, n1, w [n1 - n0, K] float32) over all rows of the weight, in one scratch that is reused.
+
+    BLAS rearranges the activations `rows` anew for each panel: the more of them, the larger it is.
+    """
+    N, (least, most) = weight[0].shape[0], _PANEL
+    height = min(N, max(1, min(max(least, 2 * rows.numel()), most) // K))
     scratch = torch.empty(height, K)
     for n0 in range(0, N, height):
         n1 = min(n0 + height, N)
         w = scratch[: n1 - n0]
-        _dequantize_rows(packed, absmax, absmax_scale, codebook, K, block_size, n0, n1, w)
+        _dequantize_rows(weight, K, block_size, n0, n1, w)
         yield n0, n1, w
 
 
 def _dense_panels(weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """The same over a dense weight: itself where it is float32, else cast a panel at a time."""
+    """The same of a dense weight [V, H]: itself where it is float32, else cast panel by panel."""
     V, H = weight.shape
-    height = V if weight.dtype == torch.float32 else max(1, _PANEL // max(1, H))
+    if weight.dtype == torch.float32:
+        yield 0, V, weight
+        return
+    height = min(V, max(1, _PANEL[0] // max(1, H)))
+    scratch = torch.empty(height, H)
     for v0 in range(0, V, height):
         v1 = min(v0 + height, V)
-        yield v0, v1, weight[v0:v1].float()
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+        yield v0, v1, scratch[: v1 - v0].copy_(weight[v0:v1])
 
 
 def _refuse_quantize(weight: Tensor, codebook: Tensor, block_size: int) -> str | None:
@@ -211,51 +220,61 @@ def _refuse_quantize(weight: Tensor, codebook: Tensor, block_size: int) -> str |
 
 
 def _refuse_dequantize(packed, absmax, absmax_scale, codebook, K, block_size, dtype) -> str | None:
-    return _refuse_dtype(dtype) or _refuse_weight(packed, absmax, absmax_scale, codebook, K, block_size)
+    weight = (packed, absmax, absmax_scale, codebook)
+    return _refuse_dtype(dtype) or _refuse_weight(weight, K, block_size)
 
 
 def _refuse_linear(x, packed, absmax, absmax_scale, codebook, bias, block_size) -> str | None:
-    reason = _refuse_dtype(x.dtype) or _refuse_devices(x, packed)
-    if reason is None and bias is not None and (bias.shape != packed.shape[:1] or bias.device.type != "cpu"):
-        reason = "the bias is not [N] on the CPU"
-    return reason or _refuse_weight(packed, absmax, absmax_scale, codebook, x.shape[-1], block_size)
-
-
-def _refuse_linear_dx(dy, packed, absmax, absmax_scale, codebook, K, block_size) -> str | None:
-    if dy.shape[-1] != packed.shape[0]:
-        return "dy is not [..., N]"
+    weight = (packed, absmax, absmax_scale, codebook)
+    if x.dim() == 0:
+        return "x is not [..., K]"
+    if bias is not None and (bias.shape != packed.shape[:1] or bias.device.type != "cpu"):
+        return "the bias is not [N] on the CPU"
     return (
-        _refuse_dtype(dy.dtype)
-        or _refuse_devices(dy, packed)
-        or _refuse_weight(packed, absmax, absmax_scale, codebook, K, block_size)
+        _refuse_dtype(x.dtype)
+        or _refuse_devices(x)
+        or _refuse_weight(weight, x.shape[-1], block_size)
     )
 
 
+def _refuse_linear_dx(dy, packed, absmax, absmax_scale, codebook, K, block_size) -> str | None:
+    weight = (packed, absmax, absmax_scale, codebook)
+    if dy.dim() == 0 or dy.shape[-1] != packed.shape[0]:
+        return "dy is not [..., N]"
+    return _refuse_dtype(dy.dtype) or _refuse_devices(dy) or _refuse_weight(weight, K, block_size)
+
+
 def _refuse_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, with_dx: bool) -> str | None:
-    if x.dim() != 2 or weight.dim() != 2 or weight.shape[0] == 0 or labels.shape != x.shape[:1]:
-        return "the shapes are not [T, H], [V, H] and [T]"
-    if labels.dtype != torch.int64:
-        return f"labels are {labels.dtype}, not torch.int64"
-    return _refuse_dtype(x.dtype) or _refuse_dtype(weight.dtype) or _refuse_devices(x, weight, labels)
+    if x.dim() != 2 or weight.dim() != 2 or weight.shape[0] == 0 or x.shape[1] != weight.shape[1]:
+        return "x and weight are not [T, H] and [V, H]"
+    if labels.dtype != torch.int64 or labels.shape != x.shape[:1]:
+        return "labels are not int64 [T]"
+    return (
+        _refuse_dtype(x.dtype) or _refuse_dtype(weight.dtype) or _refuse_devices(x, weight, labels)
+    )
 
 
-def _refuse_weight(packed, absmax, absmax_scale, codebook, K, block_size) -> str | None:
-    reason = _refuse_codebook(codebook, packed.shape[0], block_size)
+def _refuse_weight(weight: _Weight, K: int, block_size: int) -> str | None:
+    packed, absmax, scale, codebook = weight
+    if packed.dim() != 2 or K < 1:
+        return "the weight is not [N, K] with K >= 1"
+    N = packed.shape[0]
+    reason = _refuse_codebook(codebook, N, block_size)
     if reason is not None:
         return reason
-    N = packed.shape[0]
-    if packed.dtype != torch.uint8 or packed.shape != (N, (K + 31) // 32 * 16):
+    if packed.dtype != torch.uint8 or packed.shape[1] != (K + 31) // 32 * 16:
         return f"packed is not uint8 [N, {(K + 31) // 32 * 16}]"
-    if absmax.shape != (N, (K + block_size - 1) // block_size):
-        return "absmax is not [N, ceil(K / block_size)]"
-    if absmax.dtype != (torch.float32 if absmax_scale is None else torch.uint8):
-        return f"absmax is {absmax.dtype} {'without' if absmax_scale is None else 'with'} absmax_scale"
-    scales = () if absmax_scale is None else (absmax_scale,)
-    if scales and (absmax_scale.dtype != torch.float32 or absmax_scale.shape != (N, 2)):
-        return "absmax_scale is not float32 [N, 2]"
-    if not (packed.is_contiguous() and absmax.is_contiguous() and all(s.is_contiguous() for s in scales)):
-        return "packed, absmax or absmax_scale is not contiguous"
-    return _refuse_devices(packed, absmax, codebook, *scales)
+    expected = torch.float32 if scale is None else torch.uint8
+    if absmax.dtype != expected or absmax.shape != (N, (K + block_size - 1) // block_size):
+        return f"absmax is not {expected} [N, ceil(K / block_size)]"
+    if scale is not None:
+        if scale.dtype != torch.float32 or scale.shape != (N, 2) or not scale.is_contiguous():
+            return "absmax_scale is not contiguous float32 [N, 2]"
+        if scale.device.type != "cpu":
+            return "absmax_scale is not on the CPU"
+    if not (packed.is_contiguous() and absmax.is_contiguous()):
+        return "packed or absmax is not contiguous"
+    return _refuse_devices(packed, absmax, codebook)
 
 
 def _refuse_codebook(codebook: Tensor, N: int, block_size: int) -> str | None:
@@ -273,7 +292,9 @@ def _refuse_dtype(dtype: torch.dtype) -> str | None:
 
 
 def _refuse_devices(*tensors: Tensor) -> str | None:
-    return None if all(t.device.type == "cpu" for t in tensors) else "not all tensors are on the CPU"
+    if all(tensor.device.type == "cpu" for tensor in tensors):
+        return None
+    return "not all tensors are on the CPU"
 
 
 _REFUSALS = {
