@@ -22,21 +22,21 @@ def fetch_model(repo: str, revision: str | None = None, token: str | None = None
     if index is not None:
         for filename in shards(read_json(index), index):
             _fetch(repo, filename, revision, token)
-    elif _fetch_if_there(repo, SINGLE, revision, token) is None:
-        if _has(repo, ("pytorch_model.bin", "pytorch_model.bin.index.json"), revision, token):
-            raise FileFormatError(refusal_of_pickles(f"{repo}/pytorch_model.bin"))
-        raise FileFormatError(f"{repo}: expected {SINGLE} or {INDEX}; the repository has neither")
+    else:
+        _fetch_single(repo, revision, token)
     return directory
 
 
 def fetch_tokenizer(repo: str, revision: str | None = None, token: str | None = None) -> Path:
     """A local directory with the repository's tokenizer files."""
-    path = _fetch_if_there(repo, "tokenizer.json", revision, token)
-    if path is None:
-        raise FileFormatError(f"{repo}: expected tokenizer.json; the repository has none")
+    path = _fetch(repo, "tokenizer.json", revision, token)
     for name in ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
         _fetch_if_there(repo, name, revision, token)
     return path.parent
+
+
+class _NotInCache(ConfigError):
+    """The hub cannot be reached, and the file is not in the cache."""
 
 
 def _fetch(repo: str, filename: str, revision: str | None, token: str | None) -> Path:
@@ -60,7 +60,7 @@ def _fetch(repo: str, filename: str, revision: str | None, token: str | None) ->
     except hub.RevisionNotFoundError as error:
         raise ConfigError(f"{repo}: no revision {revision!r}") from error
     except hub.LocalEntryNotFoundError as error:
-        raise ConfigError(
+        raise _NotInCache(
             f"{repo}: {filename} is not in the cache, and the hub cannot be reached"
         ) from error
     except hub.EntryNotFoundError as error:
@@ -72,11 +72,22 @@ def _fetch_if_there(
 ) -> Path | None:
     try:
         return _fetch(repo, filename, revision, token)
-    except FileFormatError:
+    except (
+        FileFormatError,
+        _NotInCache,
+    ):  # offline, what the repository lacks is not cached either
         return None
 
 
-def _has(repo: str, names: tuple[str, ...], revision: str | None, token: str | None) -> bool:
+def _fetch_single(repo: str, revision: str | None, token: str | None) -> None:
     from huggingface_hub import file_exists
 
-    return any(file_exists(repo, name, revision=revision, token=token) for name in names)
+    try:
+        _fetch(repo, SINGLE, revision, token)
+    except FileFormatError as error:
+        for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
+            if file_exists(repo, name, revision=revision, token=token):
+                raise FileFormatError(refusal_of_pickles(f"{repo}/{name}")) from error
+        raise FileFormatError(
+            f"{repo}: expected {SINGLE} or {INDEX}; the repository has neither"
+        ) from error

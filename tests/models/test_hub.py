@@ -1,0 +1,159 @@
+"""Loading by a hub id, from a local server that answers as the hub's file endpoints do."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from tests.models.helpers import llama
+from tests.models.test_tokenizer import write_tokenizer
+
+pytest.importorskip("transformers", reason="writes the checkpoints; pip install transformers")
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """HEAD and GET of /{owner}/{name}/resolve/{revision}/{file}, as huggingface_hub calls them."""
+
+    root: Path
+    asked: list[str]
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body: bool):
+        if "/resolve/" not in self.path:
+            return self.refuse(404, "EntryNotFound")
+        owner, name, _, revision, file = self.path.lstrip("/").split("/", 4)
+        self.asked.append(f"{self.command} {name}/{file}")
+        path = self.root / owner / name / file
+        if not path.parent.is_dir():
+            return self.refuse(401, "RepoNotFound")
+        if name == "gated" and self.headers.get("Authorization") != "Bearer key":
+            return self.refuse(403, "GatedRepo")
+        if revision not in ("main", "v1", COMMIT):
+            return self.refuse(404, "RevisionNotFound")
+        if not path.is_file():
+            return self.refuse(404, "EntryNotFound")
+        content = path.read_bytes()
+        self.send_response(200)
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def refuse(self, status: int, code: str):
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """(run a script against the hub, the folder of its repositories, what was asked of it)"""
+    handler = type("Handler", (Hub,), {"root": tmp_path / "hub", "asked": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+
+    def run(script: str, **environment: str) -> list[str]:
+        home = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home")}
+        env = {**os.environ, "NO_PROXY": "127.0.0.1", **home, **environment}
+        env.pop("HF_TOKEN", None)
+        out = subprocess.run(
+            [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=240
+        )
+        assert out.returncode == 0, out.stderr
+        return out.stdout.splitlines()
+
+    yield run, tmp_path / "hub", handler.asked
+    server.shutdown()
+    server.server_close()
+
+
+LOAD = """
+import torch, lowrank
+model = lowrank.load_model("org/{name}", quantizer="nf4", revision="v1")
+tokenizer = lowrank.load_tokenizer("org/{name}", revision="v1")
+print(model.name_or_path)
+print(float(model(torch.arange(20)[None]).double().abs().sum()))
+print(tokenizer.encode("def f(x): return x"))
+"""
+
+
+@pytest.mark.parametrize("shard", ["5GB", "50KB"])
+def test_a_hub_id_loads_what_its_directory_loads(hub, shard):
+    run, root, asked = hub
+    folder = root / "org" / "small"
+    llama().save_pretrained(folder, max_shard_size=shard)
+    write_tokenizer(folder)
+    for stray in ("pytorch_model.bin", "consolidated.safetensors", "README.md", "model.onnx"):
+        (folder / stray).write_bytes(b"large")
+    first = run(LOAD.format(name="small"))
+    assert first[0] == "org/small"
+    fetched = {line.split("/", 1)[1] for line in asked if line.startswith("GET")}
+    weights = {path.name for path in folder.glob("model*.safetensors*")}
+    texts = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    optional = {"chat_template.jinja", "special_tokens_map.json"}
+    assert weights | texts <= fetched <= weights | texts | optional
+
+    asked.clear()
+    assert run(LOAD.format(name="small"), HF_HUB_OFFLINE="1") == first
+    assert asked == []
+    local = LOAD.replace("org/{name}", str(folder)).replace(', revision="v1"', "")
+    assert run(local)[1:] == first[1:]
+
+
+ERRORS = """
+import json, lowrank
+for call in json.loads({calls!r}):
+    try:
+        lowrank.load_model(call.pop("source"), **call)
+        print("loaded")
+    except lowrank.errors.LowrankError as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_what_the_hub_refuses_is_said_in_one_line(hub):
+    run, root, _ = hub
+    llama().save_pretrained(root / "org" / "gated")
+    (root / "org" / "empty").mkdir()
+    (root / "org" / "old").mkdir()
+    (root / "org" / "old" / "config.json").write_bytes(
+        (root / "org" / "gated" / "config.json").read_bytes()
+    )
+    bare = root / "org" / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((root / "org" / "old" / "config.json").read_bytes())
+    (root / "org" / "old" / "pytorch_model.bin").write_bytes(b"pickle")
+    expected = [
+        ({"source": "org/absent"}, "ConfigError org/absent: no such repository on the hub"),
+        ({"source": "org/gated"}, "ConfigError org/gated: access must be granted first"),
+        ({"source": "org/gated", "token": "key"}, "loaded"),
+        ({"source": "org/gated", "token": "key", "revision": "v9"}, "no revision 'v9'"),
+        ({"source": "org/empty"}, "FileFormatError org/empty: the repository has no config.json"),
+        ({"source": "org/old"}, "FileFormatError org/old/pytorch_model.bin: pickled weights"),
+        ({"source": "org/bare"}, "FileFormatError org/bare: expected model.safetensors or"),
+    ]
+    lines = run(ERRORS.format(calls=json.dumps([call for call, _ in expected])))
+    assert len(lines) == len(expected)
+    for line, (_, says) in zip(lines, expected, strict=True):
+        assert says in line
+    (line,) = run(ERRORS.format(calls='[{"source": "org/new"}]'), HF_HUB_OFFLINE="1")
+    assert "config.json is not in the cache" in line
