@@ -1,0 +1,125 @@
+"""Writing text: against transformers' greedy search, and batches against single prompts."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import lowrank
+from lowrank.errors import ConfigError, DataError
+from lowrank.models.generate import generate_ids
+from lowrank.models.tokenizer import load_tokenizer
+from tests.models.helpers import llama, tokens
+from tests.models.test_tokenizer import TEMPLATE, write_tokenizer
+
+pytest.importorskip("transformers", reason="the oracle; pip install transformers")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """(our model, transformers' with the same weights, tokenizer)"""
+    oracle = llama(vocab_size=600, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    oracle.save_pretrained(tmp_path)
+    write_tokenizer(tmp_path, chat_template=TEMPLATE)
+    return lowrank.load_model(tmp_path), oracle, load_tokenizer(tmp_path)
+
+
+def test_greedy_equals_transformers(saved):
+    model, oracle, _ = saved
+    for S in (1, 7, 40):
+        prompt = tokens(1, S, 599)
+        expected = oracle.generate(prompt, max_new_tokens=30, do_sample=False, eos_token_id=599)
+        (written,) = generate_ids(model, prompt.tolist(), 30, ends={599})
+        assert prompt[0].tolist() + written == [i for i in expected[0].tolist() if i != 599]
+
+
+def test_a_batch_of_different_lengths_equals_one_by_one(saved):
+    model, _, tokenizer = saved
+    prompts = ["x", "def f(x): return", "Ünï" * 9, "a b c d e f g"]
+    together = lowrank.generate(model, tokenizer, prompts, max_new_tokens=25)
+    assert together == [lowrank.generate(model, tokenizer, p, max_new_tokens=25) for p in prompts]
+    assert len(set(together)) > 1
+
+
+def test_writing_ends_at_any_end_token(saved):
+    model, _, _ = saved
+    (free,) = generate_ids(model, [[5, 6, 7]], 20)
+    assert len(free) == 20
+    end = free[11]
+    first = free.index(end)
+    (ended, other) = generate_ids(model, [[5, 6, 7], [9]], 20, ends={end, 601})
+    assert ended == free[:first]
+    assert end not in other
+
+
+def test_messages_go_through_the_chat_template(saved):
+    model, _, tokenizer = saved
+    messages = [{"role": "user", "content": "def?"}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    (ids,) = generate_ids(model, [tokenizer.encode(text)], 12, ends={2})
+    expected = tokenizer.decode(ids)
+    assert lowrank.generate(model, tokenizer, messages, max_new_tokens=12) == expected
+
+
+def test_sampling_follows_the_distribution_it_is_told(saved):
+    model, _, _ = saved
+    prompt, draws, temperature = [5, 6, 7], 4000, 0.7
+    with torch.no_grad():
+        probs = (model(torch.tensor([prompt]))[0, -1] / temperature).softmax(-1)
+
+    def drawn(**options) -> torch.Tensor:
+        written = generate_ids(model, [prompt] * draws, 1, temperature=temperature, **options)
+        return torch.bincount(torch.tensor(written).flatten(), minlength=600) / draws
+
+    def near(frequency, expected):
+        # 6 standard deviations of a binomial share
+        assert ((frequency - expected).abs() < 6 * (expected / draws).sqrt() + 1 / draws).all()
+
+    near(drawn(), probs)
+    top = probs.topk(5)
+    expected = torch.zeros(600).scatter(0, top.indices, top.values / top.values.sum())
+    near(drawn(top_k=5), expected)
+    ordered, index = probs.sort(descending=True)
+    n = int((ordered.cumsum(0) < 0.4).sum()) + 1
+    expected = torch.zeros(600).scatter(0, index[:n], ordered[:n] / ordered[:n].sum())
+    near(drawn(top_p=0.4), expected)
+
+
+def test_a_seed_repeats_and_the_global_one_is_heeded(saved):
+    model, _, tokenizer = saved
+    options = dict(max_new_tokens=20, temperature=1.5)
+    first = lowrank.generate(model, tokenizer, "def", seed=3, **options)
+    state = torch.get_rng_state()
+    assert lowrank.generate(model, tokenizer, "def", seed=3, **options) == first
+    assert_close(torch.get_rng_state(), state)
+    assert lowrank.generate(model, tokenizer, "def", seed=4, **options) != first
+    torch.manual_seed(1)
+    third = lowrank.generate(model, tokenizer, "def", **options)
+    torch.manual_seed(1)
+    assert lowrank.generate(model, tokenizer, "def", **options) == third
+
+
+def test_the_model_is_left_in_its_mode(saved):
+    model, _, tokenizer = saved
+    lowrank.inject(model, lowrank.LoRAConfig(r=4, lora_dropout=0.9, init_lora_weights=False))
+    model.train()
+    written = lowrank.generate(model, tokenizer, "def", max_new_tokens=20)
+    assert model.training
+    assert lowrank.generate(model.eval(), tokenizer, "def", max_new_tokens=20) == written
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "error", "says"),
+    [
+        ("x", {"max_new_tokens": 0}, ConfigError, "max_new_tokens: expected at least 1; got 0"),
+        ("x", {"temperature": -1.0}, ConfigError, "temperature: expected at least 0"),
+        ("x", {"top_p": 0.0}, ConfigError, "top_p: expected above 0 and at most 1; got 0.0"),
+        ("x", {"top_k": 0}, ConfigError, "top_k: expected at least 1; got 0"),
+        ("", {}, DataError, "prompt 0: expected at least one token"),
+        ([], {}, DataError, "prompt: expected text, texts or messages"),
+        ([1, 2], {}, DataError, "prompt: expected text, texts or messages"),
+    ],
+)
+def test_bad_arguments_are_named(saved, prompt, options, error, says):
+    model, _, tokenizer = saved
+    with pytest.raises(error, match=says):
+        lowrank.generate(model, tokenizer, prompt, **options)
