@@ -118,6 +118,10 @@ class QuantLinear(nn.Module):
             raise ShapeError(
                 f"storage: expected a weight of shape {list(expected)}; got {list(storage.shape)}"
             )
+        if {"weight", "bias"} & storage.tensors.keys():
+            raise ConfigError(
+                f"storage: expected tensors not named weight or bias; got {list(storage.tensors)}"
+            )
         for name in self._tensor_dtypes:
             del self._parameters[name]
         self._tensor_dtypes = {name: tensor.dtype for name, tensor in storage.tensors.items()}
@@ -164,6 +168,7 @@ class QuantLinear(nn.Module):
                 loaded.update((name, self._parameters[name]) for name in self._tensor_dtypes)
             else:
                 storage = self._quantize(own.pop("weight"), prefix)
+                self.weight_dtype = storage.dtype
                 loaded = own | {name: _as_bits(tensor) for name, tensor in storage.tensors.items()}
         else:
             loaded = own

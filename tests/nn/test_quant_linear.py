@@ -67,6 +67,10 @@ def test_the_storage_can_be_replaced_and_keeps_its_kind():
     assert same_weight(layer, again) and again.bias is None
     with pytest.raises(ShapeError, match=r"storage: expected a weight of shape \[10, 32\]"):
         QuantLinear(32, 10).storage = storage
+    named = quant.Storage("own", (10, 64), torch.float32, {"weight": torch.zeros(10, 64)})
+    with pytest.raises(ConfigError, match="storage: expected tensors not named weight or bias"):
+        layer.storage = named
+    assert same_weight(layer, again)
 
 
 def test_every_parameter_of_the_weight_is_frozen_and_integer(quantizer):
@@ -131,6 +135,8 @@ def test_a_plain_linears_state_dict_is_quantized_on_load(assign, quantizer):
     assert not outcome.missing_keys and not outcome.unexpected_keys
     assert same_weight(ours["proj"], QuantLinear.from_linear(model["proj"], quantizer))
     assert torch.equal(ours["proj"].bias, model["proj"].bias)
+    ours.load_state_dict(model.bfloat16().state_dict())
+    assert ours["proj"].storage.dtype == torch.bfloat16
 
 
 def test_missing_and_unexpected_keys_are_reported_as_torch_does():
