@@ -76,8 +76,8 @@ def collate(
     learned = sum(data.labelled[i] for i in indices)
     if packed:
         positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
-        rows = (torch.cat(part).long().unsqueeze(0) for part in (ids, labels))
-        return Batch(*rows, positions, None, len(lengths), sum(lengths), learned)
+        flat = [torch.cat(part).long().unsqueeze(0) for part in (ids, labels)]
+        return Batch(flat[0], flat[1], positions, None, len(lengths), sum(lengths), learned)
     mask = torch.arange(max(lengths)).unsqueeze(0) < torch.tensor(lengths).unsqueeze(1)
     input_ids = pad_sequence(ids, batch_first=True, padding_value=pad_token_id).long()
     padded_labels = pad_sequence(labels, batch_first=True, padding_value=IGNORED).long()

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from lowrank.errors import DataError
 
@@ -23,7 +23,7 @@ FIELDS = "'text', 'prompt' and 'completion', 'messages', or 'input_ids'"
 
 
 @dataclass(frozen=True)
-class Examples(Sequence):
+class Examples(Sequence[dict[str, Any]]):
     """Validated examples, all of one kind; `where(i)` says where example i came from."""
 
     kind: str
@@ -33,7 +33,13 @@ class Examples(Sequence):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i):
+    @overload
+    def __getitem__(self, i: int) -> dict[str, Any]: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> list[dict[str, Any]]: ...
+
+    def __getitem__(self, i: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
         return self.rows[i]
 
     def where(self, i: int) -> str:

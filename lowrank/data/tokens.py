@@ -29,7 +29,10 @@ class Tokenizer(Protocol):
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]: ...
 
     def apply_chat_template(
-        self, messages: list[dict], add_generation_prompt: bool = False, tools: list | None = None
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool = False,
+        tools: list[Any] | None = None,
     ) -> str: ...
 
 
@@ -116,8 +119,8 @@ def tokenize_all(
         raise DataError(
             f"{examples.where(0)} and all after it: no token is left to learn: {'; '.join(notes)}"
         )
-    ids, labels = (torch.frombuffer(values, dtype=torch.int32) for values in (all_ids, all_labels))
-    return TokenizedExamples(ids, labels, offsets, labelled, truncated, dropped, notes)
+    flat = [torch.frombuffer(values, dtype=torch.int32) for values in (all_ids, all_labels)]
+    return TokenizedExamples(flat[0], flat[1], offsets, labelled, truncated, dropped, notes)
 
 
 def _notes(
@@ -151,6 +154,8 @@ def _tokenize(
     if kind == "tokens":
         ids = [int(token) for token in example["input_ids"]]
         return ids, [int(label) for label in example.get("labels", ids)], "all"
+    if tokenizer is None:
+        raise DataError(f"an example of kind '{kind}' needs a tokenizer; got None")
     if kind == "messages":
         segments = _turns(example, tokenizer, completion_only)
         if not any(learned for _, learned in segments):
@@ -238,7 +243,7 @@ def _turns(
     return [*segments, (whole[done:], False)]
 
 
-def _render(tokenizer: Tokenizer, messages: list, cue: bool, tools: list | None) -> str:
+def _render(tokenizer: Tokenizer, messages: list[Any], cue: bool, tools: list[Any] | None) -> str:
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=cue, tools=tools)
     if not isinstance(text, str):
         raise DataError(f"apply_chat_template must return text; got {type(text).__name__}")

@@ -63,7 +63,7 @@ class RunDirectory:
 
     def save_model(self, model: nn.Module) -> Path:
         """Save adapters in PEFT's format, other trained tensors by name; returns where they are."""
-        of_adapters = set()
+        of_adapters: set[int] = set()
         adapters = {}  # in order of appearance
         for layer in (m for m in model.modules() if isinstance(m, LoRALinear)):
             for name in layer.lora_A:

@@ -131,9 +131,9 @@ class Trainer:
                 loss = self._backward(batches, interrupt)
                 if loss is None:
                     break
-                loss, norm = self._update(optimizer, loss, record)
+                loss_value, norm = self._update(optimizer, loss, record)
                 seconds = time.perf_counter() - start
-                record.step(batches, loss, norm, config.learning_rate * multiplier, seconds)
+                record.step(batches, loss_value, norm, config.learning_rate * multiplier, seconds)
                 due = config.eval_steps and (step + 1) % config.eval_steps == 0
                 if due or step + 1 == total:
                     self._evaluate(record, interrupt)
@@ -251,7 +251,7 @@ class Trainer:
         pad = getattr(self.tokenizer, "pad_token_id", None)
         return collate(data, indices, self._packed, 0 if pad is None else pad).to(self.device)
 
-    def _autocast(self) -> contextlib.AbstractContextManager:
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if not self.config.bf16:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
