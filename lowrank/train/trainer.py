@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from lowrank.data import (
     Batch,
@@ -35,7 +34,7 @@ from lowrank.train.gradients import (
 )
 from lowrank.train.interrupt import Interrupt
 from lowrank.train.loss import batch_loss, packs
-from lowrank.train.optimizer import OPTIMIZERS
+from lowrank.train.optimizer import OPTIMIZERS, Optimizer
 from lowrank.train.record import Record, TrainResult
 from lowrank.train.run import CONFIG, RESULTS, RunDirectory, check_output_dir, versions
 from lowrank.train.schedule import lr_multiplier, warmup_steps
@@ -169,7 +168,7 @@ class Trainer:
                     "it and nothing is saved: lower learning_rate, or look at data and weights"
                 )
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         return loss_value, norm_value
 
     def _evaluate(self, record: Record, interrupt: Interrupt) -> None:
