@@ -157,7 +157,7 @@ class LoRAConfig:
         for key in _PEFT_REFUSED:
             if content.get(key):
                 raise ConfigError(
-                    f"{key}: expected {_PEFT_REST[key]!r}, it is not supported; got {content[key]!r}"
+                    f"{key}: is not supported, expected {_PEFT_REST[key]!r}; got {content[key]!r}"
                 )
         known = {f.name: content[f.name] for f in fields(cls) if content.get(f.name) is not None}
         if known.get("init_lora_weights") in _PEFT_PLAIN_INITS:
@@ -230,7 +230,7 @@ def _check_layers(layers: Any, pattern: Any, targets: Any) -> None:
         )
     if isinstance(targets, str):
         raise ConfigError(
-            f"layers_to_transform: expected a list of target_modules beside it; got the regex {targets!r}"
+            f"layers_to_transform: expected target_modules as a list; got the regex {targets!r}"
         )
 
 

@@ -61,7 +61,7 @@ def merged_weight(
     merged = merged.to(dtype)
     if not merged.isfinite().all():
         raise WeightError(
-            f"merged weight: expected finite values in {dtype}; got NaN or inf (is the adapter damaged?)"
+            f"merged weight: expected finite values in {dtype}; got NaN or inf: damaged adapter?"
         )
     return merged
 

@@ -72,11 +72,11 @@ def load_adapter(
     is_trainable: bool = False,
     revision: str | None = None,
 ) -> nn.Module:
-    """Read an adapter that PEFT or we wrote, from a directory or a hub id, into the model; return the model.
+    """Read an adapter that PEFT or we wrote, from a directory or a hub id, into the model.
 
     If the model has no such adapter it is created: active if it is the first, frozen unless
     `is_trainable`. If it has, its weights are replaced, and its config must agree.
-    Raises FileFormatError, with the model as it was, for damaged files and for an adapter of
+    Returns the model. Raises FileFormatError, with the model as it was, for damaged files and for an adapter of
     another base: keys missing or left over, or shapes that do not fit.
     """
     directory = _directory(path_or_repo, revision)
@@ -119,7 +119,7 @@ def load_adapter(
 
 
 def _config_of(model: nn.Module, layers: dict[str, LoRALinear], adapter: str) -> LoRAConfig:
-    """The adapter's config; the layers have the last word on which they are, and on rank and alpha."""
+    """The adapter's config; on names, rank and alpha the layers have the last word."""
     config = next(iter(layers.values())).config[adapter]
     if config.target_modules is None:  # layers that were built by hand
         config = replace(config, target_modules=list(layers))
@@ -158,7 +158,7 @@ def _tensors(
 def _biases(
     model: nn.Module, targets: Iterable[str], config: LoRAConfig
 ) -> dict[str, nn.Parameter]:
-    """The biases that belong to the adapter, by the names they have once the targets are wrapped."""
+    """The adapter's biases, by the names they have once the targets are wrapped."""
     found = {}
     if config.bias == "none":
         return found
@@ -186,12 +186,13 @@ def _check_agrees(
         here = (config.rank(name), config.alpha(name), config.use_rslora, config.bias)
         if there != here:
             raise FileFormatError(
-                f"{directory}: {name} has (r, lora_alpha, use_rslora, bias) = {here}, adapter {adapter!r} in the model "
-                f"{there}; load it under another name, or delete_adapter first"
+                f"{directory}: {name} has (r, lora_alpha, use_rslora, bias) = {here}, "
+                f"adapter {adapter!r} in the model {there}; "
+                "load it under another name, or delete_adapter first"
             )
         if layer.merged:
             raise ConfigError(
-                "load_adapter: expected unmerged layers; the adapters are merged: call unmerge first"
+                "load_adapter: the adapters of the model are merged: call unmerge first"
             )
 
 
@@ -213,7 +214,8 @@ def _check_fits(
         tensor = tensors[name]
         if tuple(tensor.shape) != shape:
             raise FileFormatError(
-                f"{directory}: made for another base model: {name} is {list(tensor.shape)}, the model takes {list(shape)}"
+                f"{directory}: made for another base model: {name} is {list(tensor.shape)}, "
+                f"the model takes {list(shape)}"
             )
         if not tensor.is_floating_point():
             raise FileFormatError(
@@ -248,8 +250,8 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
     path = directory / WEIGHTS_FILE
     if not path.exists() and (directory / "adapter_model.bin").exists():
         raise FileFormatError(
-            f"{directory}: adapter_model.bin is a pickle, which can run code and is not read; load it with PEFT "
-            "where you trust it, and save_pretrained(..., safe_serialization=True) again"
+            f"{directory}: adapter_model.bin is a pickle, which can run code; where you trust it, "
+            "load it with PEFT and save_pretrained(..., safe_serialization=True) again"
         )
     tensors = load_safetensors(path)
     for name in tensors:
@@ -294,6 +296,7 @@ def _card(config: LoRAConfig) -> str:
         if isinstance(config.target_modules, str)
         else ", ".join(config.target_modules)
     )
+    stabilized = ", rank-stabilized" if config.use_rslora else ""
     head = [
         "library_name: peft",
         *([f"base_model: {json.dumps(base)}"] if base else []),
@@ -309,7 +312,7 @@ def _card(config: LoRAConfig) -> str:
             "",
             f"# LoRA adapter{f' for {base}' if base else ''}",
             "",
-            f"Rank {config.r}, alpha {config.lora_alpha:g}{', rank-stabilized' if config.use_rslora else ''}, on {targets}.",
+            f"Rank {config.r}, alpha {config.lora_alpha:g}{stabilized}, on {targets}.",
             "",
             "```python",
             'lowrank.load_adapter(model, "path/to/this/directory")',

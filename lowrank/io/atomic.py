@@ -12,8 +12,8 @@ from pathlib import Path
 def write_files(directory: str | Path, writers: Mapping[str, Callable[[Path], None]]) -> None:
     """Write files into `directory`: each aside and synced, and when all are, renamed into place.
 
-    `writers`: {name: function that writes the path it is given}. On any error, Ctrl-C included, what
-    was in the directory before is untouched. The files are renamed in the order given.
+    `writers`: {name: function that writes the path it is given}. On any error before the renames,
+    Ctrl-C included, the directory is as it was. They are renamed in the order given.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ def save_safetensors(
 def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write straight to `path`: each tensor dense and of its own memory, marked as transformers does."""
+    """Write straight to `path`, each tensor dense and with its own memory."""
     seen: set[int] = set()
     owned = {}
     for name, tensor in tensors.items():
@@ -41,7 +41,7 @@ def write_safetensors(
 
 @contextmanager
 def open_safetensors(path: str | Path, device: str | torch.device = "cpu") -> Iterator[safe_open]:
-    """Open a file to take tensors one by one: `.keys()`, `.get_tensor(name)`, `.get_slice(name)`, `.metadata()`.
+    """Open a file to take tensors one by one: keys(), get_tensor(name), get_slice, metadata().
 
     The header is checked against the file's length first: known dtypes, shapes that fit their byte
     ranges, ranges that cover the file without gap or overlap. Raises FileFormatError otherwise.
@@ -61,7 +61,7 @@ def open_safetensors(path: str | Path, device: str | torch.device = "cpu") -> It
 
 
 def load_safetensors(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """All tensors of the file by name, on `device`. Raises FileFormatError if it is damaged or truncated."""
+    """All tensors of the file by name. Raises FileFormatError if it is damaged or truncated."""
     with open_safetensors(path, device) as handle:
         try:
             return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)

@@ -23,7 +23,7 @@ class LoRALinear(nn.Module):
 
     While merged, `base_layer` is a dense linear with W + Σ s·B A, and the layer that was there is
     kept aside, so that unmerging gives back its very bits. A state dict of the plain layer
-    (`weight`, `bias`, or a quantized layer's tensors) loads into `base_layer`, with strict=True too.
+    (`weight`, `bias`, or a quantized layer's tensors) loads into `base_layer`, strict too.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class LoRALinear(nn.Module):
         """
         if isinstance(linear, LoRALinear) or not isinstance(linear, nn.Linear | QuantLinear):
             raise TargetError(
-                f"wrap: expected an nn.Linear or QuantLinear; got {type(linear).__name__} {name}".rstrip()
+                f"{name or 'linear'}: expected nn.Linear or QuantLinear; got {type(linear).__name__}"
             )
         layer = cls.__new__(cls)
         layer._init_around(linear)
@@ -162,7 +162,7 @@ class LoRALinear(nn.Module):
         self.scale_adapter(adapter, 1.0)
 
     def set_adapter(self, adapters: Iterable[str]) -> None:
-        """Make these, as far as they are here, the active adapters: they add up, and only they train."""
+        """Make these, as far as they are here, active: they add up, and only they train."""
         self._refuse_if_merged("set_adapter")
         self.active_adapters = [a for a in adapters if a in self.lora_A]
         for part in (self.lora_A, self.lora_B):
@@ -234,11 +234,12 @@ class LoRALinear(nn.Module):
 
     def extra_repr(self) -> str:
         state = "merged" if self.merged else "disabled" if self.disabled else "active"
-        return f"in_features={self.in_features}, out_features={self.out_features}, {state}={self.active_adapters}"
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, {state}={self.active_adapters}"
 
 
 def _take_plain_keys(layer: LoRALinear, state_dict: dict, prefix: str, *_: object) -> None:
-    """Before loading: the keys of a plain linear go to `base_layer`, and the adapters stay as they are."""
+    """Before loading: a plain linear's keys go to `base_layer`, the adapters stay as they are."""
     plain = [
         key
         for key in state_dict

@@ -52,7 +52,7 @@ def attach(
     adapter: str,
     fill: Callable[[str, LoRALinear], None] = lambda name, layer: None,
 ) -> None:
-    """Add `adapter` to the named layers, each then passed to `fill(name, layer)`, all or none of them."""
+    """Add `adapter` to the named layers, each then passed to `fill(name, layer)`; all or none."""
     before = lora_layers(model).values()
     if any(layer.merged for layer in before):
         raise ConfigError(

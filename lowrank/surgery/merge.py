@@ -20,7 +20,7 @@ def merge(
 
     Over a quantized base the merged weight is dense, in `dtype` or else the dtype it had before
     quantization: rounding it back to codes would lose most of what was learned. The base layers are
-    kept aside meanwhile. Raises WeightError if a merged weight is not finite; all is then as before.
+    kept aside meanwhile. Raises WeightError, all as before, if a merged weight is not finite.
     """
     layers = lora_layers(model)
     if not layers:

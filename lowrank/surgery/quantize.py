@@ -27,7 +27,7 @@ def quantize(
     """Replace every nn.Linear by a QuantLinear, in place, but those in `skip` (names or suffixes).
 
     `double_quant` belongs to a quantizer given by name; None means that scheme's own default.
-    Returns the model. Raises WeightError at a NaN or inf, naming the tensor; the model is then as it was.
+    Returns the model. Raises WeightError at a NaN or inf, naming it; the model is then as it was.
     """
     if isinstance(quantizer, str):
         quantizer = quant.get(

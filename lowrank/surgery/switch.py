@@ -16,7 +16,7 @@ from .targets import check_adapters, lora_layers
 
 
 def set_adapter(model: nn.Module, adapters: str | Iterable[str]) -> None:
-    """Make one adapter, or the sum of several, active; only they train, unless in inference mode."""
+    """Make one adapter, or the sum of several, active; only the active ones train."""
     adapters = check_adapters(model, [adapters] if isinstance(adapters, str) else adapters)
     _unmerged_layers(model, "set_adapter")
     activate(model, adapters)

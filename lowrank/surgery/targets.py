@@ -54,7 +54,7 @@ def check_adapters(model: nn.Module, adapters: Iterable[str]) -> list[str]:
 
 
 def matches(name: str, wanted: list[str] | str) -> bool:
-    """A str is a regex for the whole name; a list holds names or suffixes that begin after a dot."""
+    """A str is a regex for the whole name; a list holds names, or suffixes from a dot on."""
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
     return any(name == w or name.endswith(f".{w}") for w in wanted)
@@ -90,7 +90,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
     for name, module in chosen:
         if not isinstance(module, LINEAR):
             raise TargetError(
-                f"target {name!r}: expected a linear layer; got {type(module).__name__}: name its linears"
+                f"target {name!r}: expected a linear layer; got {type(module).__name__}"
             )
     return [name for name, _ in chosen]
 
@@ -128,7 +128,7 @@ def _output_heads(model: nn.Module) -> set[nn.Module]:
 
 
 def _in_layers(name: str, config: LoRAConfig) -> bool:
-    """Whether `name` lies in one of layers_to_transform; a full name given as target always does."""
+    """Whether `name` lies in one of layers_to_transform; a full name given as target does."""
     layers = config.layers_to_transform
     if layers is None or (
         isinstance(config.target_modules, list) and name in config.target_modules

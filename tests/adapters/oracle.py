@@ -1,4 +1,4 @@
-"""PEFT over a tiny random Llama, the oracle of the adapter tests; both skip where they are missing."""
+"""PEFT over a tiny random Llama, the oracle of the adapter tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The mathematics: initialisation, the merged weight, and the two halves of the branch with their gradients."""
+"""The mathematics: initialisation, merged weights, the branch's two halves and their gradients."""
 
 from __future__ import annotations
 

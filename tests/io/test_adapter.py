@@ -1,4 +1,4 @@
-"""Adapter directories: what PEFT writes we read, what we write PEFT reads, and nothing damaged is used."""
+"""Adapter directories: PEFT's we read, ours PEFT reads, and nothing damaged is used."""
 
 from __future__ import annotations
 
