@@ -117,6 +117,7 @@ class Trainer:
         """Take the steps, until the last or until interrupted."""
         config, total = self.config, self.total_steps
         optimizer = OPTIMIZERS[config.optim](self.parameters.values(), config)
+        optimizer.zero_grad()  # a gradient that was there before is not this run's
         warmup = warmup_steps(total, config.warmup_steps, config.warmup_ratio)
         record = Record(run, total, len(self.train_data), config.logging_steps, config.disable_tqdm)
         try:

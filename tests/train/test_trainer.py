@@ -38,6 +38,8 @@ def test_equals_the_plain_loop(tmp_path, generator, seed, batch, accumulation):
         adam_epsilon=1e-6,
         seed=seed,
     )
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)  # left over from elsewhere
     result = Trainer(model, settings, rows).train()
 
     steps = windows(rows, seed, 2, batch * accumulation)
