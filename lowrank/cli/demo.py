@@ -22,6 +22,7 @@ from torch import nn
 import lowrank
 from lowrank.cli.source import Source
 from lowrank.data.stdlib import instruction_set
+from lowrank.errors import ConfigError
 from lowrank.train import TrainConfig, Trainer
 from lowrank.train.run import METRICS, PLOT, check_output_dir
 
@@ -84,13 +85,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     begin = time.perf_counter()
     budget = TINY_BUDGET if args.tiny else MODEL_BUDGET
+    steps = budget.steps if args.steps is None else args.steps
+    if steps < 1:
+        raise ConfigError(f"steps: expected at least 1; got {steps}")
     source = Source(
         model=str(TINY) if args.tiny else args.model, quantizer="nf4", double_quant=True
     )
     config = TrainConfig(
         output_dir=args.output_dir or OUTPUT,
         overwrite_output_dir=args.output_dir is None,
-        max_steps=args.steps or budget.steps,
+        max_steps=steps,
         per_device_train_batch_size=budget.batch,
         learning_rate=budget.learning_rate,
         warmup_ratio=0.05,
@@ -103,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     say("model", f"{source.model}, NF4 with double quantization")
     say("data", f"Python {platform.python_version()}'s standard library, signatures → docstrings")
     say("", f"{len(train)} pairs to train on, {len(held_out)} held out: no module is in both")
-    say("budget", f"{config.max_steps} steps of {budget.batch} pairs at {budget.learning_rate:g}")
+    say("budget", f"{steps} steps of {budget.batch} pairs at {budget.learning_rate:g}")
     say("", f"held-out loss over the same {len(subset)} pairs, before and after\n")
 
     model, tokenizer = source.load(), source.load_tokenizer()
@@ -113,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     lowrank.print_trainable_parameters(model)
     result = Trainer(model, config, train, subset, tokenizer=tokenizer).train()
     if result.interrupted:
-        done = f"{len(result.losses)} of {config.max_steps} steps"
+        done = f"{len(result.losses)} of {steps} steps"
         raise KeyboardInterrupt(f"interrupted after {done}; see {result.output_dir}")
     after = answers(model, tokenizer, shown, budget)
 

@@ -80,6 +80,17 @@ def field_help(config: type) -> dict[str, str]:
     return found
 
 
+def check_types(settings: Any) -> None:
+    """ConfigError for a field of the dataclass that is not of its annotated type."""
+    for name, hint in get_type_hints(type(settings)).items():
+        value, kinds = getattr(settings, name), _kinds(hint)
+        if value not in [kind for kind in kinds if not isinstance(kind, type)] and (
+            type(value) not in kinds
+        ):
+            expected = " or ".join(_metavar(kind) for kind in kinds)
+            raise ConfigError(f"{name}: expected {expected}; got {value!r}")
+
+
 def read_toml(path: Path, tables: Mapping[str, type]) -> dict[str, dict[str, Any]]:
     """{table: {field: value}} of a TOML file; ConfigError for what the dataclasses do not have."""
     try:
@@ -176,7 +187,7 @@ _READ: dict[Any, Callable[[str], Any]] = {int: int, float: float, dict: _pair, P
 
 
 def _is_name(word: str) -> bool:
-    return re.fullmatch(r"[\w.]+", word) is not None and ".*" not in word
+    return re.fullmatch(r"[\w.]+", word) is not None
 
 
 def _kinds(hint: Any) -> list[Any]:
@@ -204,7 +215,7 @@ def _word_kinds(hint: Any) -> list[Any]:
 
 
 def _metavar(kind: Any) -> str:
-    names = {int: "N", float: "X", str: "TEXT", Path: "PATH", dict: "NAME=N"}
+    names = {int: "N", float: "X", str: "TEXT", Path: "PATH", dict: "NAME=N", bool: "true|false"}
     return names[kind] if kind in names else str(kind).lower()
 
 

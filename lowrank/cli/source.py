@@ -11,6 +11,7 @@ from torch import nn
 
 import lowrank
 from lowrank import quant
+from lowrank.cli.options import check_types
 from lowrank.errors import ConfigError
 from lowrank.quant.registry import Quantizer
 
@@ -35,6 +36,7 @@ class Source:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        check_types(self)
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:  # torch's own words, the first line of them

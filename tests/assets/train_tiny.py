@@ -121,7 +121,7 @@ def save(model: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=OUTPUT)
-    parser.add_argument("--epochs", type=float, default=18)
+    parser.add_argument("--epochs", type=float, default=10)
     args = parser.parse_args()
 
     torch.manual_seed(0)

@@ -161,7 +161,27 @@ def test_config_file(run, tmp_path):
     for text in ("[train", "[trian]\nseed = 1", "[train]\nsede = 1", "[lora]\nr = 'x'\n"):
         path.write_text(text)
         refused(run("train", "--config", path, "--model", "m", "--data", "d", "--output-dir", "o"))
-    refused(run("train", "--config", tmp_path / "absent.toml"), "absent.toml")
+    refused(run("train", "--config", tmp_path / "absent.toml"), "absent.toml: No such file")
+    words = (
+        "train",
+        "--config",
+        path,
+        "--model",
+        "m",
+        "--data",
+        "d",
+        "--output-dir",
+        tmp_path / "o",
+    )
+    for line, expected in {
+        'dtype = "float8"': "dtype: expected float32 or bfloat16 or float16; got 'float8'",
+        "eval_data = 3": "eval_data: expected TEXT or none; got 3",
+        'double_quant = "yes"': "double_quant: expected true|false; got 'yes'",
+        "block_size = true": "block_size: expected N; got True",
+        "quantizer = 4": "quantizer: expected TEXT or none; got 4",
+    }.items():
+        path.write_text(f"[run]\n{line}\n")
+        refused(run(*words), expected)
 
 
 @pytest.fixture
