@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-SIZE = 2048  # of the matmul: 17 GFLOP, long enough for every core
+SIZE = 1536  # of the matmul: 7 GFLOP, long enough for every core
 STREAM_BYTES = 512 << 20  # of the streams, if memory allows: past any cache
 
 

@@ -80,6 +80,13 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--steps", type=int, default=20, help="training steps (default: %(default)s)")
     made.add_argument(
+        "--working-set",
+        type=float,
+        metavar="MB",
+        default=None,
+        help="what the inputs rotate over (default: 4 x the L3 cache, of which 256 MB count)",
+    )
+    made.add_argument(
         "--threads", type=int, default=None, help="threads for everybody (default: torch's choice)"
     )
     made.add_argument(
@@ -152,7 +159,7 @@ def _run(given: argparse.Namespace) -> dict:
         rows_of_x,
         given.seconds,
         given.steps,
-        machine.working_set_bytes(),
+        _working_set(given.working_set),
         given.isa,
         tell=lambda text: print(text, file=sys.stderr, flush=True),
     )
@@ -162,6 +169,14 @@ def _run(given: argparse.Namespace) -> dict:
         _write(path, json.dumps(result, indent=1) + "\n")
         print(f"\nwritten: {path}")
     return result
+
+
+def _working_set(megabytes: float | None) -> int:
+    if megabytes is None:
+        return machine.working_set_bytes()
+    if megabytes <= 0:
+        raise UsageError(f"--working-set: expected a positive number of MB; got {megabytes:g}")
+    return int(megabytes * 1e6)
 
 
 def _write(path: Path, text: str) -> None:

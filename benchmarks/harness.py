@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+MAX_COPIES = 10_000
 MIN_CALLS, MIN_SLOW_CALLS, SLOW_SECONDS = 5, 2, 1.0
 UNCHECKED_SECONDS = 4.0  # slower than that, a call is not repeated only to start from NaN
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -57,7 +58,7 @@ class Timing:
     limit: float | None = None
 
     def summary(self) -> dict:
-        """Median, percentiles, calls, error and extra memory; "wrong" where the error is too large."""
+        """Spread, error and extra memory; and "wrong" where the error is too large."""
         made = {**spread(self.seconds), "error": self.error, "extra_bytes": self.extra_bytes}
         if not math.isfinite(self.error):
             made |= {"error": None, "wrong": "the result holds NaN or infinity"}
@@ -83,7 +84,6 @@ def measure(contenders: Sequence[Contender], seconds: float) -> list[Timing]:
     ones alternate, and a slow one is called less often. Each is called five times at least, or
     twice where a call takes longer than a second.
     """
-    keep_freed_memory()
     prepared = [_first_calls(contender) for contender in contenders]
     share = seconds / len(contenders)
     least = [MIN_CALLS if took < SLOW_SECONDS else MIN_SLOW_CALLS for took, _, _ in prepared]
@@ -146,8 +146,8 @@ def percentile(values: Sequence[float], q: float) -> float:
 
 
 def copies_for(call_bytes: int, working_set: int) -> int:
-    """How many copies of inputs of `call_bytes` make up the working set; at least 2."""
-    return max(2, math.ceil(working_set / max(call_bytes, 1)))
+    """How many copies of inputs of `call_bytes` make up the working set; from 2 to 10,000."""
+    return min(MAX_COPIES, max(2, math.ceil(working_set / max(call_bytes, 1))))
 
 
 def nbytes(outputs: object) -> int:

@@ -69,9 +69,9 @@ def unrestricted(isa: str | None) -> list[str]:
     if isa is None or not _installed("bitsandbytes"):
         return []
     return [
-        "bitsandbytes has no switch for its instruction set: its C++ dequantization still uses "
-        f"what the CPU has, beyond {isa}. Its AVX-512 bf16 inference path is kept off, as it is on a "
-        "CPU without that."
+        "bitsandbytes has no switch for its instruction set: its C++ still uses what the CPU has "
+        f"beyond {isa}. Only its AVX-512 bf16 inference path is kept off, as it is on a CPU "
+        "without that."
     ]
 
 

@@ -9,16 +9,18 @@ import importlib.util
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.oracle import decode_bitsandbytes, decode_lowrank
 
+ROOT = Path(__file__).resolve().parent.parent
 BLOCK_SIZE = 64
-NAMES = ("torch", "bitsandbytes", "peft")
 
 
 def missing(name: str) -> str | None:
@@ -29,10 +31,17 @@ def missing(name: str) -> str | None:
 
 
 def bitsandbytes():
-    """The package, without its warning about an optional download."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    import bitsandbytes as package
+    """The package, quietly, and with the `kernels` it looks for being Hugging Face's if installed.
 
+    From the root of a checkout, `import kernels` would find lowrank's folder of that name.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    before = list(sys.path)
+    sys.path[:] = [entry for entry in before if Path(entry or ".").resolve() != ROOT]
+    try:
+        import bitsandbytes as package
+    finally:
+        sys.path[:] = before
     return package
 
 

@@ -9,7 +9,7 @@ from benchmarks.errors import UsageError
 
 
 def plot(result: dict, path: Path) -> None:
-    """Write a PNG. Raises UsageError when the run has no codebook_linear or matplotlib is missing."""
+    """Write a PNG. Raises UsageError without codebook_linear in the run, or without matplotlib."""
     lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for row in result["rows"]:
         match = re.fullmatch(r"(.*) M=(\d+) (forward.*)", row["case"])

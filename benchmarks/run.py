@@ -11,6 +11,7 @@ import torch
 from benchmarks import machine, peers, table
 from benchmarks.ceilings import better, ceilings
 from benchmarks.errors import MissingInputError
+from benchmarks.harness import keep_freed_memory
 from benchmarks.settings import Settings, add_rates
 
 
@@ -21,6 +22,7 @@ def run(names: Sequence[str], settings: Settings) -> dict:
     before every benchmark and at the end; the best of them are those that all rows are held to.
     """
     torch.manual_seed(0)
+    keep_freed_memory()
     notes = machine.unrestricted(settings.isa) if "bitsandbytes" in settings.against else []
     for name in settings.against:
         reason = peers.missing(name)

@@ -39,23 +39,13 @@ def run(settings: Settings) -> list[dict]:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         settings.tell("training_step: converting the model")
-        subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "benchmarks.training_data",
-                gguf,
-                pairs,
-                name,
-                str(settings.steps),
-            ],
-            check=True,
-            cwd=ROOT,
-            stdout=sys.stderr,
-        )
+        _convert(gguf, pairs, directory, settings.steps)
         batches = json.loads((directory / "batches.json").read_text())
-        workers = [Worker(side, directory) for side in sides]
+        workers: list[Worker] = []
         try:
+            for side in sides:
+                settings.tell(f"training_step: {side} loads")
+                workers.append(Worker(side, directory))
             answers = _take_turns(workers, settings)
         finally:
             for worker in workers:
@@ -64,18 +54,21 @@ def run(settings: Settings) -> list[dict]:
 
 
 class Worker:
-    """A side in a process; `step(i)` waits for it."""
+    """A side in a process; `step(i)` waits for it. What its libraries say is kept in a file."""
 
     def __init__(self, side: str, directory: Path) -> None:
         self.side = side
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.training_worker", side, str(directory)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-            cwd=ROOT,
-        )
+        self._log = directory / f"{side}.log"
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.training_worker", side, str(directory)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                bufsize=1,
+                cwd=ROOT,
+            )
         self.loaded = self._answer()  # one after another: loading uses every core
 
     def step(self, index: int) -> dict:
@@ -98,10 +91,22 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(
-                f"training_step: {self.side} ended with status {self._process.wait()}; see above"
-            )
+            status, said = self._process.wait(), self._log.read_text()[-4000:]
+            raise RuntimeError(f"training_step: {self.side} ended with status {status}:\n{said}")
         return json.loads(line)
+
+
+def _convert(gguf: str, pairs: str, directory: Path, steps: int) -> None:
+    module = [sys.executable, "-m", "benchmarks.training_data"]
+    done = subprocess.run(
+        [*module, gguf, pairs, str(directory), str(steps)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"training_step: the model was not converted:\n{done.stdout[-4000:]}")
 
 
 def _take_turns(workers: list[Worker], settings: Settings) -> list[list[dict]]:
@@ -166,7 +171,7 @@ def _difference(losses: list[float], reference: list[float]) -> float:
 
 
 def _inputs() -> tuple[str, str]:
-    gguf = os.environ.get("LOWRANK_SMOLLM2", "")
+    gguf = os.environ.get("LOWRANK_SMOLLM2", ROOT / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf")
     pairs = (
         Path(os.environ.get("LOWRANK_TEST_DATA", ROOT.parent / "shared" / "data"))
         / "e2e_train.jsonl.gz"

@@ -50,12 +50,12 @@ def lowrank_padded(directory: Path) -> tuple[torch.nn.Module, Loss]:
 
 def peft_bitsandbytes(directory: Path) -> tuple[torch.nn.Module, Loss]:
     """transformers + peft + bitsandbytes as their tutorials set them up for QLoRA."""
-    import peft
-    import transformers
-
     from benchmarks import peers
 
     peers.bitsandbytes()
+    import peft
+    import transformers
+
     model = transformers.AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=torch.float32,
