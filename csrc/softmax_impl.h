@@ -10,13 +10,14 @@ namespace {
 // e^x for x <= 0, to about 1e-7 relative; 0 below the smallest normal float; NaN stays NaN.
 // x = n ln 2 + r with |r| <= ln(2) / 2, and e^r by its Taylor polynomial of degree 7 (error 5e-9).
 inline Vec exp_nonpositive(Vec x) {
-  const Vec n = round_to_even(mul(x, set1(1.44269504f)));
-  Vec r = fma(n, set1(-0.693359375f), x);  // ln 2 in two parts, the first exact in products with n
+  const Vec lowest = set1(-87.33654f), bounded = max(lowest, x);
+  const Vec n = round_to_even(mul(bounded, set1(1.44269504f)));
+  Vec r = fma(n, set1(-0.693359375f), bounded);  // ln 2 in two parts, the first exact in products with n
   r = fma(n, set1(2.12194440e-4f), r);
   constexpr float coefficients[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
   Vec p = set1(1.0f / 5040);
   for (const float c : coefficients) p = fma(p, r, set1(c));
-  return zero_below(scale_by_power(p, n), x, set1(-87.33654f));
+  return zero_below(scale_by_power(p, n), x, lowest);
 }
 
 // Calls visit(values, offset) on each vector of the row; the last is filled up with -infinity.
