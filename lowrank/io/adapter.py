@@ -76,8 +76,8 @@ def load_adapter(
 
     If the model has no such adapter it is created: active if it is the first, frozen unless
     `is_trainable`. If it has, its weights are replaced, and its config must agree.
-    Returns the model. Raises FileFormatError, with the model as it was, for damaged files and for an adapter of
-    another base: keys missing or left over, or shapes that do not fit.
+    Returns the model. Raises FileFormatError, with the model as it was, for damaged files and for
+    an adapter of another base: keys missing or left over, or shapes that do not fit.
     """
     directory = _directory(path_or_repo, revision)
     config = replace(_read_config(directory / CONFIG_FILE), inference_mode=not is_trainable)

@@ -61,7 +61,7 @@ class LoRALinear(nn.Module):
         """
         if isinstance(linear, LoRALinear) or not isinstance(linear, nn.Linear | QuantLinear):
             raise TargetError(
-                f"{name or 'linear'}: expected nn.Linear or QuantLinear; got {type(linear).__name__}"
+                f"{name or 'wrap'}: expected nn.Linear or QuantLinear; got {type(linear).__name__}"
             )
         layer = cls.__new__(cls)
         layer._init_around(linear)

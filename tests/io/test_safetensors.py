@@ -66,7 +66,6 @@ def test_every_flipped_header_bit_is_refused_or_shows(tmp_path):
     save_safetensors(path, want)
     whole = path.read_bytes()
     (length,) = struct.unpack("<Q", whole[:8])
-    header = json.loads(whole[8 : 8 + length])
     for at in range(8 + length):
         for bit in (0, 3, 6):
             path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
@@ -75,16 +74,10 @@ def test_every_flipped_header_bit_is_refused_or_shows(tmp_path):
             except FileFormatError as error:
                 assert "\n" not in str(error)
                 continue
-            # what is still a valid file says something else, or the same in other white space
-            now = path.read_bytes()
-            changed = json.loads(now[8 : 8 + struct.unpack("<Q", now[:8])[0]])
-            shown = {n: (list(t.shape), t.dtype) for n, t in got.items()}
-            same = {n: (list(t.shape), t.dtype) for n, t in want.items()}
-            assert (
-                (changed == header) == (shown == same)
-                or changed.keys() != header.keys()
-                or (changed["__metadata__"] != header["__metadata__"])
-            )
+            # what still is a valid file has other names or dtypes, or the same content
+            described = [{n: (t.shape, t.dtype) for n, t in x.items()} for x in (got, want)]
+            if described[0] == described[1]:
+                assert_same(got, want)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,38 @@
+"""What the tests of model editing share: names, states, a model with two adapters."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import lowrank
+from lowrank import LoRAConfig
+from tests.adapters.oracle import tiny_llama
+
+
+def names_of(model: nn.Module, kind: type) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, kind)}
+
+
+def state(model: nn.Module) -> dict[str, tuple[torch.Tensor, bool]]:
+    values = {name: (p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()}
+    return {"modules": [n for n, _ in model.named_modules()], **values}
+
+
+def assert_unchanged(model: nn.Module, before: dict) -> None:
+    after = state(model)
+    assert after.keys() == before.keys() and after["modules"] == before["modules"]
+    for name in before.keys() - {"modules"}:
+        assert torch.equal(after[name][0], before[name][0]) and after[name][1] == before[name][1], (
+            name
+        )
+
+
+def two_adapters(**options) -> nn.Module:
+    model = tiny_llama()
+    config = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, "r": 3}
+    lowrank.inject(model, LoRAConfig(**{**config, **options}), adapter="a")
+    lowrank.inject(
+        model, LoRAConfig(**{**config, "target_modules": ["v_proj", "up_proj"]}), adapter="b"
+    )
+    return model
