@@ -67,7 +67,8 @@ class Plan:
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions: softmax(q kᵀ / sqrt(D)) v, then o_proj.
 
-    x [B, S, H] -> [B, S, H].   Ainslie et al., arXiv:2305.13245.
+    x [B, S, H] -> [B, S, H], or [1, T, H] of only the T `rows` of x [B * S, H] that are asked for.
+    Ainslie et al., arXiv:2305.13245.
     """
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
@@ -79,14 +80,19 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(H, config.num_key_value_heads * D, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * D, H, bias=bias)
 
-    def forward(self, x: Tensor, plan: Plan) -> Tensor:
+    def forward(self, x: Tensor, plan: Plan, rows: Tensor | None = None) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_dim)
         q = rotate(self.q_proj(x).view(heads), plan.cos, plan.sin)
         k = rotate(self.k_proj(x).view(heads), plan.cos, plan.sin)
         v = self.v_proj(x).view(heads)
         if plan.cache is not None:
             k, v = plan.cache.extend(self.layer, k, v)
-        return self.o_proj(attend(q, k, v, plan).flatten(2))
+        return self.o_proj(take(attend(q, k, v, plan).flatten(2), rows))
+
+
+def take(x: Tensor, rows: Tensor | None) -> Tensor:
+    """The rows of x [B, S, H] seen as [B * S, H]: [1, T, H]; all of x for None."""
+    return x if rows is None else x.flatten(0, 1).index_select(0, rows)[None]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lowrank.errors import ShapeError
-from lowrank.models.attention import Attention, KVCache, Plan, make_plan
+from lowrank.models.attention import Attention, KVCache, Plan, make_plan, take
 from lowrank.models.config import DecoderConfig
 from lowrank.models.layers import RMSNorm, swiglu
 from lowrank.ops import linear_cross_entropy
@@ -32,7 +32,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), x [B, S, H]."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), x [B, S, H]; or only its `rows`, [1, T, H]."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
@@ -41,8 +41,8 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, plan: Plan) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), plan)
+    def forward(self, x: Tensor, plan: Plan, rows: Tensor | None = None) -> Tensor:
+        x = take(x, rows) + self.self_attn(self.input_layernorm(x), plan, rows)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -108,12 +108,11 @@ class Decoder(nn.Module):
         keeps the last n positions, a LongTensor those it indexes along S. A `cache` is read, and
         extended by S.
         """
-        h = self._hidden(input_ids, attention_mask, position_ids, cache)
-        if isinstance(logits_to_keep, Tensor):
-            h = h[:, logits_to_keep]
-        elif logits_to_keep:
-            h = h[:, -logits_to_keep:]
-        return self.lm_head(self.model.norm(h))
+        rows = None
+        if logits_to_keep is not None and input_ids.ndim == 2:
+            rows = _rows_to_keep(logits_to_keep, *input_ids.shape, input_ids.device)
+        h = self._hidden(input_ids, attention_mask, position_ids, cache, rows)
+        return self.lm_head(self.model.norm(h.view(len(input_ids), -1, h.shape[-1])))
 
     def loss(
         self,
@@ -132,7 +131,6 @@ class Decoder(nn.Module):
             raise ShapeError(
                 f"labels: expected shape {tuple(input_ids.shape)}; got {tuple(labels.shape)}"
             )
-        h = self._hidden(input_ids, attention_mask, position_ids, None)
         target = F.pad(
             labels[:, 1:], (0, 1), value=IGNORE
         )  # [B, S]: what each position is to predict
@@ -140,7 +138,8 @@ class Decoder(nn.Module):
             target = target.masked_fill(F.pad(position_ids[:, 1:] == 0, (0, 1)), IGNORE)
         target = target.flatten()
         rows = (target != IGNORE).nonzero().flatten()
-        x = self.model.norm(h.flatten(0, 1).index_select(0, rows))  # [T, H]
+        h = self._hidden(input_ids, attention_mask, position_ids, None, rows)
+        x = self.model.norm(h.flatten(0, 1))  # [T, H]
         return _head_loss(self.lm_head, x, target.index_select(0, rows))
 
     def _hidden(
@@ -149,8 +148,13 @@ class Decoder(nn.Module):
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         cache: KVCache | None,
+        rows: Tensor | None,
     ) -> Tensor:
-        """What the last block gives, before the last norm: [B, S, H]."""
+        """What the last block gives, before the last norm: [B, S, H], or [1, T, H] at `rows`.
+
+        Only the keys and values of the last block need every row; the rest of it is as much work as
+        five in six of its parameters.
+        """
         if input_ids.ndim != 2:
             raise ShapeError(f"input_ids: expected shape [B, S]; got {tuple(input_ids.shape)}")
         B, S = input_ids.shape
@@ -160,14 +164,25 @@ class Decoder(nn.Module):
         )
         if plan.lengths is not None:
             h = h.view(1, B * S, -1)
-        for block in self.model.layers:
+        last = len(self.model.layers) - 1
+        for i, block in enumerate(self.model.layers):
+            wanted = rows if i == last else None
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, plan, use_reentrant=False)
+                h = checkpoint(block, h, plan, wanted, use_reentrant=False)
             else:
-                h = block(h, plan)
+                h = block(h, plan, wanted)
         if cache is not None:
             cache.length += S
-        return h.view(B, S, -1)
+        return h
+
+
+def _rows_to_keep(keep: int | Tensor, B: int, S: int, device: torch.device) -> Tensor | None:
+    """Rows of [B * S] that are the last `keep` of each S, or those `keep` indexes; None for all."""
+    if isinstance(keep, int) and not 0 < keep < S:
+        return None
+    along = torch.arange(S, device=device)
+    along = along[-keep:] if isinstance(keep, int) else along[keep]
+    return (torch.arange(B, device=device)[:, None] * S + along).flatten()
 
 
 def _head_loss(head: nn.Module, x: Tensor, target: Tensor) -> Tensor:

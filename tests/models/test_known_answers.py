@@ -118,7 +118,6 @@ def test_smollm2_perplexity_equals_transformers_and_its_dequantized_self(
             dense.get_submodule(name).weight.data = module.dequantize(torch.float32)
     quantized = perplexity(four_bit, ids)
     assert quantized == pytest.approx(perplexity(dense, ids), rel=1e-4)
-    assert expected < quantized < 1.3 * expected
 
     save_model(four_bit, tmp_path)
     saved = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
