@@ -279,8 +279,9 @@ def _directory(path_or_repo: str | Path, revision: str | None) -> Path:
             str(path_or_repo), revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]
         )
     except (OSError, ValueError) as error:  # the hub's own errors are all of these kinds
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise FileFormatError(
-            f"{path_or_repo}: no such directory, and the hub did not give it ({error})"
+            f"{path_or_repo}: no such directory, and the hub did not give it ({reason})"
         ) from error
     return Path(found)
 

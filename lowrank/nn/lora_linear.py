@@ -38,7 +38,9 @@ class LoRALinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         if quantizer is None:
-            base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+            base: nn.Linear | QuantLinear = nn.Linear(
+                in_features, out_features, bias, device=device, dtype=dtype
+            )
         else:
             base = QuantLinear(
                 in_features, out_features, bias, quantizer, device=device, dtype=dtype

@@ -237,7 +237,9 @@ def test_a_hub_that_does_not_answer(monkeypatch):
     from huggingface_hub.errors import RepositoryNotFoundError
 
     def snapshot_download(repo, **_):
-        raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)
+        error = RepositoryNotFoundError.__new__(RepositoryNotFoundError)
+        error.args = ("404 Client Error.\n\nRepository Not Found",)
+        raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with warnings.catch_warnings():
