@@ -21,7 +21,7 @@ from . import native
 from .reference import IGNORED_LABEL
 
 _DIRECT_M = 16  # rows of x up to which decoding inside the product beats a panel and BLAS
-_PANEL = (1 << 20, 1 << 22)  # weights decoded at once, least and most: 4 and 16 MB of float32
+_PANEL = 1 << 20  # weights decoded at once: 4 MB of float32
 _LOGITS = 1 << 23  # logits held at once: 32 MB of float32
 
 _Weight = tuple[Tensor, Tensor, Tensor | None, Tensor]  # packed, absmax, absmax_scale, codebook
@@ -38,8 +38,8 @@ def refuse(op: str, *args) -> str | None:
 def codebook_quantize(weight: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """Packed codes and float32 absmax of weight [N, K]; only its rows need to be contiguous."""
     N, K = weight.shape
-    packed = torch.empty(N, (K + 31) // 32 * 16, dtype=torch.uint8)
-    absmax = torch.empty(N, (K + block_size - 1) // block_size)
+    packed = _empty(N, (K + 31) // 32 * 16, dtype=torch.uint8)
+    absmax = _empty(N, (K + block_size - 1) // block_size)
     status = native.load_cpu().lowrank_codebook_quantize(
         weight.data_ptr(), native.DTYPES[weight.dtype], N, K, weight.stride(0),
         codebook.data_ptr(), codebook.shape[0], block_size,
@@ -60,7 +60,7 @@ def codebook_dequantize(
 ) -> Tensor:
     """The weight [N, K] in `dtype`."""
     N = packed.shape[0]
-    out = torch.empty(N, K, dtype=dtype)
+    out = _empty(N, K, dtype=dtype)
     _dequantize_rows((packed, absmax, absmax_scale, codebook), K, block_size, 0, N, out)
     return out
 
@@ -81,8 +81,10 @@ def codebook_linear(
         y = _linear_direct(rows.contiguous(), weight, bias, block_size)
         return y.view(*x.shape[:-1], N)
     rows = rows.float()
-    y = torch.empty(rows.shape[0], N)
-    for n0, n1, w in _panels(rows, weight, K, block_size):
+    y = _empty(rows.shape[0], N)
+    # For each panel BLAS rearranges x anew: the larger x is, the fewer panels.
+    size = min(max(_PANEL, 2 * rows.numel()), 4 * _PANEL)
+    for n0, n1, w in _panels(weight, K, block_size, size):
         torch.mm(rows, w.T, out=y[:, n0:n1])
     if bias is not None:
         y += bias
@@ -101,8 +103,8 @@ def codebook_linear_dx(
     """dx = dy W for dy [..., N]: [..., K] in the dtype of dy."""
     weight = (packed, absmax, absmax_scale, codebook)
     rows = dy.reshape(-1, packed.shape[0]).float()  # [M, N]
-    dx = torch.empty(rows.shape[0], K)
-    for n0, n1, w in _panels(rows, weight, K, block_size):
+    dx = _empty(rows.shape[0], K)
+    for n0, n1, w in _panels(weight, K, block_size, _PANEL):
         dx.addmm_(rows[:, n0:n1], w, beta=0 if n0 == 0 else 1)
     return dx.to(dy.dtype).view(*dy.shape[:-1], K)
 
@@ -124,9 +126,9 @@ def linear_cross_entropy(
             "was the text encoded with this model's tokenizer?"
         )
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if with_dx else x.new_empty(0)
-    losses = torch.empty(kept.numel())
+    losses = _empty(kept.numel())
     chunk = max(1, min(_LOGITS // V, kept.numel()))
-    room = torch.empty(chunk, V)
+    room = _empty(chunk, V)
     for start in range(0, kept.numel(), chunk):
         rows = kept[start : start + chunk]
         inputs, logits = x[rows].float(), room[: rows.numel()]  # [m, H], [m, V]
@@ -148,7 +150,7 @@ def linear_cross_entropy(
 def _linear_direct(x: Tensor, weight: _Weight, bias: Tensor | None, block_size: int) -> Tensor:
     """x [M, K] contiguous -> y [M, N], from packed codes."""
     (M, K), N = x.shape, weight[0].shape[0]
-    y = torch.empty(M, N, dtype=x.dtype)
+    y = _empty(M, N, dtype=x.dtype)
     if bias is not None:
         bias = bias.float().contiguous()
     status = native.load_cpu().lowrank_codebook_linear(
@@ -170,6 +172,11 @@ def _dequantize_rows(
     native.check(status, "codebook_dequantize")
 
 
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Of this dtype on the CPU, whatever default dtype and device the caller has set."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
 def _pointers(weight: _Weight) -> tuple[int, int, int | None, int, int]:
     """The tensors of a weight and the number of its codebooks, as the C functions take them."""
     packed, absmax, scale, codebook = weight
@@ -178,15 +185,12 @@ def _pointers(weight: _Weight) -> tuple[int, int, int | None, int, int]:
 
 
 def _panels(
-    rows: Tensor, weight: _Weight, K: int, block_size: int
+    weight: _Weight, K: int, block_size: int, size: int
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """(n0, n1, w [n1 - n0, K] float32) over all rows of the weight, in one scratch that is reused.
-
-    BLAS rearranges the activations `rows` anew for each panel: the more of them, the larger it is.
-    """
-    N, (least, most) = weight[0].shape[0], _PANEL
-    height = min(N, max(1, min(max(least, 2 * rows.numel()), most) // K))
-    scratch = torch.empty(height, K)
+    """(n0, n1, w [n1 - n0, K] float32) over all rows, `size` weights at once, in one scratch."""
+    N = weight[0].shape[0]
+    height = min(N, max(1, size // K))
+    scratch = _empty(height, K)
     for n0 in range(0, N, height):
         n1 = min(n0 + height, N)
         w = scratch[: n1 - n0]
@@ -200,8 +204,8 @@ def _dense_panels(weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
     if weight.dtype == torch.float32:
         yield 0, V, weight
         return
-    height = min(V, max(1, _PANEL[0] // max(1, H)))
-    scratch = torch.empty(height, H)
+    height = min(V, max(1, _PANEL // max(1, H)))
+    scratch = _empty(height, H)
     for v0 in range(0, V, height):
         v1 = min(v0 + height, V)
         yield v0, v1, scratch[: v1 - v0].copy_(weight[v0:v1])

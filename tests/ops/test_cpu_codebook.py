@@ -217,3 +217,32 @@ def test_nan_in_x_stays_in_its_row(M):
     x[0, 122] = torch.nan
     y = ops.codebook_linear(x, *weight, None, 32)
     assert y[0].isnan().all() and not y[1:].isnan().any()
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_default_dtype_and_device_of_the_caller_change_nothing(default):
+    weight, x = torch.randn(9, 123), torch.randn(20, 123)
+    codebook = torch.rand(1, 16)
+
+    def run():
+        packed, absmax = ops.codebook_quantize(weight, codebook, 32)
+        q = (packed, absmax, None, codebook)
+        return (
+            packed,
+            absmax,
+            ops.codebook_dequantize(*q, 123, 32),
+            ops.codebook_linear(x[:3], *q, None, 32),
+            ops.codebook_linear(x, *q, None, 32),
+            ops.codebook_linear_dx(x[:, :9], *q, 123, 32),
+            ops.linear_cross_entropy(x, weight, torch.zeros(20, dtype=torch.int64, device="cpu")),
+        )
+
+    expected = run()
+    torch.set_default_dtype(default)
+    try:
+        with torch.device("meta"):
+            got = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
