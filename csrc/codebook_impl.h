@@ -30,7 +30,9 @@ inline void prefetch(const void* at, int64_t bytes) {
   __builtin_prefetch(static_cast<const char*>(at) + bytes, 0, 3);
 }
 
-inline int64_t block_of(const CodebookWeight& w, int64_t k) { return k >> __builtin_ctzll(uint64_t(w.block_size)); }
+inline int64_t block_of(const CodebookWeight& w, int64_t k) {
+  return k >> __builtin_ctzll(uint64_t(w.block_size));
+}
 inline int64_t blocks_of(const CodebookWeight& w) { return block_of(w, w.K + w.block_size - 1); }
 
 // The scales of one row, asked for in ascending order: floats, or 8-bit codes decoded W at a time.
@@ -148,7 +150,8 @@ const float* widened_block(const T* from, int64_t length, float* room) {
 
 // One block [length <= G] of a row -> codes; returns its absmax.
 template <class T>
-float quantize_block(const T* from, int64_t length, bool full, const Encoder& encoder, uint8_t* packed) {
+float quantize_block(const T* from, int64_t length, bool full, const Encoder& encoder,
+                     uint8_t* packed) {
   alignas(64) float room[MAX_BLOCK];
   const float* values = widened_block(from, length, room);
   AbsMax largest;

@@ -1,8 +1,8 @@
 // y = x w^T + bias for few rows of x, straight from packed codes; codebook_impl.h comes before it.
 //
-// One or two rows of x: each 32 weights are decoded into registers and used at once. More rows: four rows
-// of the weight are decoded into the first-level cache, a stretch of K at a time, and multiplied
-// there in tiles of 4 x TILE_M accumulators, so that decoding is paid once for all rows of x.
+// One or two rows of x: each 32 weights are decoded into registers and used at once. More rows:
+// four rows of the weight are decoded into the first-level cache, a stretch of K at a time, and
+// multiplied there in tiles of 4 x TILE_M accumulators: decoding is paid once for all rows of x.
 #pragma once
 
 #include "codebook_impl.h"
@@ -146,7 +146,8 @@ int32_t linear_of(const T* x, int64_t M, const CodebookWeight& w, const float* b
   }
   for (int64_t m = 0; m < M; m += MAX_M) {
     const int64_t rows = smaller(MAX_M, M - m);
-    multiply(Product<T>{padded_rows(x + m * w.K, rows, w.K, room), rows, w, bias, y + m * w.N}, threads);
+    const float* some = padded_rows(x + m * w.K, rows, w.K, room);
+    multiply(Product<T>{some, rows, w, bias, y + m * w.N}, threads);
   }
   free(room);
   return LOWRANK_OK;
@@ -157,7 +158,8 @@ int32_t linear(const void* x, int32_t dtype, int64_t M, const CodebookWeight& w,
   if (dtype == LOWRANK_F16)
     return linear_of(static_cast<const Half*>(x), M, w, bias, static_cast<Half*>(y), threads);
   if (dtype == LOWRANK_BF16)
-    return linear_of(static_cast<const Bfloat16*>(x), M, w, bias, static_cast<Bfloat16*>(y), threads);
+    return linear_of(static_cast<const Bfloat16*>(x), M, w, bias, static_cast<Bfloat16*>(y),
+                     threads);
   return linear_of(static_cast<const float*>(x), M, w, bias, static_cast<float*>(y), threads);
 }
 

@@ -58,7 +58,8 @@ inline void from_float(float v, Half* out) {
 }
 
 // The 15 midpoints of a sorted codebook as a binary tree, one row of candidates a level, so that
-// rank = number of midpoints < s (a tie goes to the lower) is four comparisons; order[rank] is the code.
+// rank = number of midpoints < s (a tie goes to the lower) is four comparisons; its code is
+// order[rank].
 struct Levels {
   float midpoints[4][8] = {};
   uint8_t order[16];

@@ -12,7 +12,8 @@ namespace {
 inline Vec exp_nonpositive(Vec x) {
   const Vec lowest = set1(-87.33654f), bounded = max(lowest, x);
   const Vec n = round_to_even(mul(bounded, set1(1.44269504f)));
-  Vec r = fma(n, set1(-0.693359375f), bounded);  // ln 2 in two parts, the first exact in products with n
+  // ln 2 in two parts, the first exact in products with n.
+  Vec r = fma(n, set1(-0.693359375f), bounded);
   r = fma(n, set1(2.12194440e-4f), r);
   constexpr float coefficients[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
   Vec p = set1(1.0f / 5040);
@@ -74,7 +75,8 @@ inline float cross_entropy_row(float* row, int64_t label, int64_t V, bool gradie
 void softmax_cross_entropy(float* logits, const int64_t* labels, int64_t T, int64_t V, float* loss,
                            bool gradient, int32_t threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (T * V > (1 << 14))
-  for (int64_t t = 0; t < T; ++t) loss[t] = cross_entropy_row(logits + t * V, labels[t], V, gradient);
+  for (int64_t t = 0; t < T; ++t)
+    loss[t] = cross_entropy_row(logits + t * V, labels[t], V, gradient);
 }
 
 }  // namespace

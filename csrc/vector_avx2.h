@@ -48,7 +48,9 @@ inline Vec scale_by_power(Vec v, Vec t) {
   const __m256i n = _mm256_slli_epi32(_mm256_cvtps_epi32(t), 23);
   return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(v), n));
 }
-inline Vec round_to_even(Vec v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Vec round_to_even(Vec v) {
+  return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 inline Vec zero_below(Vec v, Vec x, Vec bound) {
   return _mm256_andnot_ps(_mm256_cmp_ps(x, bound, _CMP_LT_OQ), v);
 }
@@ -107,8 +109,10 @@ inline void decode32(const uint8_t* packed, const BlockTable& block, Vec (&out)[
       2, 2, 3, 3, 6, 6, 7, 7, 10, 10, 11, 11, 14, 14, 15, 15);
   const __m256i codes = codes32(packed, pick);
   const __m256i* plane = block.table.plane;
-  const __m256i b0 = _mm256_shuffle_epi8(plane[0], codes), b1 = _mm256_shuffle_epi8(plane[1], codes);
-  const __m256i b2 = _mm256_shuffle_epi8(plane[2], codes), b3 = _mm256_shuffle_epi8(plane[3], codes);
+  const __m256i b0 = _mm256_shuffle_epi8(plane[0], codes);
+  const __m256i b1 = _mm256_shuffle_epi8(plane[1], codes);
+  const __m256i b2 = _mm256_shuffle_epi8(plane[2], codes);
+  const __m256i b3 = _mm256_shuffle_epi8(plane[3], codes);
   const __m256i low0 = _mm256_unpacklo_epi8(b0, b1), low1 = _mm256_unpackhi_epi8(b0, b1);
   const __m256i high0 = _mm256_unpacklo_epi8(b2, b3), high1 = _mm256_unpackhi_epi8(b2, b3);
   const __m256i bits[4] = {_mm256_unpacklo_epi16(low0, high0), _mm256_unpackhi_epi16(low0, high0),
@@ -125,8 +129,10 @@ struct BlockTable16 {
     store(rounded, mul(load(table.codebook), set1(absmax)));
     store(rounded + 8, mul(load(table.codebook + 8), set1(absmax)));
     const __m128i a = load128(rounded), b = load128(rounded + 8), byte = _mm_set1_epi16(0xFF);
-    low = _mm256_broadcastsi128_si256(_mm_packus_epi16(_mm_and_si128(a, byte), _mm_and_si128(b, byte)));
-    high = _mm256_broadcastsi128_si256(_mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8)));
+    const __m128i lows = _mm_packus_epi16(_mm_and_si128(a, byte), _mm_and_si128(b, byte));
+    const __m128i highs = _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8));
+    low = _mm256_broadcastsi128_si256(lows);
+    high = _mm256_broadcastsi128_si256(highs);
   }
 };
 
@@ -147,7 +153,8 @@ inline void decode32(const uint8_t* packed, const BlockTable16& block, T* out) {
 struct Encoder {
   Vec level[4];
   __m256i order;
-  explicit Encoder(const Levels& levels) : order(_mm256_broadcastsi128_si256(load128(levels.order))) {
+  explicit Encoder(const Levels& levels)
+      : order(_mm256_broadcastsi128_si256(load128(levels.order))) {
     for (int i = 0; i < 4; ++i) level[i] = load(levels.midpoints[i]);
   }
   __m256i ranks(Vec s) const {

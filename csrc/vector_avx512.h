@@ -14,6 +14,7 @@ constexpr int W = 16;
 constexpr int TILE_M = 4;  // rows of x held in accumulators, beside 4 rows of the weight
 using Vec = __m512;
 
+inline __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
 inline Vec set1(float v) { return _mm512_set1_ps(v); }
@@ -81,7 +82,7 @@ struct BlockTable {
 // 16 packed bytes -> 32 weights.
 inline void decode32(const uint8_t* packed, const BlockTable& table, Vec (&out)[2]) {
   const __m512i shifts = _mm512_set1_epi64(int64_t(4));  // 4, 0, 4, 0, ...: high nibble first
-  const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+  const __m512i bytes = _mm512_broadcast_i32x4(load128(packed));
   // Lane i of four dwords takes bytes 2i, 2i, 2i + 1, 2i + 1, and 8 further on for the second half.
   const __m512i pick = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
   const __m512i first = _mm512_srlv_epi32(_mm512_shuffle_epi8(bytes, pick), shifts);
@@ -104,7 +105,7 @@ struct BlockTable16 {
 
 template <class T>
 inline void decode32(const uint8_t* packed, const BlockTable16& table, T* out) {
-  const __m512i v = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+  const __m512i v = _mm512_cvtepu8_epi32(load128(packed));
   const __m512i codes = _mm512_or_si512(_mm512_srli_epi32(v, 4), _mm512_slli_epi32(v, 16));
   _mm512_storeu_si512(out, _mm512_permutexvar_epi16(codes, table.values));
 }
@@ -114,7 +115,7 @@ struct Encoder {
   __m512 level[4];
   __m128i order;
   explicit Encoder(const Levels& levels)
-      : order(_mm_loadu_si128(reinterpret_cast<const __m128i*>(levels.order))) {
+      : order(load128(levels.order)) {
     for (int i = 0; i < 4; ++i) {
       level[i] = _mm512_castsi512_ps(_mm512_broadcast_i64x4(
           _mm256_loadu_si256(reinterpret_cast<const __m256i*>(levels.midpoints[i]))));
@@ -123,7 +124,8 @@ struct Encoder {
   __m128i ranks(Vec s) const {
     __m512i rank = _mm512_setzero_si512();
     for (int i = 0; i < 4; ++i) {
-      const __mmask16 above = _mm512_cmp_ps_mask(s, _mm512_permutexvar_ps(rank, level[i]), _CMP_GT_OQ);
+      const Vec midpoint = _mm512_permutexvar_ps(rank, level[i]);
+      const __mmask16 above = _mm512_cmp_ps_mask(s, midpoint, _CMP_GT_OQ);
       rank = _mm512_add_epi32(rank, rank);
       rank = _mm512_mask_add_epi32(rank, above, rank, _mm512_set1_epi32(1));
     }
@@ -131,7 +133,7 @@ struct Encoder {
   }
   void encode32(const Vec (&s)[2], uint8_t* packed) const {
     const __m256i order2 = _mm256_broadcastsi128_si256(order);
-    const __m256i ranks32 = _mm256_inserti128_si256(_mm256_castsi128_si256(ranks(s[0])), ranks(s[1]), 1);
+    const __m256i ranks32 = _mm256_set_m128i(ranks(s[1]), ranks(s[0]));
     const __m256i codes = _mm256_shuffle_epi8(order2, ranks32);
     const __m256i pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi16(0x0110));  // 16 even + odd
     _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm256_cvtepi16_epi8(pairs));

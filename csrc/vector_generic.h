@@ -71,7 +71,8 @@ struct BlockTable {
 inline void decode32(const uint8_t* packed, const BlockTable& table, Vec (&out)[8]) {
   for (int i = 0; i < 8; ++i) {
     const uint8_t a = packed[2 * i], b = packed[2 * i + 1];
-    out[i] = Vec{table.values[a >> 4], table.values[a & 15], table.values[b >> 4], table.values[b & 15]};
+    const float* v = table.values;
+    out[i] = Vec{v[a >> 4], v[a & 15], v[b >> 4], v[b & 15]};
   }
 }
 
