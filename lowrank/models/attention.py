@@ -56,8 +56,8 @@ class Plan:
     newest position of a cache, over everything.
     """
 
-    cos: Tensor  # [B or 1, S, 1, D / 2]
-    sin: Tensor
+    cos: Tensor  # [B or 1, S, 1, D]
+    sin: Tensor  # [B or 1, S, 1, D / 2]
     lengths: list[int] | None = None
     mask: Tensor | None = None
     causal: bool = True
@@ -143,6 +143,7 @@ def make_plan(
         mask = torch.ones(S, past + S, dtype=torch.bool, device=device).tril_(past)
     angle = position_ids.to(device)[..., None].float() * rope_frequencies(config, device)
     cos, sin = angle.cos().to(dtype).unsqueeze(2), angle.sin().to(dtype).unsqueeze(2)
+    cos = torch.cat([cos, cos], dim=-1)
     return Plan(cos, sin, lengths, mask, causal=mask is None and not past, cache=cache)
 
 

@@ -36,7 +36,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + D/2]); x [B, S, heads, D], cos and sin [B or 1, S, 1, D/2].
+    """Turn each pair (x[i], x[i + D/2]) of x [B, S, heads, D] by the angle of its position.
+
+    cos [B or 1, S, 1, D] holds each pair's twice, sin [B or 1, S, 1, D/2] once:
 
     y[:D/2] = x[:D/2] cos - x[D/2:] sin,  y[D/2:] = x[D/2:] cos + x[:D/2] sin. Keeps only cos and
     sin: the backward is the turn by the opposite angle.   RoFormer, arXiv:2104.09864, eq. 34.
@@ -100,10 +102,8 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = x * cos
     (a, b), (ya, yb) = x.chunk(2, -1), y.chunk(2, -1)
-    torch.mul(a, cos, out=ya)
     ya.addcmul_(b, sin, value=-sign)
-    torch.mul(b, cos, out=yb)
     yb.addcmul_(a, sin, value=sign)
     return y

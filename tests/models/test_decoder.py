@@ -1,5 +1,8 @@
 """The decoder against transformers, and its several ways of computing against each other."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -269,3 +272,29 @@ def test_wrong_shapes_are_named():
         ours.loss(ids, ids[:, :9])
     with pytest.raises(ShapeError, match="capacity 9"):
         ours(ids, cache=KVCache(ours.config, 2, 9))
+
+
+# torch's own tracing of any autograd.Function
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_forward_is_one_graph_to_the_compiler():
+    ours, _ = pair("grouped")
+    ids = tokens(2, 20)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    (compiled(ids) ** 2).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in ours.named_parameters()}
+    ours.zero_grad()
+    (ours(ids) ** 2).sum().backward()
+    for name, parameter in ours.named_parameters():
+        scale = parameter.grad.abs().max().item()
+        assert_close(gradients[name], parameter.grad, atol=1e-5 * max(1, scale), rtol=1e-5)
+
+
+def test_building_on_meta_allocates_nothing_and_imports_no_symbolic_algebra():
+    script = (
+        "import sys, torch; from lowrank.models.decoder import Decoder;"
+        "from lowrank.models.config import DecoderConfig;"
+        "c = DecoderConfig(10**6, 4096, 11008, 32, 32, 8, 128); torch.set_default_device('meta');"
+        "print(all(p.is_meta for p in Decoder(c).parameters()), 'sympy' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert out.stdout.split() == ["True", "False"]
