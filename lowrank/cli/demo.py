@@ -43,9 +43,9 @@ class Budget:
     new_tokens: int = 40
 
 
-TINY_BUDGET = Budget(steps=150, batch=16, learning_rate=4e-3, held_out=200)
+TINY_BUDGET = Budget(steps=150, batch=16, learning_rate=2e-3, held_out=200)
 # A step is about 512 tokens: on two old cores 3 to 4 seconds of the six minutes.
-MODEL_BUDGET = Budget(steps=60, batch=8, learning_rate=1e-3, held_out=64)
+MODEL_BUDGET = Budget(steps=80, batch=8, learning_rate=1e-3, held_out=64)
 
 YOUR_OWN = """
 The same with your own model and data, JSON lines of {{"prompt": ..., "completion": ...}}:

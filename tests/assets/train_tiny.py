@@ -1,7 +1,7 @@
 """Trains the tiny Llama of `lowrank demo --tiny` and the tests: python -m tests.assets.train_tiny
 
 A language model of the standard library's documentation, names and signatures with docstrings, of
-the modules that `lowrank.data.stdlib` does not hold out. About ten minutes on two cores; fp16,
+the modules that `lowrank.data.stdlib` does not hold out. About ten minutes on one core; fp16,
 under 1 MB with its tokenizer. Its held-out loss is printed beside those of a unigram and a bigram.
 """
 
@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import lowrank
 from lowrank.data import stdlib
-from lowrank.io.safetensors import write_safetensors
+from lowrank.io.safetensors import save_safetensors
 from lowrank.models.config import DecoderConfig
 from lowrank.models.decoder import Decoder
 from lowrank.train import TrainConfig, Trainer
@@ -106,7 +106,7 @@ def save(model: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
     state = {
         n: p.detach().to(torch.float16) for n, p in model.named_parameters()
     }  # the tied head once
-    write_safetensors(folder / "model.safetensors", state)
+    save_safetensors(folder / "model.safetensors", state)
     config = json.dumps(CONFIG.to_hf(torch.float16), indent=2)
     (folder / "config.json").write_text(config + "\n")
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
