@@ -119,7 +119,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run; 0 when every result was right, 1 when one was wrong, 2 for a mistake in the command."""
+    """Run; 0 when every result was right, 1 when one was wrong, 2 for a mistake in the command.
+
+    A benchmark that was asked for by name and lacks its input is such a mistake.
+    """
     options = parser()
     given = options.parse_args(argv)
     if given.list:
@@ -138,7 +141,9 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"python -m benchmarks: {error}", file=sys.stderr)
         return USAGE_ERROR
-    return WRONG_RESULT if any("wrong" in row for row in result["rows"]) else 0
+    if any("wrong" in row for row in result["rows"]):
+        return WRONG_RESULT
+    return USAGE_ERROR if set(given.names) & set(result.get("left_out", ())) else 0
 
 
 def _run(given: argparse.Namespace) -> dict:

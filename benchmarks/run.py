@@ -18,8 +18,8 @@ from benchmarks.settings import Settings, add_rates
 def run(names: Sequence[str], settings: Settings) -> dict:
     """Run the benchmarks of these names and print each case when it is done.
 
-    Returns what `--json` writes: machine, run, ceilings, rows and notes. The ceilings are measured
-    before every benchmark and at the end; the best of them are those that all rows are held to.
+    Returns what `--json` writes: machine, run, ceilings, rows, notes, and what was left out. The
+    ceilings are measured at the start and after every benchmark, and rows are held to the best.
     """
     torch.manual_seed(0)
     keep_freed_memory()
@@ -39,6 +39,7 @@ def run(names: Sequence[str], settings: Settings) -> dict:
         },
         "ceilings": ceilings(settings.working_set),
         "rows": [],
+        "left_out": [],
         "notes": notes,
     }
     print(table.header(result), *notes, sep="\n\n", flush=True)
@@ -46,6 +47,7 @@ def run(names: Sequence[str], settings: Settings) -> dict:
         try:
             rows = importlib.import_module(f"benchmarks.{name}").run(settings)
         except MissingInputError as error:
+            result["left_out"].append(name)
             notes.append(f"{name} was left out: {error}")
             print(f"\n{notes[-1]}", flush=True)
             continue

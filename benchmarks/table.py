@@ -24,7 +24,7 @@ STEP_COLUMNS = (
     "real tokens/s",
     "speed",
     "peak MB",
-    "peak MB with loading",
+    "loading MB",
     "first loss",
     "last loss",
     "loss difference",
