@@ -57,7 +57,7 @@ def render_chat(
 
 
 @lru_cache(maxsize=16)
-def _compile(template: str):
+def _compile(template: str) -> Any:
     try:
         import jinja2
         from jinja2.ext import Extension
@@ -87,7 +87,13 @@ def _compile(template: str):
         raise ConfigError(f"chat template, line {error.lineno}: {error.message}") from error
 
 
-def _to_json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     # jinja2's own escapes HTML, which no model was trained on
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys

@@ -17,39 +17,32 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 @overload
-def generate(model: Decoder, tokenizer: Tokenizer, prompt: str | Messages, **options) -> str: ...
+def generate(
+    model: Decoder, tokenizer: Tokenizer, prompt: str | Messages, **options: Any
+) -> str: ...
 @overload
-def generate(model: Decoder, tokenizer: Tokenizer, prompt: list[str], **options) -> list[str]: ...
+def generate(
+    model: Decoder, tokenizer: Tokenizer, prompt: list[str], **options: Any
+) -> list[str]: ...
 
 
 def generate(
-    model,
-    tokenizer,
-    prompt,
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompt: str | list[str] | Messages,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float | None = None,
     top_k: int | None = None,
     seed: int | None = None,
-):
+) -> str | list[str]:
     """What the model writes after a text, after each of a list of texts, or in answer to messages.
 
     Temperature 0 takes the likeliest token each time; above it, tokens are drawn from
     softmax(logits / temperature), cut to the `top_k` likeliest and then to the fewest that together
     have `top_p`. Writing ends at an end token of the model or of the tokenizer, which is left out.
     """
-    if isinstance(prompt, str):
-        prompts, single = [tokenizer.encode(prompt, add_special_tokens=True)], True
-    elif prompt and all(isinstance(text, str) for text in prompt):
-        prompts, single = (
-            [tokenizer.encode(text, add_special_tokens=True) for text in prompt],
-            False,
-        )
-    elif prompt and all(isinstance(message, Mapping) for message in prompt):
-        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
-        prompts, single = [tokenizer.encode(text)], True
-    else:
-        raise DataError(f"prompt: expected text, texts or messages; got {type(prompt).__name__}")
+    prompts = _encode(tokenizer, prompt)
     ends = set(model.config.eos_token_ids)
     if tokenizer.eos_token_id is not None:
         ends.add(tokenizer.eos_token_id)
@@ -69,7 +62,7 @@ def generate(
     finally:
         model.train(was_training)
     texts = [tokenizer.decode(ids) for ids in written]
-    return texts[0] if single else texts
+    return texts if not isinstance(prompt, str) and isinstance(prompt[0], str) else texts[0]
 
 
 @torch.inference_mode()
@@ -111,6 +104,17 @@ def generate_ids(
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(B, 1)], dim=1)
     return written
+
+
+def _encode(tokenizer: Tokenizer, prompt: Any) -> list[list[int]]:
+    """The ids of each text; of messages, those of their one rendered text."""
+    if isinstance(prompt, str):
+        return [tokenizer.encode(prompt, add_special_tokens=True)]
+    if prompt and all(isinstance(text, str) for text in prompt):
+        return [tokenizer.encode(text, add_special_tokens=True) for text in prompt]
+    if prompt and all(isinstance(message, Mapping) for message in prompt):
+        return [tokenizer.encode(tokenizer.apply_chat_template(prompt, add_generation_prompt=True))]
+    raise DataError(f"prompt: expected text, texts or messages; got {type(prompt).__name__}")
 
 
 def _left_padded(

@@ -28,7 +28,7 @@ class Weights(Protocol):
     """Where tensors come from, one at a time, under Hugging Face's names."""
 
     config: DecoderConfig
-    shapes: Mapping[str, tuple[int, ...]]
+    shapes: dict[str, tuple[int, ...]]
 
     def read(self, name: str) -> Tensor: ...
 

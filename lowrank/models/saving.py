@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,5 +82,5 @@ def _write(shard: dict[str, Callable[[], Tensor]], path: Path) -> None:
     write_safetensors(path, {name: get() for name, get in shard.items()})
 
 
-def _write_json(value: dict, path: Path) -> None:
+def _write_json(value: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

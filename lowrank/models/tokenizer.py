@@ -120,7 +120,7 @@ def load_tokenizer(
     return _from_directory(fetch_tokenizer(str(source), revision, token))
 
 
-def import_tokenizers():
+def import_tokenizers() -> Any:
     """The `tokenizers` package; MissingPackageError says how to get it."""
     try:
         import tokenizers
