@@ -144,18 +144,11 @@ class LoRALinear(nn.Module):
             else torch.float32
         )
         r = config.rank(name)
-        A = nn.utils.skip_init(
-            nn.Linear, self.in_features, r, bias=False, device=weight.device, dtype=dtype
-        )
-        B = nn.utils.skip_init(
-            nn.Linear, r, self.out_features, bias=False, device=weight.device, dtype=dtype
-        )
+        A = _linear(self.in_features, r, weight.device, dtype)
+        B = _linear(r, self.out_features, weight.device, dtype)
         lora.init_(A.weight, B.weight, config.init_lora_weights)
         self.lora_dropout[adapter] = nn.Dropout(config.lora_dropout)
-        self.lora_A[adapter], self.lora_B[adapter] = (
-            A.requires_grad_(False),
-            B.requires_grad_(False),
-        )
+        self.lora_A[adapter], self.lora_B[adapter] = A, B
         self.config[adapter], self.r[adapter], self.lora_alpha[adapter] = (
             config,
             r,
@@ -238,6 +231,17 @@ class LoRALinear(nn.Module):
         state = "merged" if self.merged else "disabled" if self.disabled else "active"
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{shape}, {state}={self.active_adapters}"
+
+
+def _linear(K: int, N: int, device: torch.device, dtype: torch.dtype) -> nn.Linear:
+    """A frozen [N, K] without bias, not initialised.
+
+    Not by `nn.utils.skip_init`: its way through the meta device imports torch's symbolic algebra.
+    """
+    linear = nn.Linear(1, 1, bias=False)
+    linear.in_features, linear.out_features = K, N
+    linear.weight = nn.Parameter(torch.empty(N, K, device=device, dtype=dtype), False)
+    return linear
 
 
 def _take_plain_keys(layer: LoRALinear, state_dict: dict, prefix: str, *_: object) -> None:

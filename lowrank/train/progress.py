@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import logging
 import sys
+from pathlib import Path
 
 logger = logging.getLogger("lowrank.train")
 
 
 def peak_memory() -> int:
     """The most resident memory this process has had, in bytes; 0 where the system does not say."""
+    if sys.platform == "linux":
+        # not ru_maxrss, which begins with what the parent held when it forked
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
     try:
         import resource
     except ImportError:  # Windows
