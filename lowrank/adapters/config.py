@@ -62,14 +62,20 @@ _PEFT_PLAIN_INITS = ("eva", "orthogonal")
 class LoRAConfig:
     """What to adapt and how: y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ, with s = lora_alpha / r.
 
+    r: the rank R of each update.
+    lora_alpha: the numerator of the scale s.
     target_modules: names or suffixes of names; a str is a regex for the whole name
       (`re.fullmatch`), and "all-linear" means every linear layer but the output head.
       None: q_proj and v_proj.
     exclude_modules: the same two rules; wins over target_modules.
+    lora_dropout: probability of dropping each element of x on the way to A, in training.
     rank_pattern, alpha_pattern: {name, suffix or regex: value} for layers that differ; the first
       that matches wins.
+    modules_to_save, use_dora: PEFT's; not supported, None and False only.
     layers_to_transform: indices of the blocks to adapt, counted in the ModuleList `layers_pattern`
       (None: the first one in the name).
+    layers_pattern: names of such a ModuleList.
+    task_type, base_model_name_or_path, revision, inference_mode: noted in adapter_config.json.
     use_rslora: s = lora_alpha / sqrt(r).      bias: which of the base's biases train and are saved.
     init_lora_weights: True (A uniform, B zero), "gaussian" (A normal, B zero), or False (neither
       is zero).

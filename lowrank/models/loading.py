@@ -154,4 +154,6 @@ def _with_progress(
     except ImportError:
         return iter(holders)
     label = Path(source).name
-    return iter(tqdm(holders, desc=f"loading {label}", delay=_QUIET_SECONDS, leave=False))
+    # disable=None: only on a terminal
+    shown = {"desc": f"loading {label}", "delay": _QUIET_SECONDS, "leave": False, "disable": None}
+    return iter(tqdm(holders, **shown))

@@ -94,7 +94,7 @@ def test_every_field_is_a_flag(config):
     text = parser.format_help()
     for field in dataclasses.fields(config):
         assert f"--{field.name.replace('_', '-')}" in text
-    assert field_help(config)
+    assert set(field_help(config)) == {field.name for field in dataclasses.fields(config)}
 
 
 def test_toml_round_trip(tmp_path):
