@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks import peers
-from benchmarks.harness import Contender, copies_for, relative_error
+from benchmarks.harness import ONCE_SECONDS, Contender, copies_for, relative_error
 from benchmarks.settings import Settings
 
 DTYPES = {"fp32": (torch.float32, 1e-5), "bf16": (torch.bfloat16, 1e-2)}
@@ -32,30 +32,37 @@ def run(settings: Settings) -> list[dict]:
         for backward in (True, False):
             if not backward:
                 _settle(sides)
-            for count in settings.rows_of_x:
-                if backward and count < TRAINING_ROWS:
-                    continue
-                contenders = [
-                    _contender(name, layer, modules, limit, count, backward)
-                    for name, layer, modules, limit in sides
-                ]
-                direction = "forward + dX" if backward else "forward"
-                rows += settings.compare(
-                    "codebook_linear",
-                    f"{label} M={count} {direction}",
-                    contenders,
-                    "torch fp32",
-                    "read",
+            rows += _sweep(settings, label, sides, backward)
+    return rows
+
+
+def _sweep(settings: Settings, label: str, sides: list, backward: bool) -> list[dict]:
+    """Cases of rising M; a side that takes seconds for a call is not asked for more rows."""
+    direction = "forward + dX" if backward else "forward"
+    rows, running = [], list(sides)
+    for count in sorted(settings.rows_of_x):
+        if backward and count < TRAINING_ROWS:
+            continue
+        contenders = [_contender(*side, count, backward) for side in running]
+        case = f"{label} M={count} {direction}"
+        made = settings.compare("codebook_linear", case, contenders, "torch fp32", "read")
+        rows += made
+        for row in made:
+            if row["median_ms"] > 1e3 * ONCE_SECONDS:
+                name = row["contender"]
+                running = [side for side in running if side[0] != name]
+                settings.note(
+                    f"{name}, {direction}: M > {count} was left out, as M = {count} takes "
+                    f"{row['median_ms'] * 1e-3:.1f} s a call"
                 )
     return rows
 
 
 def _settle(sides) -> None:
-    """One row through every module, for those that rearrange their weight at the first forward for
-    inference.
+    """One row through every module: some rearrange their weight at the first inference.
 
     bitsandbytes does where there is AVX-512 bf16, and has no backward afterwards: hence backward
-    first.
+    comes first.
     """
     for _, layer, modules, _ in sides:
         for module in modules:

@@ -24,7 +24,7 @@ import torch
 
 MAX_COPIES = 10_000
 MIN_CALLS, MIN_SLOW_CALLS, SLOW_SECONDS = 5, 2, 1.0
-UNCHECKED_SECONDS = 4.0  # slower than that, a call is not repeated only to start from NaN
+ONCE_SECONDS = 4.0  # a contender slower than that is called once, and that is its time
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
@@ -81,8 +81,8 @@ def measure(contenders: Sequence[Contender], seconds: float) -> list[Timing]:
     """Time every contender in turn, for about `seconds` in all.
 
     The next call is always that of the contender which has had the least time so far: equally fast
-    ones alternate, and a slow one is called less often. Each is called five times at least, or
-    twice where a call takes longer than a second.
+    ones alternate, and a slow one is called less often. Each is called five times at least,
+    twice where a call takes longer than a second, and once where it takes longer than four.
     """
     prepared = [_first_calls(contender) for contender in contenders]
     share = seconds / len(contenders)
@@ -90,7 +90,7 @@ def measure(contenders: Sequence[Contender], seconds: float) -> list[Timing]:
     times: list[list[float]] = [[] for _ in contenders]
     spent = [0.0 for _ in contenders]
     last: list[object] = [None] * len(contenders)
-    pending = list(range(len(contenders)))
+    pending = [i for i, (took, _, _) in enumerate(prepared) if took <= ONCE_SECONDS]
     while pending:
         which = min(pending, key=spent.__getitem__)
         contender, last[which] = contenders[which], None
@@ -104,9 +104,12 @@ def measure(contenders: Sequence[Contender], seconds: float) -> list[Timing]:
             pending.remove(which)
 
     timings = []
-    for contender, taken, outputs, (_, checked, extra) in zip(
+    for contender, taken, outputs, (first, checked, extra) in zip(
         contenders, times, last, prepared, strict=True
     ):
+        if not taken:
+            timings.append(Timing([first], checked, extra, contender.limit))
+            continue
         errors = (checked, contender.error(outputs))
         worst = math.nan if any(map(math.isnan, errors)) else max(errors)
         timings.append(Timing(taken, worst, extra, contender.limit))
@@ -119,7 +122,7 @@ def _first_calls(contender: Contender) -> tuple[float, float, int | None]:
     start = time.perf_counter()
     extra = extra_memory(lambda: held.append(contender.call(0)), lambda: nbytes(held[0]))
     took = time.perf_counter() - start
-    if took > UNCHECKED_SECONDS:
+    if took > ONCE_SECONDS:
         return took, contender.error(held[0]), extra
     held.clear()
     with poisoned():

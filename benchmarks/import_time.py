@@ -12,7 +12,7 @@ from benchmarks import peers
 from benchmarks.harness import spread
 from benchmarks.settings import Settings
 
-REPEATS = 7
+REPEATS = 5
 SCRIPT = """
 import logging, time
 logging.disable(logging.CRITICAL)

@@ -64,15 +64,13 @@ def restrict(threads: int | None, isa: str | None) -> None:
             sys.modules["torch"].set_num_threads(threads)
 
 
-def unrestricted(isa: str | None) -> list[str]:
-    """What the restriction to `isa` does not reach, one sentence each."""
-    if isa is None or not _installed("bitsandbytes"):
-        return []
-    return [
+def unrestricted(isa: str) -> str:
+    """What the restriction to `isa` does not reach."""
+    return (
         "bitsandbytes has no switch for its instruction set: its C++ still uses what the CPU has "
         f"beyond {isa}. Only its AVX-512 bf16 inference path is kept off, as it is on a CPU "
         "without that."
-    ]
+    )
 
 
 def describe() -> dict:

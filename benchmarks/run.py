@@ -23,12 +23,9 @@ def run(names: Sequence[str], settings: Settings) -> dict:
     """
     torch.manual_seed(0)
     keep_freed_memory()
-    notes = machine.unrestricted(settings.isa) if "bitsandbytes" in settings.against else []
-    for name in settings.against:
-        reason = peers.missing(name)
-        if reason is not None:
-            notes.append(f"without {name}: {reason}")
-    settings.against = [name for name in settings.against if peers.missing(name) is None]
+    here = [name for name in settings.against if peers.missing(name) is None]
+    absent = [name for name in settings.against if name not in here]
+    settings.against = here
     result: dict = {
         "machine": machine.describe(),
         "run": {
@@ -40,16 +37,19 @@ def run(names: Sequence[str], settings: Settings) -> dict:
         "ceilings": ceilings(settings.working_set),
         "rows": [],
         "left_out": [],
-        "notes": notes,
+        "notes": settings.notes,
     }
-    print(table.header(result), *notes, sep="\n\n", flush=True)
+    print(table.header(result), flush=True)
+    for name in absent:
+        settings.note(f"without {name}: {peers.missing(name)}")
+    if "bitsandbytes" in here and settings.isa is not None:
+        settings.note(machine.unrestricted(settings.isa))
     for name in names:
         try:
             rows = importlib.import_module(f"benchmarks.{name}").run(settings)
         except MissingInputError as error:
             result["left_out"].append(name)
-            notes.append(f"{name} was left out: {error}")
-            print(f"\n{notes[-1]}", flush=True)
+            settings.note(f"{name} was left out: {error}")
             continue
         result["ceilings"] = better(result["ceilings"], ceilings(settings.working_set))
         add_rates(rows, result["ceilings"])

@@ -11,7 +11,7 @@ from benchmarks.harness import Contender, measure
 
 @dataclass
 class Settings:
-    """Choices of the command line; `tell` shows progress."""
+    """Choices of the command line; `tell` shows progress, `notes` go with the results."""
 
     against: Sequence[str]
     shapes: Sequence[tuple[str, int, int]]
@@ -20,7 +20,13 @@ class Settings:
     steps: int
     working_set: int
     isa: str | None = None
+    notes: list[str] = field(default_factory=list)
     tell: Callable[[str], None] = field(default=print)
+
+    def note(self, text: str) -> None:
+        """Show a sentence that belongs to the results, and keep it with them."""
+        self.notes.append(text)
+        print("\n" + text, flush=True)
 
     def compare(
         self, benchmark: str, case: str, contenders: Sequence[Contender], baseline: str, memory: str

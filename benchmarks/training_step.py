@@ -34,7 +34,7 @@ def run(settings: Settings) -> list[dict]:
     sides = ["lowrank", "lowrank, padding computed"]
     if {"peft", "bitsandbytes"} <= set(settings.against):
         sides.append(PEER)
-    if "peft" in settings.against:
+    if {"peft", "torch"} <= set(settings.against):
         sides.append("peft, dense fp32")
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
