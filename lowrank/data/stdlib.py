@@ -137,5 +137,11 @@ def _members(module: ModuleType) -> Iterator[tuple[str, object]]:
             for attribute in sorted(a for a in vars(obj) if not a.startswith("_")):
                 method = inspect.getattr_static(obj, attribute)
                 method = getattr(method, "__func__", method)  # classmethod and staticmethod
-                if inspect.isroutine(method):
+                if inspect.isroutine(method) and _is_own(method):
                     yield f"{module.__name__}.{name}.{attribute}", method
+
+
+def _is_own(method: object) -> bool:
+    """Whether a method comes with Python: other packages put some into its classes."""
+    module = getattr(method, "__module__", None)
+    return module is None or module.partition(".")[0] in sys.stdlib_module_names

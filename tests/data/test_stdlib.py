@@ -13,8 +13,14 @@ import pytest
 
 from lowrank.data import stdlib
 
+# A package that adds a method to a class of the standard library must not add a pair.
 DUMP = """
-import json, sys
+import json, logging, sys
+def shout(self):
+    \"\"\"Say it so loudly that everybody hears it.\"\"\"
+if {patch}:
+    logging.Logger.shout = shout
+    shout.__module__ = "elsewhere.patches"
 from lowrank.data.stdlib import instruction_set
 sets = instruction_set()
 loaded = [m for m in ("antigravity", "this", "turtle", "idlelib", "test") if m in sys.modules]
@@ -26,9 +32,9 @@ sys.stdout.write(json.dumps([*sets, loaded]))
 def sets():
     """Made in processes of their own: importing everything would leave its mark on other tests."""
     runs = []
-    for seed in ("1", "2"):
+    for seed, patch in (("1", False), ("2", True)):
         done = subprocess.run(
-            [sys.executable, "-W", "error", "-c", DUMP],
+            [sys.executable, "-W", "error", "-c", DUMP.format(patch=patch)],
             capture_output=True,
             text=True,
             env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(p for p in sys.path if p)},
