@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -140,6 +141,7 @@ def _rows(
     rows = []
     for side, worker, done in zip(sides, workers, answers, strict=True):
         timed = [answer["seconds"] for answer in done[WARM_UP:]]
+        rates = [count / took for count, took in zip(tokens[WARM_UP:], timed, strict=True)]
         rows.append(
             {
                 "benchmark": "training_step",
@@ -147,7 +149,7 @@ def _rows(
                 "contender": side,
                 "path": "",
                 **spread(timed),
-                "tokens_per_second": sum(tokens[WARM_UP:]) / sum(timed),
+                "tokens_per_second": statistics.median(rates),
                 "peak_bytes": max(answer["peak_bytes"] for answer in done),
                 "load_peak_bytes": max(answer["load_peak_bytes"] for answer in done),
                 "losses": losses[side],
