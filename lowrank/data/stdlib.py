@@ -29,6 +29,7 @@ SKIP = frozenset({
     "xxlimited_35", "xxsubtype",
 })  # fmt: skip
 
+_LOCAL = re.compile(r" at 0x|'/\w|'[A-Z]:\\")  # addresses and paths, which are this machine's own
 _MAX_SIGNATURE = 120
 _MIN_ANSWER, _MAX_ANSWER = 16, 300
 
@@ -85,14 +86,14 @@ def first_paragraph(obj: object) -> str:
 
 
 def _signature(obj: object) -> str | None:
-    """`(a, b=1)` without annotations; None where unknown, long, or with an address in it."""
+    """`(a, b=1)` without annotations; None where unknown, long, or true on this machine only."""
     try:
         signature = inspect.signature(obj)
-    except (TypeError, ValueError):
+    except Exception:  # Python evaluates the defaults of functions in C, which can fail in any way
         return None
     plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
     text = str(signature.replace(parameters=plain, return_annotation=signature.empty))
-    return text if len(text) <= _MAX_SIGNATURE and " at 0x" not in text else None
+    return text if len(text) <= _MAX_SIGNATURE and not _LOCAL.search(text) else None
 
 
 def _modules() -> Iterator[ModuleType]:

@@ -52,7 +52,7 @@ def documentation() -> tuple[list[str], list[str]]:
     for name, obj in stdlib.documented():
         try:
             signature = str(inspect.signature(obj))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, AttributeError):
             signature = ""
         text = f"{name}{signature}\n\n{inspect.cleandoc(obj.__doc__)}"
         if " at 0x" not in text:
