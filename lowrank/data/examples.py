@@ -133,6 +133,8 @@ def _parse(raw: bytes, path: Path, line: int) -> Any:
         ) from None
     except RecursionError:
         raise DataError(f"{path}:{line}: JSON nested too deeply to read") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"{path}:{line}: cannot be read: {error}") from None
 
 
 def _check(row: Any, place: str, kind: str) -> str:

@@ -82,10 +82,12 @@ def tokenize_all(
     tokenizer: Tokenizer | None,
     max_length: int | None = None,
     completion_only_loss: bool = True,
+    vocab_size: int | None = None,
 ) -> TokenizedExamples:
     """Tokenize every example once; those with nothing to learn are dropped and counted in `notes`.
 
-    Raises DataError naming file and line where an example cannot be tokenized, or if none is left.
+    Raises DataError naming file and line where an example cannot be tokenized or has an id that a
+    model of `vocab_size` words does not know, or if none is left.
     """
     if tokenizer is None and examples.kind != "tokens":
         raise DataError(
@@ -102,6 +104,12 @@ def tokenize_all(
             raise
         except LowrankError as error:
             raise DataError(f"{examples.where(i)}: {error}") from error
+        highest = max(max(ids, default=0), max(labels, default=0))
+        if vocab_size is not None and highest >= vocab_size:
+            raise DataError(
+                f"{examples.where(i)}: expected token ids below the model's vocab_size={vocab_size}"
+                f"; got {highest}: use the model's own tokenizer"
+            )
         if max_length is not None and len(ids) > max_length:
             ids, labels, truncated = ids[:max_length], labels[:max_length], truncated + 1
         labels[:1] = [IGNORED] * len(labels[:1])
@@ -190,6 +198,8 @@ def _encode(
     and segment by segment otherwise: either way a prompt's ids are those it has alone.
     """
     segments = [(text, learned) for text, learned in segments if text]
+    if not segments:
+        return [], []
     whole = tokenizer.encode("".join(text for text, _ in segments), add_special_tokens=False)
     borders, before = [0], ""
     for text, _ in segments[:-1]:

@@ -25,7 +25,7 @@ NUMBERS: dict[str, Rule] = {
         (int, float),
         lambda v: 0 <= v < math.inf and (v < 1 or v == int(v)),
     ),
-    "num_train_epochs": ("a number above 0", (int, float), lambda v: 0 < v < math.inf),
+    "num_train_epochs": ("a number above 0 and below 2**31", (int, float), lambda v: 0 < v < 2**31),
     "max_steps": ("-1, or a whole number of at least 1", int, lambda v: v == -1 or v >= 1),
     "per_device_train_batch_size": WHOLE,
     "per_device_eval_batch_size": WHOLE,

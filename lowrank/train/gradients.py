@@ -50,6 +50,16 @@ def check_gradients(parameters: dict[str, nn.Parameter]) -> None:
         )
 
 
+def check_values(parameters: dict[str, nn.Parameter], step: int) -> None:
+    """TrainingError if the last update, which no loss has seen yet, left a value not finite."""
+    for name, p in parameters.items():
+        if not bool(p.isfinite().all()):
+            raise TrainingError(
+                f"step {step}: {name} is NaN or inf after it and nothing is saved: "
+                "lower learning_rate"
+            )
+
+
 def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale the gradients to a global 2-norm of at most `max_norm` (0: any); returns their norm."""
     if max_norm:

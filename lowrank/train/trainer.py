@@ -28,6 +28,7 @@ from lowrank.train.config import TrainConfig
 from lowrank.train.gradients import (
     can_checkpoint,
     check_gradients,
+    check_values,
     clip,
     gradient_checkpointing,
     trainable_parameters,
@@ -206,6 +207,7 @@ class Trainer:
         if not result.losses:
             logger.warning("interrupted after %s: nothing was trained, nothing is saved", steps)
             return
+        check_values(self.parameters, len(result.losses))
         saved = run.save_model(self.model)
         if self.tokenizer is not None and hasattr(self.tokenizer, "save"):
             self.tokenizer.save(run.path)
@@ -234,8 +236,13 @@ class Trainer:
         if isinstance(data, TokenizedExamples):
             return data
         config = self.config
+        vocab_size = getattr(getattr(self.model, "config", None), "vocab_size", None)
         tokenized = tokenize_all(
-            load_examples(data), self.tokenizer, config.max_length, config.completion_only_loss
+            load_examples(data),
+            self.tokenizer,
+            config.max_length,
+            config.completion_only_loss,
+            vocab_size if isinstance(vocab_size, int) else None,
         )
         for note in tokenized.notes:
             logger.warning("%s data: %s", name, note)

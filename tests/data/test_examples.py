@@ -86,6 +86,7 @@ BAD_LINES = {
     "null": ('{"text": null}', r"'text' must be text; got NoneType"),
     "a surrogate": (r'{"text": "\ud800"}', "'text' has a lone surrogate"),
     "too deep": ("[" * 100_000, "nested too deeply"),
+    "too long a number": ('{"input_ids": [' + "9" * 9999 + "]}", "cannot be read: .* 9999 digits"),
 }
 
 

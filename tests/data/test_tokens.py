@@ -223,3 +223,26 @@ def test_nothing_left_to_learn_is_an_error(tmp_path):
 def test_text_needs_a_tokenizer():
     with pytest.raises(DataError, match="examples of kind 'text' need a tokenizer; got None"):
         tokenize_all(load_examples([{"text": "a"}]), None)
+
+
+@pytest.mark.parametrize(
+    "empty", [{"text": ""}, {"prompt": "", "completion": ""}, {"prompt": "", "completion": "a b"}]
+)
+def test_an_empty_text_has_nothing_to_learn(backend, empty):
+    tokenizer = ours(backend)
+    full = dict.fromkeys(empty, "a sentence")
+    found = tokenize_all(load_examples([full, empty, full]), tokenizer)
+    kept = tokenize(empty, tokenizer)["input_ids"]
+    assert kept == backend.encode(empty.get("completion", "")).ids + [0]
+    assert len(found) == (3 if len(kept) > 1 else 2) and found.dropped == 3 - len(found)
+
+
+def test_ids_that_the_model_does_not_know_are_named(backend, tmp_path):
+    path = tmp_path / "data.jsonl"
+    for bad in ('{"input_ids": [1, 2, 300]}', '{"input_ids": [1, 2, 3], "labels": [-100, 300, 3]}'):
+        path.write_text('{"input_ids": [1, 2, 299]}\n' + bad)
+        assert len(tokenize_all(load_examples(path), None, vocab_size=301)) == 2
+        with pytest.raises(DataError, match=r"data.jsonl:2: .* below .*vocab_size=300; got 300"):
+            tokenize_all(load_examples(path), None, vocab_size=300)
+    with pytest.raises(DataError, match="example 0: expected token ids below"):
+        tokenize_all(load_examples([{"text": words(9)}]), ours(backend), vocab_size=9)

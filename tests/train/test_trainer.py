@@ -275,6 +275,13 @@ def test_a_held_out_loss_that_is_not_finite_stops(tmp_path, generator):
         Trainer(Overflows(), config(tmp_path, max_steps=2), rows, rows).train()
 
 
+def test_a_last_update_that_overflows_saves_nothing(tmp_path, generator):
+    settings = config(tmp_path, max_steps=1, learning_rate=1e300)
+    with pytest.raises(TrainingError, match="step 1: .* is NaN or inf after it .* learning_rate"):
+        Trainer(Small(), settings, examples(8, generator)).train()
+    assert not (tmp_path / "run" / "trained.safetensors").exists()
+
+
 def test_bf16_computes_under_autocast(tmp_path, generator):
     dtypes = set()
 
@@ -325,6 +332,10 @@ def test_what_cannot_be_trained_is_refused_before_any_file_is_made(tmp_path, gen
         Trainer(frozen, config(tmp_path), rows)
     with pytest.raises(DataError, match="need a tokenizer; got None"):
         Trainer(Small(), config(tmp_path), [{"text": "a"}])
+    known = Small()
+    known.config = SimpleNamespace(vocab_size=VOCAB)  # as models of transformers and ours have
+    with pytest.raises(DataError, match=f"example 1: .*vocab_size={VOCAB}; got {VOCAB}"):
+        Trainer(known, config(tmp_path), [rows[0], {"input_ids": [2, VOCAB]}])
     with pytest.raises(DataError, match="the data set is empty"):
         Trainer(Small(), config(tmp_path), rows, eval_data=[])
     with pytest.raises(ConfigError, match=r"evaluate\(\) needs held-out data"):
