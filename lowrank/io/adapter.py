@@ -29,6 +29,7 @@ from .safetensors import load_safetensors, write_safetensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+CARD_FILE = "README.md"
 PREFIX = "base_model.model."
 
 _log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def save_adapter(model: nn.Module, path: str | Path, adapter: str = "default") -
     write_files(
         directory,
         {
-            "README.md": lambda aside: _write(aside, _card(config)),
+            CARD_FILE: lambda aside: _write(aside, _card(config)),
             WEIGHTS_FILE: lambda aside: write_safetensors(aside, tensors),
             CONFIG_FILE: lambda aside: _write(aside, text),
         },
@@ -287,7 +288,8 @@ def _directory(path_or_repo: str | Path, revision: str | None) -> Path:
 
 
 def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    # a name of the base that is no UTF-8 must not cost the adapter
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _card(config: LoRAConfig) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lowrank.errors import ConfigError
-from lowrank.io.adapter import CONFIG_FILE, WEIGHTS_FILE, save_adapter
+from lowrank.io.adapter import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, save_adapter
 from lowrank.io.atomic import write_files, write_text
 from lowrank.io.safetensors import save_safetensors
 from lowrank.nn.lora_linear import LoRALinear
@@ -23,9 +23,14 @@ logger = logging.getLogger("lowrank.train")
 CONFIG, METRICS, RESULTS = "train_config.json", "metrics.jsonl", "results.json"
 PLOT, TRAINED = "loss.png", "trained.safetensors"
 
+# what a run writes under names that a model, an adapter or a project may have there already
+_FOREIGN = (CARD_FILE, CONFIG_FILE, "tokenizer.json", "tokenizer_config.json")
+
 
 def check_output_dir(path: str | Path, overwrite: bool = False) -> None:
-    """Raise ConfigError if `path` holds a run, unless `overwrite`, or if it is not a directory."""
+    """Raise ConfigError if `path` is not a directory, or holds a run or files of others' that a run
+    would replace, unless `overwrite`.
+    """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"output_dir must be a directory; {path} is a file: name another")
@@ -35,6 +40,12 @@ def check_output_dir(path: str | Path, overwrite: bool = False) -> None:
         raise ConfigError(
             f"output_dir {path} already holds a run ({', '.join(held)}): "
             "name another, or set overwrite_output_dir to replace it"
+        )
+    foreign = [name for name in _FOREIGN if (path / name).exists()]
+    if foreign and not overwrite:
+        raise ConfigError(
+            f"output_dir {path} has files that a run would replace ({', '.join(foreign)}): "
+            "name another, or set overwrite_output_dir if they may go"
         )
 
 

@@ -53,6 +53,16 @@ def test_a_run_leaves_its_files(tmp_path, generator):
     assert (result.output_dir / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+@pytest.mark.parametrize("name", ["README.md", "tokenizer.json", "adapter_config.json"])
+def test_a_directory_with_others_files_is_refused_and_kept(tmp_path, generator, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("mine")
+    with pytest.raises(ConfigError, match=rf"would replace \({name}\): name another"):
+        run(tmp_path, generator)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
+    assert (tmp_path / "run" / name).read_text() == "mine"
+
+
 def test_a_directory_that_holds_a_run_is_refused_and_kept(tmp_path, generator):
     first = run(tmp_path, generator)
     before = {path.name: path.read_bytes() for path in first.output_dir.iterdir()}
