@@ -45,7 +45,7 @@ class Budget:
 
 TINY_BUDGET = Budget(steps=150, batch=16, learning_rate=2e-3, held_out=200)
 # A step is about 300 tokens: one second or two on two cores, and six minutes are allowed in all.
-MODEL_BUDGET = Budget(steps=80, batch=8, learning_rate=1e-3, held_out=64)
+MODEL_BUDGET = Budget(steps=60, batch=8, learning_rate=1e-3, held_out=64)
 
 YOUR_OWN = """
 The same with your own model and data, JSON lines of {{"prompt": ..., "completion": ...}}:
