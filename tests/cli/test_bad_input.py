@@ -149,6 +149,7 @@ def test_output_that_holds_a_run(train, tmp_path):
     before = listing(tmp_path)
     refused(train(), "out", "already holds a run")
     assert listing(tmp_path) == before
+    assert train("--overwrite-output-dir").status == 0
 
 
 def test_output_that_is_a_file(train, tmp_path):
