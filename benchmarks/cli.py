@@ -15,6 +15,7 @@ BENCHMARKS = {
     "codebook_quantize": "dense float32 weights to NF4 with double quantization",
     "codebook_dequantize": "NF4 with double quantization back to float32 and bfloat16",
     "codebook_linear": "forward, and forward with dX, of a linear layer over an NF4 weight",
+    "adamw8bit": "a step of AdamW with 8-bit moments, over one float32 parameter",
     "training_step": "QLoRA steps of SmolLM2-135M (its GGUF file is named by LOWRANK_SMOLLM2)",
     "import_time": "what importing adds to `import torch`",
 }

@@ -43,7 +43,7 @@ const Choice choices[] = {choice_of(LOWRANK_GENERIC), choice_of(LOWRANK_AVX2),
                           choice_of(LOWRANK_AVX512)};
 std::atomic<const Choice*> chosen{&choices[best_isa()]};
 
-const Kernels& kernels() { return *chosen.load(std::memory_order_relaxed)->kernels; }
+const Kernels& kernels() { return lowrank::kernels_in_use(); }
 
 bool valid_dtype(int32_t dtype) { return dtype >= LOWRANK_F32 && dtype <= LOWRANK_BF16; }
 
@@ -68,6 +68,10 @@ void prefer_huge_pages(void* at, int64_t bytes) {
 }
 
 }  // namespace
+
+const Kernels& lowrank::kernels_in_use() {
+  return *chosen.load(std::memory_order_relaxed)->kernels;
+}
 
 int32_t lowrank_abi(void) { return LOWRANK_ABI; }
 

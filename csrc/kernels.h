@@ -1,6 +1,7 @@
 // What one instruction set provides; dispatch.cpp validates arguments and calls the chosen table.
 #pragma once
 
+#include "adamw8bit.h"
 #include "lowrank.h"
 
 namespace lowrank {
@@ -22,7 +23,12 @@ struct Kernels {
                     const float* bias, void* y, int32_t threads);
   void (*softmax_cross_entropy)(float* logits, const int64_t* labels, int64_t T, int64_t V,
                                 float* loss, bool gradient, int32_t threads);
+  // Blocks first <= b < last of one tensor.
+  void (*adamw8bit)(const lowrank_adamw8bit_tensor& tensor, int64_t first, int64_t last,
+                    const AdamwStep& step);
 };
+
+const Kernels& kernels_in_use();
 
 const Kernels* kernels_generic();
 const Kernels* kernels_avx2();

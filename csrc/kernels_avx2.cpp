@@ -1,6 +1,7 @@
 // The kernels for processors with AVX2, FMA and F16C.
 #include "vector_avx2.h"
 
+#include "adamw8bit_impl.h"
 #include "codebook_impl.h"
 #include "linear_impl.h"
 #include "softmax_impl.h"
@@ -8,7 +9,7 @@
 namespace lowrank {
 
 const Kernels* kernels_avx2() {
-  static constexpr Kernels kernels{quantize, dequantize, linear, softmax_cross_entropy};
+  static constexpr Kernels kernels{quantize, dequantize, linear, softmax_cross_entropy, adamw8bit};
   return &kernels;
 }
 

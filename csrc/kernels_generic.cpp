@@ -1,6 +1,7 @@
 // The kernels for any processor.
 #include "vector_generic.h"
 
+#include "adamw8bit_impl.h"
 #include "codebook_impl.h"
 #include "linear_impl.h"
 #include "softmax_impl.h"
@@ -8,7 +9,7 @@
 namespace lowrank {
 
 const Kernels* kernels_generic() {
-  static constexpr Kernels kernels{quantize, dequantize, linear, softmax_cross_entropy};
+  static constexpr Kernels kernels{quantize, dequantize, linear, softmax_cross_entropy, adamw8bit};
   return &kernels;
 }
 

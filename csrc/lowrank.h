@@ -72,6 +72,37 @@ LOWRANK_EXPORT int32_t lowrank_softmax_cross_entropy(
     float* logits, const int64_t* labels, int64_t T, int64_t V, float* loss, int32_t gradient,
     int32_t threads);
 
+// A parameter of 8-bit AdamW and its state: p and g [rows, cols] of `dtype`, m and v codes of that
+// shape, and a float32 scale for each 256 elements of a row: [rows, ceil(cols / 256)].
+struct lowrank_adamw8bit_tensor {
+  void* p;
+  const void* g;
+  uint8_t* m;
+  uint8_t* v;
+  float* m_scale;
+  float* v_scale;
+  int64_t rows, cols;
+  int32_t dtype;
+};
+
+struct lowrank_adamw8bit_coefficients {
+  float beta1, rest1;  // beta1, 1 - beta1
+  float beta2, rest2;  // beta2, 1 - beta2
+  float decay;         // 1 - lr * weight_decay
+  float rate;          // lr / (1 - beta1^step)
+  float root2;         // 1 / sqrt(1 - beta2^step)
+  float eps;
+};
+
+// In place, for each tensor, every operation rounded to float32 by itself:
+//   m = m * beta1 + g * rest1,  v = v * beta2 + (g * g) * rest2
+//   p = p * decay - (m / (sqrt(v) * root2 + eps)) * rate
+// m stands for m_map[code] * scale, v for v_map[code] * scale: maps of 256 ascending values, 0 and
+// 1 among them; the negative values of m_map mirror its positive ones, v_map begins with 0.
+LOWRANK_EXPORT int32_t lowrank_adamw8bit_step(
+    const struct lowrank_adamw8bit_tensor* tensors, int64_t count, const float* m_map,
+    const float* v_map, const struct lowrank_adamw8bit_coefficients* coefficients, int32_t threads);
+
 #ifdef __cplusplus
 }
 #endif

@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "adamw8bit.h"
 #include "scalar.h"
 
 namespace {
@@ -147,6 +148,44 @@ inline void decode32(const uint8_t* packed, const BlockTable16& block, T* out) {
   __m256i* to = reinterpret_cast<__m256i*>(out);
   _mm256_storeu_si256(to, _mm256_unpacklo_epi8(low, high));
   _mm256_storeu_si256(to + 1, _mm256_unpackhi_epi8(low, high));
+}
+
+inline Vec root(Vec v) { return _mm256_sqrt_ps(v); }
+
+// values[code] of W codes.
+inline Vec look_up(const float* values, const uint8_t* codes) {
+  const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
+  return _mm256_i32gather_ps(values, _mm256_cvtepu8_epi32(eight), 4);
+}
+// How far from the code of 0 the code nearest to |s| is; see adamw8bit.h.
+inline __m256i code_distance(const lowrank::MomentMap& map, Vec s) {
+  const __m256i low = _mm256_set1_epi32(lowrank::LOWEST);
+  __m256i bits = _mm256_and_si256(_mm256_castps_si256(s), _mm256_set1_epi32(0x7FFFFFFF));
+  bits = _mm256_max_epi32(bits, low);
+  bits = _mm256_min_epi32(bits, _mm256_set1_epi32(lowrank::HIGHEST));
+  const __m256i bin = _mm256_srli_epi32(_mm256_sub_epi32(bits, low), 16);
+  const __m256i found =
+      _mm256_i32gather_epi32(reinterpret_cast<const int*>(map.bins), bin, 4);
+  const __m256i rest = _mm256_set1_epi32(0xFFFF);
+  const __m256i above =
+      _mm256_cmpgt_epi32(_mm256_and_si256(bits, rest), _mm256_and_si256(found, rest));
+  return _mm256_sub_epi32(_mm256_srli_epi32(found, 16), above);
+}
+inline __m256i signed_codes(const lowrank::MomentMap& map, Vec s) {
+  const __m256i distance = code_distance(map, s);
+  const __m256i with_sign = _mm256_sign_epi32(
+      distance, _mm256_or_si256(_mm256_castps_si256(s), _mm256_set1_epi32(1)));
+  return _mm256_add_epi32(_mm256_set1_epi32(map.zero), with_sign);
+}
+inline __m256i unsigned_codes(const lowrank::MomentMap& map, Vec s) {
+  const Vec zero = _mm256_cmp_ps(s, _mm256_setzero_ps(), _CMP_EQ_OQ);
+  return _mm256_andnot_si256(_mm256_castps_si256(zero), code_distance(map, s));
+}
+// Saturates: one below the first code is the first code.
+inline void store_codes(uint8_t* to, __m256i codes) {
+  const __m128i words =
+      _mm_packs_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(words, words));
 }
 
 // 32 scaled weights -> 16 packed bytes: four steps down the tree of midpoints, then the nibbles.

@@ -6,6 +6,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 
+#include "adamw8bit.h"
 #include "scalar.h"
 
 namespace {
@@ -108,6 +109,41 @@ inline void decode32(const uint8_t* packed, const BlockTable16& table, T* out) {
   const __m512i v = _mm512_cvtepu8_epi32(load128(packed));
   const __m512i codes = _mm512_or_si512(_mm512_srli_epi32(v, 4), _mm512_slli_epi32(v, 16));
   _mm512_storeu_si512(out, _mm512_permutexvar_epi16(codes, table.values));
+}
+
+inline Vec root(Vec v) { return _mm512_sqrt_ps(v); }
+
+// values[code] of W codes.
+inline Vec look_up(const float* values, const uint8_t* codes) {
+  return _mm512_i32gather_ps(_mm512_cvtepu8_epi32(load128(codes)), values, 4);
+}
+// How far from the code of 0 the code nearest to |s| is; see adamw8bit.h.
+inline __m512i code_distance(const lowrank::MomentMap& map, Vec s) {
+  const __m512i low = _mm512_set1_epi32(lowrank::LOWEST);
+  __m512i bits = _mm512_and_si512(_mm512_castps_si512(s), _mm512_set1_epi32(0x7FFFFFFF));
+  bits = _mm512_max_epi32(bits, low);
+  bits = _mm512_min_epi32(bits, _mm512_set1_epi32(lowrank::HIGHEST));
+  const __m512i bin = _mm512_srli_epi32(_mm512_sub_epi32(bits, low), 16);
+  const __m512i found = _mm512_i32gather_epi32(bin, map.bins, 4);
+  const __m512i rest = _mm512_set1_epi32(0xFFFF);
+  const __mmask16 above =
+      _mm512_cmpgt_epi32_mask(_mm512_and_si512(bits, rest), _mm512_and_si512(found, rest));
+  const __m512i below = _mm512_srli_epi32(found, 16);
+  return _mm512_mask_add_epi32(below, above, below, _mm512_set1_epi32(1));
+}
+inline __m512i signed_codes(const lowrank::MomentMap& map, Vec s) {
+  const __m512i distance = code_distance(map, s), zero = _mm512_set1_epi32(map.zero);
+  const __mmask16 negative = _mm512_movepi32_mask(_mm512_castps_si512(s));
+  const __m512i codes =
+      _mm512_mask_sub_epi32(_mm512_add_epi32(zero, distance), negative, zero, distance);
+  return _mm512_max_epi32(codes, _mm512_setzero_si512());
+}
+inline __m512i unsigned_codes(const lowrank::MomentMap& map, Vec s) {
+  const __mmask16 zero = _mm512_cmp_ps_mask(s, _mm512_setzero_ps(), _CMP_EQ_OQ);
+  return _mm512_mask_mov_epi32(code_distance(map, s), zero, _mm512_setzero_si512());
+}
+inline void store_codes(uint8_t* to, __m512i codes) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(codes));
 }
 
 // 32 scaled weights -> 16 packed bytes: four steps down the tree of midpoints, then the nibbles.

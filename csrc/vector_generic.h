@@ -3,6 +3,7 @@
 
 #include <math.h>
 
+#include "adamw8bit.h"
 #include "scalar.h"
 
 namespace {
@@ -53,6 +54,36 @@ inline Vec scale_by_power(Vec v, Vec t) {
   const Bits n = __builtin_convertvector(t == t ? t : set1(0.0f), Bits);
   return reinterpret_cast<Vec>(reinterpret_cast<Bits>(v) + n * (1 << 23));
 }
+inline Vec root(Vec v) { return Vec{sqrtf(v[0]), sqrtf(v[1]), sqrtf(v[2]), sqrtf(v[3])}; }
+
+// values[code] of W codes.
+inline Vec look_up(const float* values, const uint8_t* codes) {
+  return Vec{values[codes[0]], values[codes[1]], values[codes[2]], values[codes[3]]};
+}
+// How far from the code of 0 the code nearest to |s| is; see adamw8bit.h.
+inline Bits code_distance(const lowrank::MomentMap& map, Vec s) {
+  constexpr int32_t low = lowrank::LOWEST, high = lowrank::HIGHEST;
+  Bits bits = reinterpret_cast<Bits>(s) & 0x7FFFFFFF;
+  bits = bits < low ? low : bits;
+  bits = bits > high ? high : bits;
+  const Bits bin = (bits - low) >> 16;
+  const uint32_t* b = map.bins;
+  const Bits found = {int32_t(b[bin[0]]), int32_t(b[bin[1]]), int32_t(b[bin[2]]),
+                      int32_t(b[bin[3]])};
+  return (found >> 16) - ((bits & 0xFFFF) > (found & 0xFFFF));
+}
+inline Bits signed_codes(const lowrank::MomentMap& map, Vec s) {
+  const Bits distance = code_distance(map, s), negative = reinterpret_cast<Bits>(s) >> 31;
+  const Bits codes = map.zero + ((distance ^ negative) - negative);
+  return codes < 0 ? 0 : codes;
+}
+inline Bits unsigned_codes(const lowrank::MomentMap& map, Vec s) {
+  return code_distance(map, s) & (s != 0.0f);
+}
+inline void store_codes(uint8_t* to, Bits codes) {
+  for (int i = 0; i < W; ++i) to[i] = uint8_t(codes[i]);
+}
+
 inline Vec zero_below(Vec v, Vec x, Vec bound) { return x < bound ? set1(0.0f) : v; }
 
 struct Table {

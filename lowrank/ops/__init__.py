@@ -4,6 +4,8 @@ from . import schema as schema
 from .dispatch import explain as explain
 from .dispatch import use_backend as use_backend
 from .functions import BLOCK_SIZES as BLOCK_SIZES
+from .functions import adamw8bit_state as adamw8bit_state
+from .functions import adamw8bit_step as adamw8bit_step
 from .functions import codebook_dequantize as codebook_dequantize
 from .functions import codebook_linear as codebook_linear
 from .functions import codebook_linear_dx as codebook_linear_dx

@@ -52,7 +52,7 @@ def runner(op: str) -> Callable:
 
     def run(*args):
         kernel = _choose(op, args)
-        device_type = args[0].device.type
+        device_type = _device_type(args)
         # A kernel picks its own precision; autocast would round its float32 products to bf16.
         if torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
@@ -85,7 +85,7 @@ def explain(op: str, *args) -> str:
         raise ConfigError(
             f"explain({op!r}): expected {expected} arguments or none; got {len(args)}"
         )
-    device_type = args[0].device.type
+    device_type = _device_type(args)
     lines, found = [f"{op} on {device_type}"], False
     for name in _order(device_type, op):
         reason = _refusal(name, op, args)
@@ -101,11 +101,19 @@ def explain(op: str, *args) -> str:
 
 def _choose(op: str, args: tuple) -> Callable:
     reason = ""
-    for name in _order(args[0].device.type, op):
+    for name in _order(_device_type(args), op):
         reason = _refusal(name, op, args)
         if reason is None:
             return getattr(_load(name), op)
     raise BackendError(f"{op}: backend {_named!r}, asked for by name, refuses: {reason}")
+
+
+def _device_type(args: tuple) -> str:
+    """Where the first tensor is, or the first of a list of them."""
+    first = args[0]
+    if isinstance(first, torch.Tensor):
+        return first.device.type
+    return first[0].device.type if first else "cpu"
 
 
 def _order(device_type: str, op: str) -> tuple[str, ...]:

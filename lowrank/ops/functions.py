@@ -6,10 +6,14 @@ the tensors of a weight are as in `schema.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from lowrank.errors import ConfigError, DtypeError, ShapeError
+
+from .adamw8bit import ZERO_OF_M, ZERO_OF_V, scale_shape
 
 ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
@@ -125,6 +129,76 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         )
     x = x.reshape(-1, x.shape[-1])
     return torch.ops.lowrank.linear_cross_entropy(x, weight, labels.reshape(-1), with_dx)[0]
+
+
+def adamw8bit_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    m: Sequence[Tensor],
+    m_scale: Sequence[Tensor],
+    v: Sequence[Tensor],
+    v_scale: Sequence[Tensor],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> None:
+    """Take AdamW's step number `step` (1 is the first) in place, over all tensors at once.
+
+    A parameter [N, ...] of C columns in all has uint8 codes `m` and `v` of its shape and float32
+    `m_scale` and `v_scale` [N, ceil(C / 256)]; one of fewer than two dimensions is a single row.
+    The state of a new parameter is `adamw8bit_state`. A gradient that is not finite leaves its
+    block of the state not finite too. The parameters move in float32 whatever their dtype.
+    """
+    lists = {"grads": grads, "m": m, "m_scale": m_scale, "v": v, "v_scale": v_scale}
+    for name, tensors in lists.items():
+        if len(tensors) != len(params):
+            raise ShapeError(
+                f"{name}: expected {len(params)} tensors, one a parameter; got {len(tensors)}"
+            )
+    for i, p in enumerate(params):
+        _check_dtype(f"params[{i}]", p, WEIGHTS)
+        _check_device(f"params[{i}]", p, params[0].device)
+        for name, dtype, shape in (
+            ("grads", p.dtype, p.shape),
+            ("m", torch.uint8, p.shape),
+            ("m_scale", torch.float32, scale_shape(p.shape)),
+            ("v", torch.uint8, p.shape),
+            ("v_scale", torch.float32, scale_shape(p.shape)),
+        ):
+            tensor = lists[name][i]
+            if tensor.shape != shape:
+                raise ShapeError(
+                    f"{name}[{i}]: expected {list(shape)} for a parameter of {_shape(p)}; "
+                    f"got {_shape(tensor)}"
+                )
+            _check_dtype(f"{name}[{i}]", tensor, (dtype,))
+            _check_device(f"{name}[{i}]", tensor, p.device)
+    if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and 0 <= beta1 < 1 and 0 <= beta2 < 1):
+        raise ConfigError(
+            "lr, eps, weight_decay, betas: expected >= 0, and betas below 1; "
+            f"got {lr}, {eps}, {weight_decay}, {(beta1, beta2)}"
+        )
+    if step < 1:
+        raise ConfigError(f"step: expected 1 for the first step, then 2, ...; got {step}")
+    with torch.no_grad():
+        torch.ops.lowrank.adamw8bit_step(
+            list(params), list(grads), list(m), list(m_scale), list(v), list(v_scale),
+            lr, beta1, beta2, eps, weight_decay, step,
+        )  # fmt: skip
+
+
+def adamw8bit_state(p: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(m, m_scale, v, v_scale) of a parameter before its first step: all of it stands for zero."""
+    m, v = (
+        torch.full(p.shape, code_of_zero, dtype=torch.uint8, device=p.device)
+        for code_of_zero in (ZERO_OF_M, ZERO_OF_V)
+    )
+    m_scale, v_scale = (torch.zeros(scale_shape(p.shape), device=p.device) for _ in range(2))
+    return m, m_scale, v, v_scale
 
 
 def _check_weight(

@@ -27,7 +27,28 @@ _LIB = Path(__file__).resolve().parents[1] / "lib"
 # packed, absmax, absmax_scale, codebook, T
 _WEIGHT = (c_void_p, c_void_p, c_void_p, c_void_p, c_int64)
 
-# Every function returns int32; those of a lowrank_codebook or softmax computation, a status.
+
+class Adamw8bitTensor(ctypes.Structure):
+    """struct lowrank_adamw8bit_tensor."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("p", "g", "m", "v", "m_scale", "v_scale")),
+        ("rows", c_int64),
+        ("cols", c_int64),
+        ("dtype", c_int32),
+    ]
+
+
+class Adamw8bitCoefficients(ctypes.Structure):
+    """struct lowrank_adamw8bit_coefficients, in the order of `adamw8bit.Coefficients`."""
+
+    _fields_ = [
+        (name, ctypes.c_float)
+        for name in ("beta1", "rest1", "beta2", "rest2", "decay", "rate", "root2", "eps")
+    ]
+
+
+# Every function returns int32; those that compute, a status.
 FUNCTIONS = {
     "lowrank_abi": (),
     "lowrank_isa_in_use": (),
@@ -51,6 +72,8 @@ FUNCTIONS = {
     "lowrank_softmax_cross_entropy": (
         c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int32, c_int32,
     ),
+    # tensors, their number, m_map, v_map, coefficients, threads
+    "lowrank_adamw8bit_step": (c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int32),
 }  # fmt: skip
 
 CUDA_FUNCTIONS = {

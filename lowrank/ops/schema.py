@@ -7,6 +7,8 @@ M rows of x, N out features, K in features, G block size, V words. A weight [N, 
     codebook      float32 [T, 16], T = 1 or N
 and w[n, k] = codebook[t, code[n, k]] * absmax[n, k // G]. `reference.py` says what each means.
 
+An optimizer's step takes lists, changes them in place and has no gradient.
+
 Backward saves the weight's tensors and never x: a frozen weight has no gradient.
 """
 
@@ -25,8 +27,8 @@ from . import dispatch
 class Operator(NamedTuple):
     schema: str
     fake: Callable  # inputs -> empty outputs, for meta tensors and tracing
-    setup: Callable  # (ctx, inputs, output): what the forward keeps
-    backward: Callable  # (ctx, *grads) -> one gradient for each input
+    setup: Callable | None = None  # (ctx, inputs, output): what the forward keeps
+    backward: Callable | None = None  # (ctx, *grads) -> one gradient for each input
 
 
 _WEIGHT = "Tensor packed, Tensor absmax, Tensor? absmax_scale, Tensor codebook"
@@ -114,6 +116,13 @@ def _cross_entropy_backward(ctx, dloss: Tensor, _):
     return dx * dloss.to(dx.dtype), None, None, None
 
 
+# adamw8bit_step: everything it computes, it writes into its inputs.
+
+
+def _adamw8bit_fake(params, grads, m, m_scale, v, v_scale, *numbers) -> None:
+    return None
+
+
 OPERATORS = {
     "codebook_quantize": Operator(
         "(Tensor weight, Tensor codebook, int block_size) -> (Tensor packed, Tensor absmax)",
@@ -145,6 +154,12 @@ OPERATORS = {
         _cross_entropy_setup,
         _cross_entropy_backward,
     ),
+    "adamw8bit_step": Operator(
+        "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] m, Tensor(c!)[] m_scale, "
+        "Tensor(d!)[] v, Tensor(e!)[] v_scale, float lr, float beta1, float beta2, float eps, "
+        "float weight_decay, SymInt step) -> ()",
+        _adamw8bit_fake,
+    ),
 }
 
 _library = torch.library.Library("lowrank", "DEF")
@@ -153,6 +168,7 @@ for _name, _op in OPERATORS.items():
     _library.define(_name + _op.schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, dispatch.runner(_name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"lowrank::{_name}", _op.fake, lib=_library)
-    torch.library.register_autograd(
-        f"lowrank::{_name}", _op.backward, setup_context=_op.setup, lib=_library
-    )
+    if _op.backward is not None:
+        torch.library.register_autograd(
+            f"lowrank::{_name}", _op.backward, setup_context=_op.setup, lib=_library
+        )

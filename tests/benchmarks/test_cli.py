@@ -85,7 +85,7 @@ def test_a_file_without_results_is_refused(tmp_path, capsys):
 
 def test_a_small_run_to_json_table_and_plot(tmp_path):
     path, png = tmp_path / "result.json", tmp_path / "linear.png"
-    names = ["codebook_quantize", "codebook_dequantize", "codebook_linear"]
+    names = ["codebook_quantize", "codebook_dequantize", "codebook_linear", "adamw8bit"]
     done = run(
         *names,
         *("--shapes", "63x123", "192x576", "--rows", "1,128", "--seconds", "0.05"),
