@@ -35,7 +35,18 @@ def lowrank_packed(directory: Path) -> tuple[torch.nn.Module, Loss]:
 
 
 def lowrank_padded(directory: Path) -> tuple[torch.nn.Module, Loss]:
-    """lowrank doing as its peers: every padded position, every logit."""
+    """lowrank with `padding_free=False`: every padded position, logits where there are labels."""
+    model = _lowrank_model(directory)
+
+    def loss(batch: list) -> torch.Tensor:
+        inputs = padded(batch)
+        return model.loss(**inputs) / (inputs["labels"] != IGNORED).sum()
+
+    return model, loss
+
+
+def lowrank_all_logits(directory: Path) -> tuple[torch.nn.Module, Loss]:
+    """lowrank doing all that its peers do: every padded position, every logit."""
     model = _lowrank_model(directory)
 
     def loss(batch: list) -> torch.Tensor:
@@ -83,6 +94,7 @@ def peft_dense(directory: Path) -> tuple[torch.nn.Module, Loss]:
 SIDES = {
     "lowrank": lowrank_packed,
     "lowrank, padding computed": lowrank_padded,
+    "lowrank, padding and all logits": lowrank_all_logits,
     "peft + bitsandbytes": peft_bitsandbytes,
     "peft, dense fp32": peft_dense,
 }
