@@ -1,8 +1,11 @@
-"""Everything a caller can get wrong, in one small family. Each message is one line: name, expected, got, remedy."""
+"""Everything a caller can get wrong, in one small family.
+
+Each message is one line: name, expected, got, remedy.
+"""
 
 
 class LowrankError(Exception):
-    """The root of the family: `except lowrank.errors.LowrankError` catches whatever a caller can mend."""
+    """The root of the family: `except lowrank.errors.LowrankError` catches what a caller can mend."""
 
 
 class ShapeError(LowrankError, ValueError):
@@ -34,7 +37,7 @@ class DataError(LowrankError, ValueError):
 
 
 class TrainingError(LowrankError, RuntimeError):
-    """Training cannot go on: the loss is not finite, or no gradient reaches what is to be trained."""
+    """Training cannot go on: a loss is not finite, or no gradient reaches what is to be trained."""
 
 
 class MissingPackageError(LowrankError, ImportError):

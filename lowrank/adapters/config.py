@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -56,6 +57,8 @@ _PEFT_REFUSED = (
 )
 # Initialisations that leave the base as it was: once trained, such an adapter is plain LoRA.
 _PEFT_PLAIN_INITS = ("eva", "orthogonal")
+
+_PATTERN = r"(.*\.)?({})$"  # what a key of rank_pattern or alpha_pattern stands for
 
 
 @dataclass
@@ -125,6 +128,10 @@ class LoRAConfig:
         self.target_modules = _names("target_modules", self.target_modules)
         self.exclude_modules = _names("exclude_modules", self.exclude_modules)
         self.layers_pattern = _names("layers_pattern", self.layers_pattern)
+        for pattern in self.layers_pattern if isinstance(self.layers_pattern, list) else []:
+            _check_regex("layers_pattern", pattern)
+        for name in ("base_model_name_or_path", "revision"):
+            setattr(self, name, _text(name, getattr(self, name)))
         _check_layers(self.layers_to_transform, self.layers_pattern, self.target_modules)
         for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_number)):
             pattern = getattr(self, name)
@@ -133,7 +140,7 @@ class LoRAConfig:
                     f"{name}: expected a dict from module names to numbers; got {pattern!r}"
                 )
             for key, value in pattern.items():
-                _check_regex(name, key)
+                _check_regex(name, key, _PATTERN)
                 check(f"{name}[{key!r}]", value)
 
     def rank(self, name: str) -> int:
@@ -171,8 +178,13 @@ class LoRAConfig:
         return cls(**{**known, "inference_mode": False})
 
 
+def pattern_matches(key: str, name: str) -> bool:
+    """Whether a key of rank_pattern or alpha_pattern means the layer called `name`."""
+    return re.match(_PATTERN.format(key), name) is not None
+
+
 def _check_rank(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
         raise ConfigError(f"{name}: expected an integer rank of at least 1; got {value!r}")
 
 
@@ -186,11 +198,11 @@ def _check_choice(name: str, value: Any, choices: tuple) -> None:
         raise ConfigError(f"{name}: expected one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
-def _check_regex(name: str, pattern: Any) -> None:
+def _check_regex(name: str, pattern: Any, form: str = "{}") -> None:
     if not isinstance(pattern, str) or not pattern:
         raise ConfigError(f"{name}: expected names or a regex; got {pattern!r}")
     try:
-        re.compile(pattern)
+        re.compile(form.format(pattern))
     except re.error as error:
         raise ConfigError(f"{name}: {pattern!r} is not a regular expression ({error})") from error
 
@@ -203,12 +215,18 @@ def _names(name: str, value: Any) -> list[str] | str | None:
         return value
     if not isinstance(value, Iterable) or isinstance(value, Mapping | bytes):
         raise ConfigError(f"{name}: expected a list of names, a regex, or None; got {value!r}")
-    value = list(dict.fromkeys(value))
+    value = list(value)
     if not value or not all(isinstance(v, str) and v for v in value):
         raise ConfigError(
             f"{name}: expected at least one name, each a non-empty string; got {value!r}"
         )
-    return value
+    return list(dict.fromkeys(value))
+
+
+def _text(name: str, value: Any) -> str | None:
+    if value is not None and not isinstance(value, str | os.PathLike):
+        raise ConfigError(f"{name}: expected text or None; got {value!r}")
+    return None if value is None else os.fspath(value)
 
 
 def _task(value: Any) -> str | None:
@@ -241,4 +259,4 @@ def _check_layers(layers: Any, pattern: Any, targets: Any) -> None:
 
 
 def _first_match(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
-    return next((v for key, v in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    return next((v for key, v in pattern.items() if pattern_matches(key, name)), default)

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from lowrank.adapters.config import LoRAConfig
-from lowrank.errors import ConfigError
+from lowrank.adapters.config import LoRAConfig, pattern_matches
+from lowrank.errors import ConfigError, TargetError
 from lowrank.nn.lora_linear import LoRALinear
 
 from .targets import (
@@ -31,7 +31,12 @@ def inject(model: nn.Module, config: LoRAConfig, adapter: str = "default") -> nn
     model is then as it was.
     """
     check_each_matches(model, config.target_modules, "target_modules")
+    check_each_matches(model, config.exclude_modules, "exclude_modules")
     names = find_targets(model, config)
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, field):
+            if not any(pattern_matches(key, name) for name in names):
+                raise TargetError(f"{field}: {key!r} matches none of the {len(names)} targets")
     targets = DEFAULT_TARGETS if config.target_modules is None else config.target_modules
     if is_all_linear(targets):
         targets = condense(model, names)  # as PEFT saves it
@@ -67,6 +72,7 @@ def attach(
         raise ConfigError(
             f'bias: expected "none", adapter {biased[0]!r} trains the biases; got {config.bias!r}'
         )
+    is_first = not any(layer.lora_A for layer in before)
     modules = dict(walk(model))
     flags = [(p, p.requires_grad) for p in model.parameters()]
     wrapped: dict[nn.Module, LoRALinear] = {}
@@ -90,7 +96,7 @@ def attach(
     for layer in wrapped.values():
         layer.train(model.training)
     active = list(dict.fromkeys(a for layer in before for a in layer.active_adapters))
-    if before:  # whatever trains by now goes on training
+    if not is_first:  # whatever trains by now goes on training
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
     else:
@@ -100,23 +106,20 @@ def attach(
 
 
 def activate(model: nn.Module, active: list[str]) -> None:
-    """Make `active` the active adapters: they train, with the biases that their configs ask for."""
+    """Make `active` the active adapters: they train, with the biases that their configs ask for;
+    the biases of an idle adapter do not.
+    """
     layers = lora_layers(model).values()
     for layer in layers:
         layer.set_adapter(active)
-    training = [
-        (layer, c)
-        for layer in layers
-        for a, c in layer.config.items()
-        if a in active and not c.inference_mode
-    ]
-    for layer, config in training:
-        if config.bias != "none" and layer.bias is not None:
-            layer.bias.requires_grad_(True)
-    if any(config.bias == "all" for _, config in training):
-        for name, parameter in model.named_parameters():
-            if name.split(".")[-1] == "bias":
-                parameter.requires_grad_(True)
+    every = [p for name, p in model.named_parameters() if name.split(".")[-1] == "bias"]
+    for layer in layers:  # one adapter at most has biases: `attach` refuses a second
+        for adapter, config in layer.config.items():
+            if config.bias != "none":
+                trains = adapter in active and not config.inference_mode
+                for bias in every if config.bias == "all" else [layer.bias]:
+                    if bias is not None:
+                        bias.requires_grad_(trains)
 
 
 def replace_modules(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:

@@ -61,6 +61,11 @@ def merge_and_unload(
     layers = lora_layers(model)
     if not any(layer.merged for layer in layers.values()):
         merge(model, adapters, dtype)
+    elif adapters is not None or dtype is not None:
+        raise ConfigError(
+            "merge_and_unload: expected neither adapters nor dtype, the adapters are merged "
+            "already: call unmerge first"
+        )
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     if any(
         id(getattr(layer.unmerged_base, "weight", None)) in embeddings for layer in layers.values()

@@ -37,6 +37,8 @@ def quantize(
         raise ConfigError(
             "double_quant: expected None beside a quantizer object, which has its own options"
         )
+    if isinstance(skip, str):
+        raise ConfigError(f"skip: expected a sequence of names; got the string {skip!r}")
     skip = list(skip)
     check_each_matches(model, [s for s in skip if s != "lm_head"], "skip")
 

@@ -78,15 +78,25 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
         heads = _output_heads(model)
         chosen = [(n, m) for m, n in modules.items() if isinstance(m, LINEAR) and m not in heads]
     else:
-        chosen = [
-            (n, m) for m, n in modules.items() if matches(n, wanted) and _in_layers(n, config)
-        ]
-    if config.exclude_modules is not None:
-        chosen = [(n, m) for n, m in chosen if not matches(n, config.exclude_modules)]
+        chosen = [(n, m) for m, n in modules.items() if matches(n, wanted)]
     if not chosen:
         raise TargetError(
             _nothing(f"target_modules={wanted!r}", wanted, [n for _, n in _linears(modules)])
         )
+    if not is_all_linear(wanted):
+        chosen = [(n, m) for n, m in chosen if _in_layers(n, config)]
+        if not chosen:
+            raise TargetError(
+                f"layers_to_transform={config.layers_to_transform!r}: target_modules={wanted!r} "
+                "matches in no such layer; expected indices of layers that the model has"
+            )
+    if config.exclude_modules is not None:
+        chosen = [(n, m) for n, m in chosen if not matches(n, config.exclude_modules)]
+        if not chosen:
+            raise TargetError(
+                f"exclude_modules={config.exclude_modules!r} leaves nothing of what "
+                f"target_modules={wanted!r} matches"
+            )
     for name, module in chosen:
         if not isinstance(module, LINEAR):
             raise TargetError(
@@ -140,7 +150,7 @@ def _in_layers(name: str, config: LoRAConfig) -> bool:
     for pattern in patterns or [r"[^.]*"]:
         found = re.search(rf"(?:^|\.){pattern}\.(\d+)\.", name)
         if found:
-            return int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+            return int(found.groups()[-1]) in ([layers] if isinstance(layers, int) else layers)
     return False
 
 

@@ -117,6 +117,11 @@ def test_refuses_files_that_mean_something_else(change):
         ("rank_pattern", ["q_proj"]),
         ("rank_pattern", {"q_proj": 0}),
         ("rank_pattern", {"(": 4}),
+        ("rank_pattern", {"(?i)q_proj": 4}),  # a regex alone, but not as part of the whole name's
+        ("rank_pattern", {"q_proj": 10**30}),
+        ("target_modules", [["q_proj"]]),
+        ("base_model_name_or_path", 5),
+        ("revision", ["main"]),
         ("rank_pattern", {3: 4}),
         ("alpha_pattern", {"q_proj": "x"}),
         ("layers_to_transform", -1),

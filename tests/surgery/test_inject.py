@@ -33,6 +33,7 @@ TARGETS = [
     {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*\.0\..*"},
     {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": 1},
     {"target_modules": ["q_proj"], "layers_to_transform": [0, 1], "layers_pattern": "layers"},
+    {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["h", "layers"]},
     {"target_modules": None},
     {"target_modules": ["q_proj"], "bias": "all"},
     {"target_modules": ["q_proj"], "bias": "lora_only"},
@@ -82,6 +83,59 @@ def test_targets_that_match_nothing(targets, nearest):
         lowrank.inject(model, LoRAConfig(target_modules=targets))
     assert "\n" not in str(caught.value)
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"exclude_modules": ["o_prjo"]}, "exclude_modules: 'o_prjo' .* nearest: o_proj"),
+        ({"exclude_modules": ".*"}, "exclude_modules='.*' leaves nothing of what target_modules="),
+        ({"layers_to_transform": 7}, "layers_to_transform=7: target_modules=.* in no such layer"),
+        ({"rank_pattern": {"q_proj": 2, "k_proj": 3}}, "rank_pattern: 'k_proj' matches none"),
+        ({"alpha_pattern": {"q_prj": 2}}, "alpha_pattern: 'q_prj' matches none of the 2 targets"),
+    ],
+)
+def test_settings_of_layers_that_match_nothing(changes, says):
+    model = tiny_llama()
+    before = state(model)
+    with pytest.raises(TargetError, match=says) as caught:
+        lowrank.inject(model, LoRAConfig(target_modules=["q_proj"], **changes))
+    assert "\n" not in str(caught.value)
+    assert_unchanged(model, before)
+
+
+def test_a_layers_pattern_may_have_groups():
+    config = LoRAConfig(
+        target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="(h|layers)"
+    )
+    model = lowrank.inject(tiny_llama(), config)
+    assert names_of(model, LoRALinear) == {"model.layers.1.self_attn.q_proj"}
+
+
+def test_the_first_adapter_after_the_last_was_deleted_is_active():
+    model = lowrank.inject(tiny_llama(), LoRAConfig(target_modules=["q_proj"]))
+    lowrank.delete_adapter(model, "default")
+    lowrank.inject(model, LoRAConfig(target_modules=["q_proj"], r=2), adapter="b")
+    assert model.model.layers[0].self_attn.q_proj.active_adapters == ["b"]
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert len(trained) == 4 and all(".b.weight" in name for name in trained)
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_the_biases_of_an_idle_adapter_do_not_train(bias):
+    model = nn.ModuleDict({"q": nn.Linear(4, 4), "k": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
+    lowrank.inject(model, LoRAConfig(target_modules=["q"], bias=bias), adapter="a")
+    lowrank.inject(model, LoRAConfig(target_modules=["k"]), adapter="b")
+
+    def trained():
+        return {n for n, p in model.named_parameters() if p.requires_grad and n.endswith("bias")}
+
+    before = trained()
+    assert len(before) == {"lora_only": 1, "all": 3}[bias]
+    lowrank.set_adapter(model, "b")
+    assert not trained()
+    lowrank.set_adapter(model, ["b", "a"])
+    assert trained() == before
 
 
 def test_targets_that_are_no_linears():

@@ -139,3 +139,12 @@ def test_merged_models_refuse_edits():
 def test_merge_without_adapters():
     with pytest.raises(TargetError, match="inject or load one first"):
         lowrank.merge(tiny_llama())
+
+
+def test_what_is_merged_already_cannot_be_merged_otherwise():
+    model = two_adapters()
+    lowrank.merge(model, ["a"])
+    for choice in ({"adapters": ["b"]}, {"dtype": torch.float64}):
+        with pytest.raises(ConfigError, match="merged already: call unmerge first"):
+            lowrank.merge_and_unload(model, **choice)
+    lowrank.merge_and_unload(model)

@@ -68,6 +68,7 @@ def test_quantize_refuses_a_bad_weight_by_name(bad):
     [
         ({"quantizer": "nf5"}, "nf5"),
         ({"skip": ["q_prj"]}, "q_proj"),
+        ({"skip": "lm_head"}, "skip: expected a sequence of names; got the string 'lm_head'"),
         (
             {
                 "skip": [f"{x}_proj" for x in ("q", "k", "v", "o", "gate", "up", "down")]
