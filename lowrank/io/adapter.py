@@ -237,7 +237,7 @@ def _read_config(path: Path) -> LoRAConfig:
         raise FileFormatError(
             f"{path}: no such file; expected a directory that PEFT or lowrank wrote"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FileFormatError(f"{path}: not a JSON file ({error})") from error
     if not isinstance(content, dict):
         raise FileFormatError(f"{path}: expected a JSON object; got {type(content).__name__}")
@@ -265,6 +265,8 @@ def _directory(path_or_repo: str | Path, revision: str | None) -> Path:
     path = Path(path_or_repo)
     if path.is_dir():
         return path
+    if path.exists():
+        raise FileFormatError(f"{path}: expected the directory of an adapter; it is a file")
     if not re.fullmatch(r"[\w][\w.-]*/[\w.-]+", str(path_or_repo)):
         raise FileFormatError(
             f"{path_or_repo}: no such directory, and not a hub id of the form owner/name"
