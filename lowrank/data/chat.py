@@ -40,8 +40,6 @@ def render_chat(
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise DataError(f"messages[{i}]: expected an object with a role; got {message!r}")
     compiled = _compile(template)
-    from jinja2.exceptions import TemplateError
-
     # transformers leaves tokens that a tokenizer lacks undefined, and templates test for that
     special = {"bos_token": bos_token, "eos_token": eos_token}
     try:
@@ -52,7 +50,9 @@ def render_chat(
             add_generation_prompt=add_generation_prompt,
             **{name: token for name, token in special.items() if token is not None},
         )
-    except (TemplateError, TypeError, LookupError) as error:
+    except DataError:  # by raise_exception
+        raise
+    except Exception as error:  # a template is code, and may fail as any code does
         raise DataError(f"messages: the chat template refuses them: {error}") from error
 
 

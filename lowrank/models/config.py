@@ -67,9 +67,17 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         for name in (*_SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings"):
+            _check_size(name, getattr(self, name))
+        for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
+            _check_positive(name, getattr(self, name))
+        for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}: expected true or false; got {getattr(self, name)!r}")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name}: expected a positive integer; got {value!r}")
+            ids = value if name == "eos_token_id" and isinstance(value, tuple) else (value,)
+            if not all(i is None or _is_integer(i) for i in ids):
+                raise ConfigError(f"{name}: expected a token id or none; got {value!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_key_value_heads: expected a divisor of num_attention_heads="
@@ -96,11 +104,11 @@ class DecoderConfig:
             raise ConfigError(f"hidden_act: expected 'silu'; got {raw['hidden_act']!r}")
         if missing := [name for name in _SIZES if name not in raw]:
             raise ConfigError(
-                f"config.json: {', '.join(missing)} missing; expected those of a {model_type} model"
+                f"{', '.join(missing)} missing; expected those of a {model_type} model"
             )
+        for name in _SIZES:
+            _check_size(name, raw[name])
         heads = raw["num_attention_heads"]
-        if not isinstance(heads, int) or heads < 1:
-            raise ConfigError(f"num_attention_heads: expected a positive integer; got {heads!r}")
         theta, scaling = _rope(raw)
         eos = raw.get("eos_token_id")
         return cls(
@@ -179,8 +187,12 @@ def _rope(raw: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     """(theta, scaling or None) from either spelling of a config.json."""
     if raw.get("sliding_window") is not None:
         raise ConfigError(f"sliding_window: expected none; got {raw['sliding_window']!r}")
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise ConfigError(f"rope_scaling: expected an object or none; got {rope!r}")
+    rope = dict(rope)
     theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
+    _check_positive("rope_theta", theta)
     # configs of 2023 call it "type"
     kind = rope.pop("type", None)
     kind = rope.pop("rope_type", kind) or "default"
@@ -193,12 +205,23 @@ def _rope(raw: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
 
 def _check_rope_scaling(scaling: Mapping[str, Any]) -> None:
     kind = scaling.get("rope_type")
-    if kind not in _ROPE_TYPES:
+    if not isinstance(kind, str) or kind not in _ROPE_TYPES:
         raise ConfigError(
             f"rope_type: expected one of default, {', '.join(_ROPE_TYPES)}; got {kind!r}"
         )
     for name in _ROPE_TYPES[kind]:
-        if not isinstance(scaling.get(name), int | float):
-            raise ConfigError(
-                f"rope_scaling: {kind} needs a number {name}; got {scaling.get(name)!r}"
-            )
+        _check_positive(f"rope_scaling: {kind} needs {name}", scaling.get(name))
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_size(name: str, value: Any) -> None:
+    if not _is_integer(value) or not 0 < value < 2**31:
+        raise ConfigError(f"{name}: expected a positive integer; got {value!r}")
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if not (_is_integer(value) or isinstance(value, float)) or not 0 < value < math.inf:
+        raise ConfigError(f"{name}: expected a positive number; got {value!r}")

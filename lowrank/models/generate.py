@@ -78,10 +78,16 @@ def generate_ids(
     seed: int | None = None,
 ) -> list[list[int]]:
     """The ids written after each prompt, up to and without the first of `ends`."""
-    _check(max_new_tokens, temperature, top_p, top_k)
+    _check(max_new_tokens, temperature, top_p, top_k, seed)
+    vocab_size = model.config.vocab_size
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise DataError(f"prompt {i}: expected at least one token; got none")
+        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            raise DataError(
+                f"prompt {i}: expected token ids below the model's vocab_size={vocab_size}; "
+                f"got {min(prompt)} to {max(prompt)}: use the model's own tokenizer"
+            )
     device = model.model.embed_tokens.weight.device
     ids, mask = _left_padded(prompts, device)
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
@@ -137,9 +143,10 @@ def _choose(
     generator: torch.Generator | None,
 ) -> Tensor:
     """One token for each row of logits [B, V]: [B]."""
-    if temperature == 0:
+    if temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(-1)
-    logits = logits / temperature
+    # the largest is 0, so that none overflows however low the temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -152,9 +159,17 @@ def _choose(
     return torch.multinomial(probs, 1, generator=generator)[:, 0]
 
 
-def _check(max_new_tokens: int, temperature: float, top_p: float | None, top_k: int | None) -> None:
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens: expected at least 1; got {max_new_tokens}")
+def _check(
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float | None,
+    top_k: int | None,
+    seed: int | None,
+) -> None:
+    if not 1 <= max_new_tokens < 2**31:
+        raise ConfigError(f"max_new_tokens: expected 1 to 2**31 - 1; got {max_new_tokens}")
+    if seed is not None and not -(2**63) <= seed < 2**63:
+        raise ConfigError(f"seed: expected a whole number of 64 bits; got {seed}")
     if not temperature >= 0:
         raise ConfigError(f"temperature: expected at least 0; got {temperature}")
     if top_p is not None and not 0 < top_p <= 1:

@@ -34,7 +34,10 @@ class GGUFModel:
         self._file = GGUFFile(path)
         self._names = {_hf_name(name): name for name in self._file.tensors}
         self.shapes = {hf: self._file.tensors[name].shape for hf, name in self._names.items()}
-        self.config = _config(self._file, self.shapes)
+        try:
+            self.config = _config(self._file, self.shapes)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
 
     def read(self, name: str) -> Tensor:
         """The tensor as float32 in Hugging Face's order of rows."""
@@ -62,12 +65,12 @@ def _config(file: GGUFFile, shapes: dict[str, tuple[int, ...]]) -> DecoderConfig
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise ConfigError(
-            f"{file.path}: expected GGUF architecture llama; got {architecture!r}; "
+            f"expected GGUF architecture llama; got {architecture!r}; "
             "build it by its own code and adapt it with lowrank.inject(model, config)"
         )
     if "rope_freqs.weight" in shapes:
         raise ConfigError(
-            f"{file.path}: rope_freqs: the scaled positions of Llama 3 are not read from GGUF; "
+            "rope_freqs: the scaled positions of Llama 3 are not read from GGUF; "
             "load the Hugging Face checkpoint"
         )
     embedding = shapes.get("model.embed_tokens.weight")
@@ -86,7 +89,7 @@ def _config(file: GGUFFile, shapes: dict[str, tuple[int, ...]]) -> DecoderConfig
         max_position_embeddings=_need(file, "context_length", int),
         # stored as float32: 1e-05 comes back as 9.999999747e-06
         rms_norm_eps=float(f"{_need(file, 'attention.layer_norm_rms_epsilon', float):.6g}"),
-        rope_theta=float(metadata.get("llama.rope.freq_base", 10000.0)),
+        rope_theta=metadata.get("llama.rope.freq_base", 10000.0),
         rope_scaling=None
         if scaling == "none"
         else {"rope_type": scaling, "factor": metadata.get("llama.rope.scaling.factor")},

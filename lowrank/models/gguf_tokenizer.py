@@ -28,6 +28,10 @@ def tokenizer_from_gguf(path: str | Path) -> Tokenizer:
         )
     tokens = _strings(path, metadata, "tokenizer.ggml.tokens")
     merges = [tuple(m.split(" ")) for m in _strings(path, metadata, "tokenizer.ggml.merges")]
+    if broken := [merge for merge in merges if len(merge) != 2]:
+        raise FileFormatError(
+            f"{path}: tokenizer.ggml.merges: expected pairs of tokens; got {' '.join(broken[0])!r}"
+        )
     vocab = {token: i for i, token in enumerate(tokens)}
     try:
         model = tokenizers.models.BPE(vocab, merges, ignore_merges=_ignores_merges(metadata))
@@ -37,6 +41,8 @@ def tokenizer_from_gguf(path: str | Path) -> Tokenizer:
     backend.pre_tokenizer = _pre_tokenizer(path, metadata.get("tokenizer.ggml.pre", "default"))
     backend.decoder = tokenizers.decoders.ByteLevel()
     kinds = metadata.get("tokenizer.ggml.token_type", [])
+    if not isinstance(kinds, list):
+        raise FileFormatError(f"{path}: tokenizer.ggml.token_type: expected a list; got {kinds!r}")
     for token, kind in zip(tokens, kinds, strict=False):
         if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED):
             added = tokenizers.AddedToken(token, normalized=False, special=kind != _USER_DEFINED)
@@ -46,7 +52,7 @@ def tokenizer_from_gguf(path: str | Path) -> Tokenizer:
     names = {"bos": "bos", "eos": "eos", "padding": "pad", "unknown": "unk"}
     for theirs, ours in names.items():
         i = metadata.get(f"tokenizer.ggml.{theirs}_token_id")
-        if i is not None and 0 <= i < len(tokens):
+        if isinstance(i, int) and 0 <= i < len(tokens):
             config[f"{ours}_token"] = tokens[i]
     if metadata.get("tokenizer.ggml.add_bos_token") and "bos_token" in config:
         bos = config["bos_token"]

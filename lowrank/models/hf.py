@@ -90,7 +90,7 @@ class SafetensorsFile:
                 header = json.loads(file.read(length))
                 header.pop("__metadata__", None)
                 self.entries = {name: _entry(8 + length, **raw) for name, raw in header.items()}
-            except (ValueError, TypeError, AttributeError, KeyError) as error:
+            except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
                 raise FileFormatError(
                     f"{self.path}: damaged safetensors header: {error}"
                 ) from error
@@ -124,7 +124,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FileFormatError(f"{path}: no such file") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{path}: not JSON: {error}") from error
     if not isinstance(value, dict):
         raise FileFormatError(f"{path}: expected a JSON object; got {type(value).__name__}")
@@ -139,12 +139,16 @@ def read_config(directory: Path) -> DecoderConfig:
             f"{directory}: its weights are already quantized; load the unquantized checkpoint, "
             "with quantizer= to quantize it"
         )
-    config = DecoderConfig.from_hf(raw)
-    generation = directory / "generation_config.json"
-    eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
-    if eos is None:
-        return config
-    return replace(config, eos_token_id=tuple(eos) if isinstance(eos, list) else eos)
+    place = directory / "config.json"
+    try:
+        config = DecoderConfig.from_hf(raw)
+        place = directory / "generation_config.json"
+        eos = read_json(place).get("eos_token_id") if place.is_file() else None
+        if eos is None:
+            return config
+        return replace(config, eos_token_id=tuple(eos) if isinstance(eos, list) else eos)
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from error
 
 
 def weight_files(directory: Path) -> dict[str, list[str] | None]:
@@ -187,6 +191,7 @@ def _entry(offset: int, dtype: str, shape: list[int], data_offsets: list[int]) -
         raise ValueError(f"dtype {dtype!r}; expected one of {', '.join(_DTYPES)}")
     start, end = data_offsets
     n_bytes = math.prod(shape) * _DTYPES[dtype].itemsize
-    if not all(isinstance(n, int) and n >= 0 for n in (*shape, start)) or end - start != n_bytes:
+    sizes = (*shape, start, end)
+    if not all(isinstance(n, int) and n >= 0 for n in sizes) or end - start != n_bytes:
         raise ValueError(f"{dtype} {shape} does not fill bytes {data_offsets}")
     return Entry(_DTYPES[dtype], tuple(shape), offset + start, offset + end)

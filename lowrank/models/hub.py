@@ -63,6 +63,8 @@ def _fetch(repo: str, filename: str, revision: str | None, token: str | None) ->
         raise _NotInCache(
             f"{repo}: {filename} is not in the cache, and the hub cannot be reached"
         ) from error
+    except hub.HFValidationError as error:
+        raise ConfigError(f"{repo}: no name of a hub repository: {error}") from error
     except hub.EntryNotFoundError as error:
         raise FileFormatError(f"{repo}: the repository has no {filename}") from error
 

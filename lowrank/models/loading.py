@@ -59,13 +59,14 @@ def load_model(
     if isinstance(quantizer, str):
         quantizer = quant.get(quantizer)
     weights = open_weights(source, revision=revision, token=token)
+    _check_layers(weights, source)
     with torch.device("meta"):
         model = Decoder(weights.config)
     _check_names(model, weights, source)
     check_each_matches(model, [name for name in skip if name != "lm_head"], "skip")
     for name, module in _with_progress(_holders(model), source):
         fill = {
-            leaf: weights.read(f"{name}.{leaf}").to(device)
+            leaf: _read(weights, f"{name}.{leaf}", source).to(device)
             for leaf, _ in module.named_parameters(recurse=False)
         }
         if quantizer is None or not isinstance(module, nn.Linear) or matches(name, list(skip)):
@@ -124,6 +125,22 @@ def _quantized(
         raise type(error)(f"{name}.{error}") from error
     bias = nn.Parameter(fill["bias"].to(dtype)) if "bias" in fill else None
     return QuantLinear.from_storage(storage, quantizer, bias, compute_dtype)
+
+
+def _read(weights: Weights, name: str, source: str | Path) -> Tensor:
+    tensor = weights.read(name)
+    if not tensor.is_floating_point():
+        raise FileFormatError(f"{source}: {name}: expected floats; got {tensor.dtype}")
+    return tensor
+
+
+def _check_layers(weights: Weights, source: str | Path) -> None:
+    # before a decoder is made: a damaged number of layers would take for ever
+    last = f"model.layers.{weights.config.num_hidden_layers - 1}."
+    if not any(name.startswith(last) for name in weights.shapes):
+        raise FileFormatError(
+            f"{source}: missing tensors: {last}*, of the last layer by the config"
+        )
 
 
 def _check_names(model: Decoder, weights: Weights, source: str | Path) -> None:

@@ -36,8 +36,12 @@ class Tokenizer:
         self.backend = backend
         self.config = dict(config or {})
         self.chat_template = chat_template
+        if chat_template is not None and not isinstance(chat_template, str):
+            raise FileFormatError(f"chat_template: expected text; got {chat_template!r}")
         for name in _SPECIAL:
             token = self.token(name)
+            if token is not None and not isinstance(token, str):
+                raise FileFormatError(f"{name}: expected text; got {token!r}")
             if token is not None and backend.token_to_id(token) is None:
                 raise FileFormatError(f"{name}: {token!r} is not in the vocabulary")
 
@@ -147,7 +151,20 @@ def _from_directory(directory: Path) -> Tokenizer:
             config |= read_json(directory / name)
     template = config.pop("chat_template", None)
     if isinstance(template, list):  # several by name; "default" is the one for conversations
-        template = {item["name"]: item["template"] for item in template}.get("default")
-    if (directory / "chat_template.jinja").is_file():
-        template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
-    return Tokenizer(backend, config, template)
+        try:
+            template = {item["name"]: item["template"] for item in template}.get("default")
+        except (TypeError, KeyError) as error:
+            raise FileFormatError(
+                f"{directory}: chat_template: expected objects with name and template; "
+                f"got {template!r:.80}"
+            ) from error
+    jinja = directory / "chat_template.jinja"
+    if jinja.is_file():
+        try:
+            template = jinja.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise FileFormatError(f"{jinja}: not UTF-8: {error}") from error
+    try:
+        return Tokenizer(backend, config, template)
+    except FileFormatError as error:
+        raise FileFormatError(f"{directory}: {error}") from error

@@ -74,6 +74,20 @@ def test_a_template_that_refuses_says_why():
         render_chat([MESSAGES[0], {"content": "x"}])
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 1 / 0 }}",
+        "{{ range(10 ** 9) | list }}",
+        "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
+        "{{ 'x'.encode('nonsense') }}",
+    ],
+)
+def test_a_template_that_fails_is_named_and_no_crash(template):
+    with pytest.raises(DataError, match="the chat template refuses them: "):
+        render_chat(MESSAGES, template)
+
+
 def test_a_broken_template_names_its_line():
     with pytest.raises(ConfigError, match="chat template, line 2"):
         render_chat(MESSAGES, "\n{% for %}")

@@ -232,12 +232,30 @@ def test_bfloat16_stays_near_transformers():
             "num_key_value_heads: expected a divisor of num_attention_heads=6; got 4",
         ),
         ({"hidden_size": None}, "hidden_size: expected a positive integer; got None"),
+        ({"hidden_size": "64"}, "hidden_size: expected a positive integer; got '64'"),
+        ({"vocab_size": 10**30}, "vocab_size: expected a positive integer; got 1000"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps: expected a positive number; got '1e-5'"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps: expected a positive number; got nan"),
+        ({"rope_theta": "x"}, "rope_theta: expected a positive number; got 'x'"),
+        ({"rope_theta": [1]}, "rope_theta: expected a positive number"),
+        ({"rope_scaling": 4}, "rope_scaling: expected an object or none; got 4"),
+        ({"rope_scaling": {"rope_type": [1]}}, "rope_type: expected one of"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 0}},
+            "linear needs factor: expected a positive number; got 0",
+        ),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings: expected true or false; got 'yes'"),
+        ({"eos_token_id": {}}, "eos_token_id: expected a token id or none; got {}"),
+        ({"bos_token_id": [1]}, "bos_token_id: expected a token id or none"),
         ({"head_dim": 7}, "head_dim: .* even number; got 7"),
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
             "rope_type: expected one of .*; got 'yarn'",
         ),
-        ({"rope_scaling": {"rope_type": "linear"}}, "linear needs a number factor; got None"),
+        (
+            {"rope_scaling": {"rope_type": "linear"}},
+            "linear needs factor: expected a positive number; got None",
+        ),
     ],
 )
 def test_a_config_we_cannot_build_is_refused(change, says):

@@ -110,7 +110,9 @@ def test_the_model_is_left_in_its_mode(saved):
 @pytest.mark.parametrize(
     ("prompt", "options", "error", "says"),
     [
-        ("x", {"max_new_tokens": 0}, ConfigError, "max_new_tokens: expected at least 1; got 0"),
+        ("x", {"max_new_tokens": 0}, ConfigError, r"max_new_tokens: expected 1 to .*; got 0"),
+        ("x", {"max_new_tokens": 10**30}, ConfigError, r"max_new_tokens: expected 1 to .*; got 10"),
+        ("x", {"seed": 2**64}, ConfigError, "seed: expected a whole number of 64 bits; got 18"),
         ("x", {"temperature": -1.0}, ConfigError, "temperature: expected at least 0"),
         ("x", {"top_p": 0.0}, ConfigError, "top_p: expected above 0 and at most 1; got 0.0"),
         ("x", {"top_k": 0}, ConfigError, "top_k: expected at least 1; got 0"),
@@ -123,3 +125,17 @@ def test_bad_arguments_are_named(saved, prompt, options, error, says):
     model, _, tokenizer = saved
     with pytest.raises(error, match=says):
         lowrank.generate(model, tokenizer, prompt, **options)
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-45, 1e-40, 1e-30, 1e-6])
+def test_a_low_temperature_is_greedy(saved, temperature):
+    model, _, tokenizer = saved
+    greedy = lowrank.generate(model, tokenizer, "def", max_new_tokens=20)
+    drawn = lowrank.generate(model, tokenizer, "def", max_new_tokens=20, temperature=temperature)
+    assert drawn == greedy
+
+
+def test_ids_of_another_models_tokenizer_are_refused(saved):
+    model, _, _ = saved
+    with pytest.raises(DataError, match="prompt 1: .*vocab_size=600; got 3 to 600: use the model"):
+        generate_ids(model, [[1, 599], [3, 600]], 4)

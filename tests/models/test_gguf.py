@@ -87,6 +87,21 @@ def test_random_damage_to_the_header_never_escapes_as_another_error(tmp_path):
     assert refused > 100
 
 
+@pytest.mark.parametrize(
+    ("metadata", "says"),
+    [
+        ({"block_count": 2**31 - 1}, "missing tensors: model.layers.2147483646"),
+        ({"rope_freq_base": float("nan")}, "rope_theta: expected a positive number; got nan"),
+        ({"layer_norm_rms_eps": float("inf")}, "rms_norm_eps: expected a positive number; got inf"),
+        ({"head_count": 0}, "num_attention_heads: expected a positive integer; got 0"),
+    ],
+)
+def test_metadata_that_cannot_be_is_refused_with_the_file(tmp_path, metadata, says):
+    write_gguf(tmp_path / "m.gguf", llama(), **metadata)
+    with pytest.raises((ConfigError, FileFormatError), match=f"m.gguf: {says}"):
+        lowrank.load_model(tmp_path / "m.gguf")
+
+
 def test_other_architectures_and_kinds_are_refused(tmp_path):
     path = tmp_path / "m.gguf"
     writer = gguf.GGUFWriter(path, "qwen2")

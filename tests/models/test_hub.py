@@ -143,6 +143,7 @@ def test_what_the_hub_refuses_is_said_in_one_line(hub):
     (bare / "config.json").write_bytes((root / "org" / "old" / "config.json").read_bytes())
     (root / "org" / "old" / "pytorch_model.bin").write_bytes(b"pickle")
     expected = [
+        ({"source": "a--b/c"}, "ConfigError a--b/c: no name of a hub repository"),
         ({"source": "org/absent"}, "ConfigError org/absent: no such repository on the hub"),
         ({"source": "org/gated"}, "ConfigError org/gated: access must be granted first"),
         ({"source": "org/gated", "token": "key"}, "loaded"),

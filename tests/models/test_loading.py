@@ -116,6 +116,22 @@ def cut(path, n_bytes):
     path.write_bytes(path.read_bytes()[:n_bytes])
 
 
+def edit_header(directory, name, **changes):
+    raw = (directory / SINGLE).read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    header[name].update(changes)
+    text = json.dumps(header).encode()
+    (directory / SINGLE).write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+
+
+def to_integers(directory, name):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(directory / SINGLE)
+    save_file({**tensors, name: tensors[name].int()}, directory / SINGLE)
+
+
 def drop(directory, name):
     from safetensors.torch import load_file, save_file
 
@@ -163,6 +179,37 @@ DAMAGES = {
         lambda d: (d / SINGLE).write_bytes((d / SINGLE).read_bytes().replace(b"F32", b"F33", 1)),
         FileFormatError,
         "damaged safetensors header: dtype 'F33'",
+    ),
+    "header nested too deeply": (
+        lambda d: (d / SINGLE).write_bytes((99_999).to_bytes(8, "little") + b"[" * 99_999),
+        FileFormatError,
+        "damaged safetensors header",
+    ),
+    "header absurdly long": (
+        lambda d: (d / SINGLE).write_bytes(b"\xff" * 8 + (d / SINGLE).read_bytes()[8:]),
+        FileFormatError,
+        "truncated or not safetensors",
+    ),
+    "offset no integer": (
+        lambda d: edit_header(d, Q, data_offsets=[0, 4.0], shape=[1]),
+        FileFormatError,
+        "damaged safetensors header",
+    ),
+    "integers": (lambda d: to_integers(d, Q), FileFormatError, f"{Q}: expected floats; .*int32"),
+    "config nested too deeply": (
+        lambda d: (d / "config.json").write_text("[" * 99_999),
+        FileFormatError,
+        "config.json: not JSON",
+    ),
+    "more layers": (
+        lambda d: edit_config(d, num_hidden_layers=10**9),
+        FileFormatError,
+        "missing tensors: model.layers.999999999",
+    ),
+    "end token": (
+        lambda d: (d / "generation_config.json").write_text('{"eos_token_id": [[1]]}'),
+        ConfigError,
+        "generation_config.json: eos_token_id: expected a token id",
     ),
     "pickled": (
         lambda d: (d / SINGLE).rename(d / "pytorch_model.bin"),

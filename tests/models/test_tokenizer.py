@@ -189,11 +189,27 @@ def test_tokenizers_that_cannot_be_read_are_refused(tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": "<nope>"}))
     with pytest.raises(FileFormatError, match="eos_token: '<nope>' is not in the vocabulary"):
         load_tokenizer(tmp_path)
+    for change, says in [
+        ({"eos_token": 5}, "eos_token: expected text; got 5"),
+        ({"eos_token": {"content": [1]}}, r"eos_token: expected text; got \[1\]"),
+        ({"chat_template": 5}, "chat_template: expected text; got 5"),
+        ({"chat_template": [{"name": "default"}]}, "chat_template: expected objects with name"),
+        ({"chat_template": [5]}, "chat_template: expected objects with name"),
+    ]:
+        path.write_text(json.dumps(change))
+        with pytest.raises(FileFormatError, match=says) as caught:
+            load_tokenizer(tmp_path)
+        assert str(tmp_path) in str(caught.value)
+    path.write_text("{}")
+    (tmp_path / "chat_template.jinja").write_bytes(b"caf\xe9")
+    with pytest.raises(FileFormatError, match="chat_template.jinja: not UTF-8"):
+        load_tokenizer(tmp_path)
     gguf = tmp_path / "t.gguf"
     for change, error, says in [
         ({"model": "llama"}, ConfigError, "expected gpt2 .* got 'llama'"),
         ({"pre": "qwen2"}, ConfigError, "tokenizer.ggml.pre: .* got 'qwen2'"),
         ({"merges": ["zz yy"]}, FileFormatError, "tokenizer.ggml.merges"),
+        ({"merges": ["a b c"]}, FileFormatError, "merges: expected pairs of tokens; got 'a b c'"),
     ]:
         write_gguf_tokenizer(gguf, train(), **change)
         with pytest.raises(error, match=says):
