@@ -44,13 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     source = from_args(args)
-    prompt = sys.stdin.read() if args.prompt is None else args.prompt
+    prompt = _standard_input() if args.prompt is None else args.prompt
     if not prompt:
         raise DataError(
             "prompt: expected some text; got none: pass --prompt, or write to standard input"
         )
     model, tokenizer = source.load(), source.load_tokenizer()
-    if args.adapter:
+    if args.adapter is not None:
         lowrank.load_adapter(model, args.adapter)
     text = lowrank.generate(
         model,
@@ -64,3 +64,13 @@ def run(args: argparse.Namespace) -> int:
     )
     print(text)
     return 0
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"prompt: expected standard input in {error.encoding}; {error.reason} at byte "
+            f"{error.start}"
+        ) from None

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
+
+import torch
 
 from lowrank.cli import demo, env, generate, merge, train
 from lowrank.errors import LowrankError
@@ -33,7 +37,9 @@ class _Stderr(logging.Handler):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; `args.run(args) -> status` is the one that was chosen."""
+    """The parser of all commands; `args.run(args) -> status` is the one that was chosen, and
+    `args.command` its own parser.
+    """
     parser = Parser(prog="lowrank", description="Low-rank fine-tuning over quantized weights.")
     parser.add_argument("--version", action="version", version=f"lowrank {lowrank_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
@@ -48,14 +54,23 @@ def build_parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, command=command)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0; 1: its own check failed; 2: the user can mend it; 130: Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
-    args = build_parser().parse_args([_dashes(word) for word in argv])
+    parser = build_parser()
+    for word in argv:
+        if word != word.encode(errors="replace").decode():
+            parser.error(f"expected arguments in UTF-8; got {word!a}")
+    args, unknown = parser.parse_known_args([_dashes(word) for word in argv])
+    if unknown:
+        flags = re.findall(r"--[\w-]+", args.command.format_usage())
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        args.command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     logger = logging.getLogger("lowrank")
     logger.setLevel(logging.INFO)
     if not any(isinstance(handler, _Stderr) for handler in logger.handlers):
@@ -74,6 +89,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (LowrankError, OSError) as error:
         print(f"lowrank: error: {_one_line(error)}", file=sys.stderr)
         return USER_ERROR
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print(
+            "lowrank: error: out of memory: try a smaller model, batch, rank or length; "
+            f"torch says: {_one_line(error)}",
+            file=sys.stderr,
+        )
+        return USER_ERROR
 
 
 def lowrank_version() -> str:
@@ -90,6 +114,13 @@ def _dashes(word: str) -> str:
         return word
     flag, equals, value = word.partition("=")
     return flag.replace("_", "-") + equals + value
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # on a CPU torch raises no type of its own
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        "can't allocate memory" in str(error)
+    )
 
 
 def _one_line(error: BaseException) -> str:

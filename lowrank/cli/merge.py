@@ -47,6 +47,7 @@ def new_directory(path: Path) -> Iterator[Path]:
     """A directory beside `path` that becomes `path` if the block ends well, else is removed."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ConfigError(f"output: {path} exists; name a directory that does not, or remove it")
+    made = [folder for folder in path.parents if not folder.exists()]  # the innermost first
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -55,6 +56,9 @@ def new_directory(path: Path) -> Iterator[Path]:
         os.replace(aside, path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
+        for folder in made:
+            with contextlib.suppress(OSError):  # another's file may have come into it
+                folder.rmdir()
         raise
 
 

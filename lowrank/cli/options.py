@@ -131,7 +131,7 @@ def _toml(value: Any) -> str:
         return "[" + ", ".join(_toml(v) for v in value) + "]"
     if isinstance(value, bool | int | float):
         return json.dumps(value)
-    return json.dumps(str(value), ensure_ascii=False)
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 class _Reader:
@@ -141,6 +141,8 @@ class _Reader:
         self.kinds = kinds
 
     def __call__(self, word: str) -> Any:
+        if not word:  # an unset variable of a script; as a path it would be the current directory
+            raise argparse.ArgumentTypeError("expected a value; got ''")
         for kind in self.kinds:
             try:
                 return _READ[kind](word) if kind in _READ else _choice(kind, word)

@@ -38,10 +38,19 @@ class Source:
     def __post_init__(self) -> None:
         check_types(self)
         try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:  # torch's own words, the first line of them
-            reason = str(error).partition("\n")[0]
+            here = not torch.empty(0, device=self.device).is_meta
+            reason = "it holds no values"
+        except (RuntimeError, AssertionError) as error:  # torch's words, the first sentence of them
+            here, reason = False, str(error).partition("\n")[0].partition(". ")[0]
+        if not here:
             raise ConfigError(f"device: cannot use {self.device!r}: {reason}") from None
+        if self.quantizer is None:
+            for field in ("block_size", "double_quant"):
+                if getattr(self, field) != getattr(Source, field):
+                    raise ConfigError(
+                        f"{field}: belongs to a quantizer; got {getattr(self, field)!r} without "
+                        "one: pass --quantizer nf4 too"
+                    )
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -22,6 +22,7 @@ from lowrank.cli.options import add_fields, dump_toml, given_fields, read_toml
 from lowrank.cli.source import Source
 from lowrank.data import load_examples
 from lowrank.errors import ConfigError
+from lowrank.io.atomic import write_text
 from lowrank.train import TrainConfig, Trainer
 from lowrank.train.run import check_output_dir
 
@@ -59,10 +60,9 @@ def run(args: argparse.Namespace) -> int:
     lowrank.print_trainable_parameters(lowrank.inject(model, lora))
     trainer = Trainer(model, config, train_data, eval_data, tokenizer=tokenizer)
     output = Path(config.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
     tables = {"run": settings, "train": config, "lora": lora}
     text = dump_toml({name: dataclasses.asdict(table) for name, table in tables.items()})
-    (output / RESOLVED).write_text(text, encoding="utf-8")
+    write_text(output / RESOLVED, text)
     result = trainer.train()
     if result.interrupted:
         done = f"{len(result.losses)} of {trainer.total_steps} steps"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import shutil
 import struct
 import sys
@@ -61,10 +63,18 @@ def copy(tiny, tmp_path):
         (["--r", "0"], ["r", "0"]),
         (["--r", "four"], ["--r", "four", "--help"]),
         (["--learning-rate", "-1"], ["learning_rate", "-1"]),
-        (["--learning-rte", "1"], ["--learning-rte"]),
+        (["--learning-rte", "1"], ["--learning-rte", "did you mean --learning-rate?", "train"]),
+        (["--block-size", "32"], ["block_size", "32", "--quantizer nf4"]),
+        (["--no-double-quant"], ["double_quant", "--quantizer nf4"]),
+        (["--exclude-modules", "q_prjo"], ["exclude_modules", "q_prjo", "q_proj"]),
+        (["--num-train-epochs", "1e308"], ["num_train_epochs", "1e+308"]),
+        (["--output-dir", ""], ["--output-dir", "expected a value"]),
+        (["--model", ""], ["--model", "expected a value"]),
+        (["--data", "caf\udce9.jsonl"], ["UTF-8", r"caf\udce9"]),
         (["--lr-scheduler-type", "cosin"], ["lr_scheduler_type", "cosin", "cosine"]),
         (["--dtype", "float8"], ["--dtype", "float8", "bfloat16"]),
         (["--device", "gpu"], ["device", "gpu"]),
+        (["--device", "meta"], ["device", "meta"]),
         (["--device", "cuda:99"], ["device", "cuda:99"]),
     ],
 )
@@ -86,6 +96,8 @@ def test_no_command_and_no_model(run):
         (['{"text": "a"}', '{"txt": "a"}'], [":2", "text"]),
         (['{"text": 3}'], [":1", "text"]),
         ([], ["empty"]),
+        (['{"text": ""}'], [":1", "no token is left to learn"]),
+        (['{"input_ids": [1, 2, 99999]}'], [":1", "vocab_size", "99999"]),
     ],
 )
 def test_data(train, tmp_path, lines, expected):
@@ -205,8 +217,11 @@ def test_adapter_of_another_base(run, tiny, other_adapter, tmp_path):
     refused(
         run("merge", "--model", tiny, "--adapter", other_adapter, "--output", tmp_path / "merged")
     )
+    refused(
+        run("merge", "--model", tiny, "--adapter", other_adapter, "--output", tmp_path / "a/b/c")
+    )
     assert listing(tmp_path) == before
-    assert not (tmp_path / "merged").exists()
+    assert not (tmp_path / "merged").exists() and not (tmp_path / "a").exists()
 
 
 def test_damaged_adapter(run, tiny, other_adapter, tmp_path):
@@ -235,9 +250,25 @@ def test_merge_into_what_is_there(run, tiny, tmp_path):
 def test_nothing_to_generate_from(run, tiny, monkeypatch):
     refused(run("generate", "--model", tiny, "--prompt", ""), "prompt")
     refused(run("generate", "--model", tiny, "--prompt", "a", "--temperature", "-1"), "temperature")
-    refused(
-        run("generate", "--model", tiny, "--prompt", "a", "--max-new-tokens", "0"), "max_new_tokens"
-    )
+    for flag, value in (("--max-new-tokens", "0"), ("--seed", str(2**70)), ("--adapter", "")):
+        words = ["generate", "--model", tiny, "--prompt", "a", flag, value]
+        refused(run(*words), flag.strip("-").replace("-", "_") if value else "adapter_config.json")
+    with open(os.devnull) as nothing, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdin", nothing)
+        refused(run("generate", "--model", tiny), "prompt", "standard input")
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+        refused(run("generate", "--model", tiny), "prompt", "utf-8", "byte 3")
+
+
+@pytest.mark.parametrize("whose", ["torch's on a CPU", "Python's", "torch's on a GPU"])
+def test_out_of_memory_is_said_in_one_line(run, tiny, monkeypatch, whose):
+    def fails(*_, **__):
+        if whose == "torch's on a CPU":
+            torch.empty(2**60, dtype=torch.uint8)
+        raise MemoryError("no room") if whose == "Python's" else torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("lowrank.load_model", fails)
+    refused(run("generate", "--model", tiny, "--prompt", "a"), "out of memory", "try a smaller")
 
 
 @pytest.mark.parametrize("package", ["tokenizers", "gguf"])
