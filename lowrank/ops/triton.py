@@ -1,25 +1,41 @@
-"""Launches the Triton kernels: dequantize, and the products as dequantize into scratch + cuBLAS.
+"""Launches the Triton kernels: quantize, dequantize, and the products of a quantized weight.
 
-At training sizes decoding is a small part of the product (231 / M of it on an H200, by arithmetic),
-so the product is left to cuBLAS. On a CPU these run only under Triton's interpreter
-(TRITON_INTERPRET=1), for tests.
+Few rows are multiplied straight from packed codes. For more, the weight is decoded into a reused
+scratch and cuBLAS multiplies: at training sizes decoding is a small part of the product (231 / M
+of it on an H200, by arithmetic), and no fused kernel comes near enough to cuBLAS to win it back.
+On a CPU these run only under Triton's interpreter (TRITON_INTERPRET=1), for tests.
 """
 
 from __future__ import annotations
 
-import os
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 import triton
+import triton.language as tl
 from torch import Tensor
 
+from lowrank.kernels import configs
 from lowrank.kernels.codebook_dequantize import codebook_dequantize_kernel
+from lowrank.kernels.codebook_linear import codebook_linear_kernel, codebook_linear_row_kernel
+from lowrank.kernels.codebook_linear_dx import codebook_linear_dx_kernel, sum_parts_kernel
+from lowrank.kernels.codebook_quantize import codebook_quantize_kernel
 
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from .scratch import scratch
+
+_INTERPRETED = triton.knobs.runtime.interpret
 _OLDEST = (7, 5)  # Turing: what Triton compiles for
-_TILE = 1024  # 8 elements for each of 128 threads: 16-byte stores straight from registers
+_SUM_BLOCK = 1024
+
+# The rows up to which a product is fused, by the major number of the compute capability. By
+# arithmetic and not yet by measurement: `python -m benchmarks.gpu` times both sides of each.
+# Triton has no tensor-core product for Turing, and none of exact float32 anywhere.
+_FUSED_ROWS_16_BIT = {7: 1, 8: 64, 9: 64, 10: 64, 12: 64}
+_FUSED_ROWS_FLOAT32 = {7: 1, 8: 16, 9: 16, 10: 16, 12: 16}
+_MOST_FUSED_ROWS = 64
+
+_DOT = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 def refuse(op: str, *args) -> str | None:
@@ -33,6 +49,36 @@ def refuse(op: str, *args) -> str | None:
     return None
 
 
+def fused_rows(device: torch.device, dtype: torch.dtype) -> int:
+    """The most rows that `codebook_linear` and `codebook_linear_dx` multiply from packed codes."""
+    if dtype not in _DOT:
+        return 0
+    if device.type != "cuda":
+        return _MOST_FUSED_ROWS
+    major = torch.cuda.get_device_capability(device)[0]
+    table = _FUSED_ROWS_FLOAT32 if dtype == torch.float32 else _FUSED_ROWS_16_BIT
+    return table.get(major, _MOST_FUSED_ROWS)
+
+
+def codebook_quantize(weight: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Packed codes and float32 absmax of weight [N, K]; only its rows need to be contiguous."""
+    N, K = weight.shape
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
+    sorted_entries, order = codebook.sort(dim=-1, stable=True)
+    mids = ((sorted_entries[:, :-1] + sorted_entries[:, 1:]) / 2).contiguous()
+    packed = torch.empty(N, (K + 31) // 32 * 16, dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(N, triton.cdiv(K, block_size), dtype=torch.float32, device=weight.device)
+    config = configs.quantize(K, block_size)
+    with _on(weight.device):
+        codebook_quantize_kernel[(N, triton.cdiv(absmax.shape[1], config["SPANS"]))](
+            weight, mids, order.int(), packed, absmax,
+            K, weight.stride(0), packed.shape[1], absmax.shape[1],
+            PER_ROW=codebook.shape[0] > 1, **config,
+        )  # fmt: skip
+    return packed, absmax
+
+
 def codebook_dequantize(
     packed: Tensor,
     absmax: Tensor,
@@ -43,26 +89,8 @@ def codebook_dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """The weight [N, K] in `dtype`, double-quantized scales decoded in the same pass."""
-    N = packed.shape[0]
-    out = torch.empty(N, K, dtype=dtype, device=packed.device)
-    if out.numel() == 0:
-        return out
-    tile = min(_TILE, triton.next_power_of_2(max(K, 32)))
-    with torch.cuda.device(packed.device) if packed.is_cuda else nullcontext():
-        codebook_dequantize_kernel[(N, triton.cdiv(K, tile))](
-            packed.contiguous(),
-            absmax.contiguous(),
-            None if absmax_scale is None else absmax_scale.contiguous(),
-            codebook.contiguous(),
-            out,
-            K,
-            packed.shape[1],
-            absmax.shape[1],
-            16 if codebook.shape[0] > 1 else 0,
-            G=block_size,
-            BLOCK_K=tile,
-            enable_fp_fusion=False,  # absmax = code * step + offset rounds twice
-        )
+    out = torch.empty(packed.shape[0], K, dtype=dtype, device=packed.device)
+    _dequantize_into(out, packed, absmax, absmax_scale, codebook, block_size)
     return out
 
 
@@ -75,10 +103,11 @@ def codebook_linear(
     bias: Tensor | None,
     block_size: int,
 ) -> Tensor:
-    """y = x Wᵀ + b for x [..., K]: [..., N]. W is scratch in the dtype of x, freed on return."""
-    K = x.shape[-1]
-    w = codebook_dequantize(packed, absmax, absmax_scale, codebook, K, block_size, x.dtype)
-    return F.linear(x, w, bias)
+    """y = x Wᵀ + b for x [..., K]: [..., N] in the dtype of x."""
+    rows = x.numel() // max(1, x.shape[-1])
+    fused = x.numel() and packed.shape[0] and rows <= fused_rows(x.device, x.dtype)
+    product = linear_from_codes if fused else linear_through_scratch
+    return product(x, packed, absmax, absmax_scale, codebook, bias, block_size)
 
 
 def codebook_linear_dx(
@@ -90,6 +119,152 @@ def codebook_linear_dx(
     K: int,
     block_size: int,
 ) -> Tensor:
-    """dx = dy W for dy [..., N]: [..., K]. W is scratch in the dtype of dy, freed on return."""
-    w = codebook_dequantize(packed, absmax, absmax_scale, codebook, K, block_size, dy.dtype)
-    return dy @ w
+    """dx = dy W for dy [..., N]: [..., K] in the dtype of dy."""
+    rows = dy.numel() // max(1, dy.shape[-1])
+    fused = dy.numel() and K and rows <= fused_rows(dy.device, dy.dtype)
+    product = dx_from_codes if fused else dx_through_scratch
+    return product(dy, packed, absmax, absmax_scale, codebook, K, block_size)
+
+
+def linear_from_codes(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    codebook: Tensor,
+    bias: Tensor | None,
+    block_size: int,
+) -> Tensor:
+    """`codebook_linear` for any number of rows, at least one, without a dense weight."""
+    N, K = packed.shape[0], x.shape[-1]
+    rows = _rows(x)
+    M = rows.shape[0]
+    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    weight = _weight(packed, absmax, absmax_scale, codebook)
+    bias = None if bias is None else bias.contiguous()
+    per_row = codebook.shape[0] > 1
+    with _on(x.device):
+        if M == 1:
+            config = configs.linear_row(K, block_size)
+            codebook_linear_row_kernel[(triton.cdiv(N, config["BLOCK_N"]),)](
+                rows, *weight, bias, y,
+                N, packed.shape[1], absmax.shape[1], K=K, PER_ROW=per_row, **config,
+            )  # fmt: skip
+        else:
+            config = configs.linear(M, block_size)
+            grid = (triton.cdiv(N, config["BLOCK_N"]), triton.cdiv(M, config["BLOCK_M"]))
+            codebook_linear_kernel[grid](
+                rows, *weight, bias, y,
+                M, N, rows.stride(0), packed.shape[1], absmax.shape[1],
+                K=K, PER_ROW=per_row, DOT=_dot_dtype(x.dtype), **config,
+            )  # fmt: skip
+    return y.view(*x.shape[:-1], N)
+
+
+def linear_through_scratch(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    codebook: Tensor,
+    bias: Tensor | None,
+    block_size: int,
+) -> Tensor:
+    """`codebook_linear` by cuBLAS over W decoded to the dtype of x."""
+    with scratch((packed.shape[0], x.shape[-1]), x.dtype, x.device) as w:
+        _dequantize_into(w, packed, absmax, absmax_scale, codebook, block_size)
+        return F.linear(x, w, bias)
+
+
+def dx_from_codes(
+    dy: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    codebook: Tensor,
+    K: int,
+    block_size: int,
+) -> Tensor:
+    """`codebook_linear_dx` for any number of rows, at least one, without a dense weight.
+
+    The sum over N is shared by several programs for each tile; their parts, float32, are added in
+    order by a second kernel.
+    """
+    N = packed.shape[0]
+    rows = _rows(dy)
+    M, parts = rows.shape[0], configs.dx_parts(N)
+    dx = torch.empty(M, K, dtype=dy.dtype, device=dy.device)
+    sums = dx
+    if parts > 1:
+        sums = torch.empty(parts, M, K, dtype=torch.float32, device=dy.device)
+    config = configs.linear_dx(M, block_size)
+    grid = (triton.cdiv(K, config["SPAN"]), triton.cdiv(M, config["BLOCK_M"]), parts)
+    part = triton.cdiv(triton.cdiv(N, parts), config["BLOCK_N"]) * config["BLOCK_N"]
+    with _on(dy.device):
+        codebook_linear_dx_kernel[grid](
+            rows, *_weight(packed, absmax, absmax_scale, codebook), sums,
+            M, N, K, rows.stride(0), packed.shape[1], absmax.shape[1],
+            PART=part, PER_ROW=codebook.shape[0] > 1, DOT=_dot_dtype(dy.dtype), **config,
+        )  # fmt: skip
+        if parts > 1:
+            sum_parts_kernel[(triton.cdiv(M * K, _SUM_BLOCK),)](
+                sums, dx, M * K, PARTS=parts, BLOCK=_SUM_BLOCK
+            )
+    return dx.view(*dy.shape[:-1], K)
+
+
+def dx_through_scratch(
+    dy: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    codebook: Tensor,
+    K: int,
+    block_size: int,
+) -> Tensor:
+    """`codebook_linear_dx` by cuBLAS over W decoded to the dtype of dy."""
+    with scratch((packed.shape[0], K), dy.dtype, dy.device) as w:
+        _dequantize_into(w, packed, absmax, absmax_scale, codebook, block_size)
+        return dy @ w
+
+
+def _dequantize_into(
+    out: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    codebook: Tensor,
+    block_size: int,
+) -> None:
+    N, K = out.shape
+    if out.numel() == 0:
+        return
+    config = configs.dequantize(K, block_size)
+    with _on(packed.device):
+        codebook_dequantize_kernel[(N, triton.cdiv(K, config["BLOCK_K"]))](
+            *_weight(packed, absmax, absmax_scale, codebook), out,
+            K, packed.shape[1], absmax.shape[1], 16 if codebook.shape[0] > 1 else 0, **config,
+        )  # fmt: skip
+
+
+def _weight(
+    packed: Tensor, absmax: Tensor, absmax_scale: Tensor | None, codebook: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """The tensors of a weight as the kernels address them."""
+    scale = None if absmax_scale is None else absmax_scale.contiguous()
+    return packed.contiguous(), absmax.contiguous(), scale, codebook.contiguous()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [..., K] as [M, K] with consecutive elements in a row."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _dot_dtype(dtype: torch.dtype) -> tl.dtype:
+    """The interpreter multiplies the bits of bfloat16 as if they were integers."""
+    return tl.float32 if _INTERPRETED else _DOT[dtype]
+
+
+def _on(device: torch.device) -> AbstractContextManager:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,0 +1,245 @@
+"""What every Triton kernel takes of every GPU generation: compiled to real cubins with no GPU.
+
+    python -m benchmarks.compile_all [--arch 80,90]
+
+writes the table benchmarks/results/kernels.md and fails if a kernel spills, needs local memory, or
+has no tensor-core instruction where it multiplies matrices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lowrank.kernels import configs
+from lowrank.kernels.codebook_dequantize import codebook_dequantize_kernel
+from lowrank.kernels.codebook_linear import codebook_linear_kernel, codebook_linear_row_kernel
+from lowrank.kernels.codebook_linear_dx import codebook_linear_dx_kernel, sum_parts_kernel
+from lowrank.kernels.codebook_quantize import codebook_quantize_kernel
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+TABLE = Path(__file__).parent / "results" / "kernels.md"
+MOST_SHARED = 99 << 10  # of one program on sm_86, 89 and 120; the others have more
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+DTYPES = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+FIXED_TYPES = {
+    "packed_ptr": "*u8",
+    "scale_ptr": "*fp32",
+    "codebook_ptr": "*fp32",
+    "mids_ptr": "*fp32",
+    "order_ptr": "*i32",
+    "parts_ptr": "*fp32",
+}
+
+
+@dataclass
+class Case:
+    """A kernel as it is launched: the type of its tensors, its constants and its options."""
+
+    name: str
+    kernel: object
+    dtype: str
+    double_quant: bool
+    constants: dict
+    aligned: bool = True  # 16 divides the pointers, K and the strides, as in every real model
+    tensor_cores: bool = False
+
+    def source(self) -> ASTSource:
+        """What the launcher's call would compile."""
+        constants = {k: v for k, v in self.constants.items() if k not in OPTIONS}
+        names = list(self.kernel.arg_names)
+        if "scale_ptr" in names and not self.double_quant:
+            constants["scale_ptr"] = None
+        signature = {n: "constexpr" if n in constants else self._type(n) for n in names}
+        divisible = [
+            name
+            for name, type_ in signature.items()
+            if name == "row_bytes" or (self.aligned and type_ != "constexpr" and name != "M")
+        ]
+        return ASTSource(
+            fn=self.kernel,
+            signature=signature,
+            constexprs={(names.index(n),): value for n, value in constants.items()},
+            attrs={(names.index(n),): [["tt.divisibility", 16]] for n in divisible},
+        )
+
+    def _type(self, name: str) -> str:
+        if not name.endswith("_ptr"):
+            return "i32"
+        if name == "absmax_ptr":
+            quantizes = self.kernel is codebook_quantize_kernel
+            return "*u8" if self.double_quant and not quantizes else "*fp32"
+        return FIXED_TYPES.get(name, f"*{self.dtype}")
+
+
+@dataclass
+class Usage:
+    """What a cubin takes: for each thread, and of shared memory for each program."""
+
+    registers: int
+    shared: int
+    stack: int  # bytes of local memory
+    spills: int  # instructions that read or write local memory
+    tensor_cores: int  # instructions that multiply matrices
+    ptx: str
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel in every tile that the launchers choose, and what a model rarely has."""
+    for dtype in DTYPES:
+        yield _quantize(dtype, 64)
+        for double_quant in (False, True):
+            yield _dequantize(dtype, double_quant)
+            yield _linear(1, dtype, double_quant)
+        for M in (16,) if dtype == "fp32" else (16, 32, 64):
+            yield _linear(M, dtype)
+            yield _linear_dx(M, dtype)
+    yield _quantize("bf16", 4096)
+    for M in (1, 16, 32, 64):
+        for G in (32, 128):
+            yield _linear(M, "bf16", G=G)
+        yield _linear(M, "bf16", per_row=True)
+        yield _linear(M, "bf16", K=4095, aligned=False)
+    for M in (16, 64):
+        for G in (32, 128):
+            yield _linear_dx(M, "bf16", G=G)
+        yield _linear_dx(M, "bf16", per_row=True)
+        yield _linear_dx(M, "bf16", aligned=False)
+    yield Case("sum_parts", sum_parts_kernel, "bf16", False, {"PARTS": 8, "BLOCK": 1024})
+
+
+def _quantize(dtype: str, G: int) -> Case:
+    constants = configs.quantize(4096, G) | {"PER_ROW": False}
+    return Case(f"codebook_quantize G={G}", codebook_quantize_kernel, dtype, False, constants)
+
+
+def _dequantize(dtype: str, double_quant: bool) -> Case:
+    name = "codebook_dequantize" + _suffix(64, double_quant)
+    constants = configs.dequantize(4096, 64)
+    return Case(name, codebook_dequantize_kernel, dtype, double_quant, constants)
+
+
+def _linear(
+    M: int,
+    dtype: str,
+    double_quant: bool = True,
+    K: int = 4096,
+    G: int = 64,
+    per_row: bool = False,
+    aligned: bool = True,
+) -> Case:
+    name = f"codebook_linear M={M}" + _suffix(G, double_quant, per_row, aligned)
+    shared = {"K": K, "PER_ROW": per_row}
+    if M == 1:
+        constants = configs.linear_row(K, G) | shared
+        return Case(name, codebook_linear_row_kernel, dtype, double_quant, constants, aligned)
+    constants = configs.linear(M, G) | shared | {"DOT": DTYPES[dtype]}
+    on_tensor_cores = dtype != "fp32"
+    return Case(
+        name, codebook_linear_kernel, dtype, double_quant, constants, aligned, on_tensor_cores
+    )
+
+
+def _linear_dx(
+    M: int, dtype: str, G: int = 64, per_row: bool = False, aligned: bool = True
+) -> Case:
+    name = f"codebook_linear_dx M={M}" + _suffix(G, True, per_row, aligned)
+    constants = configs.linear_dx(M, G) | {"PART": 512, "PER_ROW": per_row, "DOT": DTYPES[dtype]}
+    on_tensor_cores = dtype != "fp32"
+    return Case(name, codebook_linear_dx_kernel, dtype, True, constants, aligned, on_tensor_cores)
+
+
+def _suffix(G: int, double_quant: bool, per_row: bool = False, aligned: bool = True) -> str:
+    return (
+        f" G={G}"
+        + ("" if double_quant else ", float32 scales")
+        + (", a table a row" if per_row else "")
+        + ("" if aligned else ", odd K")
+    )
+
+
+def compile_case(case: Case, arch: int, folder: Path) -> Usage:
+    """Compile for this architecture; `folder` takes the cubin."""
+    options = {k: v for k, v in case.constants.items() if k in OPTIONS}
+    compiled = triton.compile(case.source(), target=GPUTarget("cuda", arch, 32), options=options)
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    usage, sass = _cuobjdump("-res-usage", cubin), _cuobjdump("-sass", cubin)
+    return Usage(
+        registers=int(re.search(r"REG:(\d+)", usage).group(1)),
+        shared=compiled.metadata.shared,
+        stack=int(re.search(r"STACK:(\d+)", usage).group(1)),
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        tensor_cores=len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA)\b", sass)),
+        ptx=compiled.asm["ptx"],
+    )
+
+
+def faults(case: Case, used: Usage) -> list[str]:
+    """What must not be: spills, local memory, a matrix product without tensor cores."""
+    found = []
+    if used.stack or used.spills:
+        found.append(f"{used.stack} bytes of local memory, {used.spills} spills")
+    if used.shared > MOST_SHARED:
+        found.append(
+            f"{used.shared} bytes of shared memory; the least of these GPUs has {MOST_SHARED}"
+        )
+    if case.tensor_cores and not used.tensor_cores:
+        found.append("no tensor-core instruction")
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compile all and write the table; 1 if anything is wrong with a kernel."""
+    options = argparse.ArgumentParser(prog="python -m benchmarks.compile_all")
+    options.add_argument("--arch", default=",".join(map(str, ARCHITECTURES)))
+    archs = [int(text) for text in options.parse_args(argv).arch.split(",")]
+    lines = [
+        f"Triton {triton.__version__}. Each cell: registers a thread / KiB of shared memory; every",
+        "kernel of every cell has 0 bytes of local memory and 0 spills; `+` where its matrix",
+        "products are tensor-core instructions.",
+        "",
+        "| kernel | dtype | " + " | ".join(f"sm_{arch}" for arch in archs) + " |",
+        "|---|---|" + "---|" * len(archs),
+    ]
+    wrong = []
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.setdefault("TRITON_CACHE_DIR", folder)
+        for case in cases():
+            cells = []
+            for arch in archs:
+                used = compile_case(case, arch, Path(folder))
+                cells.append(
+                    f"{used.registers} / {used.shared / 1024:g}" + " +" * bool(used.tensor_cores)
+                )
+                wrong += [f"{case.name} {case.dtype} sm_{arch}: {f}" for f in faults(case, used)]
+            lines.append(f"| {case.name} | {case.dtype} | " + " | ".join(cells) + " |")
+            print(lines[-1], flush=True)
+    print(*wrong, sep="\n", file=sys.stderr)
+    if not wrong:
+        TABLE.parent.mkdir(exist_ok=True)
+        TABLE.write_text("\n".join(lines) + "\n")
+    return 1 if wrong else 0
+
+
+def _cuobjdump(option: str, cubin: Path) -> str:
+    command = [TOOLS / "cuobjdump", option, cubin]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+if __name__ == "__main__":
+    sys.exit(main())

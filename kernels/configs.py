@@ -1,0 +1,61 @@
+"""The tile of every kernel as a function of the shapes: launched, tested and compiled from here.
+
+Fixed, not tuned at run time: another tile adds in another order, and the bits of a result would
+depend on what a tuner had found. What is here was chosen by arithmetic and by registers; none of it
+has been measured on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import triton
+
+# A fused multiply-add would round absmax = code * step + offset once; the format says twice.
+ROUNDED = {"enable_fp_fusion": False}
+
+
+def dequantize(K: int, G: int) -> dict:
+    """codebook_dequantize_kernel: 8 elements for each of 128 threads, 16-byte stores of a row."""
+    return {"G": G, "BLOCK_K": _row_tile(K), "num_warps": 4} | ROUNDED
+
+
+def quantize(K: int, G: int) -> dict:
+    """codebook_quantize_kernel: whole blocks, about 1024 elements."""
+    spans = max(1, _row_tile(K) // G)
+    return {"G": G, "SPANS": spans, "num_warps": 4 if spans * G <= 1024 else 8} | ROUNDED
+
+
+def linear_row(K: int, G: int) -> dict:
+    """codebook_linear_row_kernel: 8 rows of W, 16 bytes of codes for each of 128 threads."""
+    tile = min(512, _row_tile(K))
+    span = min(G, tile)
+    shape = {"G": G, "SPAN": span, "SPANS": tile // span, "BLOCK_N": 8}
+    return shape | {"STAGES": 3, "num_warps": 4} | ROUNDED
+
+
+def linear(M: int, G: int) -> dict:
+    """codebook_linear_kernel: up to 32 rows of x, K is split over the warps; above, N is."""
+    if M <= 32:
+        tile = {"SPLITS": 4, "SPAN": min(G, 64), "BLOCK_M": _rows(M), "BLOCK_N": 32}
+    else:
+        tile = {"SPLITS": 1, "SPAN": min(G, 128), "BLOCK_M": 64, "BLOCK_N": 64}
+    return {"G": G} | tile | {"num_warps": 4, "num_stages": 3} | ROUNDED
+
+
+def linear_dx(M: int, G: int) -> dict:
+    """codebook_linear_dx_kernel: one span of columns, 64 rows of W at a time."""
+    tile = {"SPAN": min(G, 128), "BLOCK_M": _rows(M), "BLOCK_N": 64}
+    return {"G": G} | tile | {"num_warps": 4, "num_stages": 3} | ROUNDED
+
+
+def dx_parts(N: int) -> int:
+    """How many programs share the sum over N of one tile of dx: 512 rows of W each, at most 8."""
+    return min(8, triton.cdiv(N, 512))
+
+
+def _rows(M: int) -> int:
+    """What holds M rows: tensor cores take 16 at least."""
+    return 16 if M <= 16 else 32 if M <= 32 else 64
+
+
+def _row_tile(K: int) -> int:
+    return min(1024, triton.next_power_of_2(max(K, 32)))
