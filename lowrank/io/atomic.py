@@ -13,7 +13,8 @@ def write_files(directory: str | Path, writers: Mapping[str, Callable[[Path], No
     """Write files into `directory`: each aside and synced, and when all are, renamed into place.
 
     `writers`: {name: function that writes the path it is given}. On any error before the renames,
-    Ctrl-C included, the directory is as it was. They are renamed in the order given.
+    Ctrl-C included, the directory is as it was. They are renamed in the order given. An OSError
+    names the file.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -23,9 +24,12 @@ def write_files(directory: str | Path, writers: Mapping[str, Callable[[Path], No
             handle, path = tempfile.mkstemp(dir=directory, prefix=f".{name}.", suffix=".tmp")
             os.close(handle)
             aside[name] = Path(path)
-            write(aside[name])
-            os.chmod(path, 0o666 & ~_umask())  # mkstemp's files are private, these are not
-            _sync(path)
+            try:
+                write(aside[name])
+                os.chmod(path, 0o666 & ~_umask())  # mkstemp's files are private, these are not
+                _sync(path)
+            except OSError as error:  # a full disk: say which file, not what it was called aside
+                raise OSError(error.errno, error.strerror, str(directory / name)) from error
         for name, path in aside.items():
             os.replace(path, directory / name)
         _sync(directory)

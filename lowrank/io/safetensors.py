@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +29,7 @@ def save_safetensors(
 def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write straight to `path`, each tensor dense and with its own memory."""
+    """Write straight to `path`, each tensor dense and with its own memory. Raises OSError."""
     seen: set[int] = set()
     owned = {}
     for name, tensor in tensors.items():
@@ -36,7 +38,13 @@ def write_safetensors(
             tensor = tensor.clone()
         seen.add(tensor.untyped_storage().data_ptr())
         owned[name] = tensor.contiguous()
-    save_file(owned, path, metadata={"format": "pt", **(metadata or {})})
+    try:
+        save_file(owned, path, metadata={"format": "pt", **(metadata or {})})
+    except SafetensorError as error:  # the system's own error is in its text
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 @contextmanager

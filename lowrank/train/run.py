@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import platform
@@ -65,8 +66,11 @@ class RunDirectory:
 
     def log(self, values: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl; it is in the file when this returns."""
-        self._metrics.write(json.dumps(values, allow_nan=False) + "\n")
-        self._metrics.flush()
+        try:
+            self._metrics.write(json.dumps(values, allow_nan=False) + "\n")
+            self._metrics.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path / METRICS)) from error
 
     def write_json(self, name: str, values: dict[str, Any]) -> None:
         """Write `name` whole or not at all."""
@@ -108,7 +112,8 @@ class RunDirectory:
         return self.path / PLOT
 
     def close(self) -> None:
-        self._metrics.close()
+        with contextlib.suppress(OSError):  # of a line that `log` could not write, and said so
+            self._metrics.close()
 
 
 def versions() -> dict[str, str]:

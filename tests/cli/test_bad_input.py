@@ -169,6 +169,25 @@ def test_output_that_is_a_file(train, tmp_path):
     refused(train(), "out")
 
 
+@pytest.mark.parametrize(("room", "lacks"), [(40, "run.toml"), (3000, "adapter_model.safetensors")])
+def test_a_full_disk(run, tiny, data, tmp_path, room, lacks):
+    resource = pytest.importorskip("resource", reason="needs a POSIX system: limits a file's size")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        outcome = run(
+            "train", "--model", tiny, "--data", data, "--output-dir", tmp_path / "out",
+            "--max-steps", 1, "--disable-tqdm",
+        )  # fmt: skip
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    last = outcome.err.splitlines()[-1]  # after the steps' own lines
+    assert outcome.status == 2 and last.startswith("lowrank: error: ") and lacks in last
+    assert "Traceback" not in outcome.err
+    assert not (tmp_path / "out" / lacks).exists()
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
 def test_config_file(run, tmp_path):
     path = tmp_path / "run.toml"
     for text in ("[train", "[trian]\nseed = 1", "[train]\nsede = 1", "[lora]\nr = 'x'\n"):

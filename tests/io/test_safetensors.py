@@ -46,6 +46,25 @@ def test_shared_strided_and_empty_tensors(tmp_path):
     assert_same(load_safetensors(tmp_path / "x.safetensors"), want)
 
 
+@pytest.mark.parametrize("write", ["tensors", "text"])
+def test_no_room_on_the_disk_names_the_file_and_keeps_the_old(tmp_path, write):
+    resource = pytest.importorskip("resource", reason="needs a POSIX system: limits a file's size")
+    path, limits = tmp_path / "x.safetensors", resource.getrlimit(resource.RLIMIT_FSIZE)
+    save_safetensors(path, tensors())
+    before = path.read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # as a full disk does
+    try:
+        with pytest.raises(OSError) as caught:
+            if write == "text":
+                write_text(path, "a" * 20_000)
+            else:
+                save_safetensors(path, {"big": torch.randn(5_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.filename == str(path) and caught.value.strerror
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["x.safetensors"]
+
+
 def test_truncated_anywhere_is_refused(tmp_path):
     path = tmp_path / "x.safetensors"
     save_safetensors(path, tensors())
