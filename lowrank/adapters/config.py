@@ -78,8 +78,10 @@ class LoRAConfig:
     layers_to_transform: indices of the blocks to adapt, counted in the ModuleList `layers_pattern`
       (None: the first one in the name).
     layers_pattern: names of such a ModuleList.
-    task_type, base_model_name_or_path, revision, inference_mode: noted in adapter_config.json.
-    use_rslora: s = lora_alpha / sqrt(r).      bias: which of the base's biases train and are saved.
+    task_type, base_model_name_or_path, revision: noted in adapter_config.json.
+    inference_mode: inject the adapter frozen; nothing trains.
+    use_rslora: s = lora_alpha / sqrt(r).
+    bias: which of the base's biases train and are saved: none, lora_only (the targets') or all.
     init_lora_weights: True (A uniform, B zero), "gaussian" (A normal, B zero), or False (neither
       is zero).
 

@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps",
         type=int,
         metavar="N",
-        help=f"(default: {MODEL_BUDGET.steps}, tiny: {TINY_BUDGET.steps})",
+        help=f"optimizer steps (default: {MODEL_BUDGET.steps}, tiny: {TINY_BUDGET.steps})",
     )
     parser.add_argument(
         "--output-dir", type=Path, metavar="DIR",

@@ -44,6 +44,7 @@ def table() -> list[tuple[str, str]]:
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
         ("GPU", gpu()),
         ("native CPU kernels", native_cpu()),
+        ("native CUDA kernels", native_cuda()),
         ("quantizers", ", ".join(quant.names())),
     ]
     for op in OPERATORS:
@@ -75,3 +76,8 @@ def native_cpu() -> str:
     if isinstance(library, str):
         return library
     return f"{native.isa()}, of {', '.join(native.usable_isas())} that run here"
+
+
+def native_cuda() -> str:
+    library = native.load_cuda()
+    return library if isinstance(library, str) else "here"

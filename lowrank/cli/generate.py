@@ -27,7 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="put the prompt as a user's turn, through the chat template",
     )
     parser.add_argument(
-        "--max-new-tokens", type=int, default=128, metavar="N", help="(default: 128)"
+        "--max-new-tokens",
+        type=int,
+        default=128,
+        metavar="N",
+        help="tokens to write at most (default: 128)",
     )
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default: 0)"
@@ -39,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--top-p", type=float, metavar="X", help="sample from the likeliest tokens that make up X"
     )
     parser.add_argument("--seed", type=int, metavar="N", help="of the sampling")
-    add_fields(parser, Source, "source")
+    add_fields(parser, Source, "source", "the model")
 
 
 def run(args: argparse.Namespace) -> int:

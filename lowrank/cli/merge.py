@@ -27,7 +27,7 @@ from lowrank.models.saving import save_model
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", required=True, metavar="DIR", help="the adapter to merge")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where to write")
-    add_fields(parser, Source, "source")
+    add_fields(parser, Source, "source", "the model")
 
 
 def run(args: argparse.Namespace) -> int:

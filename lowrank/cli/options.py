@@ -22,12 +22,12 @@ else:
     import tomli as tomllib
 
 
-def add_fields(parser: argparse.ArgumentParser, config: type, prefix: str) -> None:
+def add_fields(parser: argparse.ArgumentParser, config: type, prefix: str, title: str) -> None:
     """A flag for every field of the dataclass `config`, with the help text of its docstring.
 
-    Only those given come out of parsing, as `<prefix>.<field>`.
+    Only those given come out of parsing, as `<prefix>.<field>`. `title` stands above them.
     """
-    group = parser.add_argument_group(f"{config.__name__}: [{prefix}] in a TOML file")
+    group = parser.add_argument_group(title)
     texts, hints = field_help(config), get_type_hints(config)
     for field in dataclasses.fields(config):
         kinds = _kinds(hints[field.name])

@@ -25,7 +25,7 @@ class Source:
     block_size: weights that share a scale.
     double_quant: quantize the scales too.
     dtype: what is computed with.
-    device: cpu, cuda, cuda:1, ...
+    device: cpu, or cuda, or cuda:1 for the second GPU.
     """
 
     model: str

@@ -46,7 +46,7 @@ TABLES = {"run": Run, "train": TrainConfig, "lora": lowrank.LoRAConfig}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="a TOML file of all this")
     for name, config in TABLES.items():
-        add_fields(parser, config, name)
+        add_fields(parser, config, name, f"{config.__name__}: [{name}] in a TOML file")
 
 
 def run(args: argparse.Namespace) -> int:

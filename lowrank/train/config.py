@@ -73,7 +73,7 @@ class TrainConfig:
     completion_only_loss: learn completions and the assistant's turns only; otherwise all tokens.
     eval_steps: evaluate after every so many steps too, not only before and after training.
     logging_steps: steps between lines of the log; metrics.jsonl has every step.
-    disable_tqdm: no progress bar and no step lines.
+    disable_tqdm: lines of the log in place of the progress bar, as where there is no terminal.
     seed: of the order of the examples and of dropout.
     """
 

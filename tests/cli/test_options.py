@@ -40,7 +40,7 @@ class Everything:
 
 def parse(*words: str, config: type = Everything) -> dict:
     parser = argparse.ArgumentParser(exit_on_error=False)
-    add_fields(parser, config, "x")
+    add_fields(parser, config, "x", "settings")
     return given_fields(parser.parse_args(words), "x")
 
 
@@ -90,7 +90,7 @@ def test_help_comes_from_the_docstring():
 @pytest.mark.parametrize("config", [TrainConfig, LoRAConfig, Run])
 def test_every_field_is_a_flag(config):
     parser = argparse.ArgumentParser()
-    add_fields(parser, config, "x")
+    add_fields(parser, config, "x", "settings")
     text = parser.format_help()
     for field in dataclasses.fields(config):
         assert f"--{field.name.replace('_', '-')}" in text
