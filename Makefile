@@ -1,5 +1,6 @@
 # make demo       fine-tune a 135M language model on this machine, from nothing, in about six minutes
 # make test       every test but the slow ones;  make test-slow: those;  make lint;  make bench
+# make gpu        tests and benchmarks on a CUDA device;  make compile-all: its kernels, without one
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -9,9 +10,10 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q -c constra
 
 export LOWRANK_TEST_DATA ?= ../shared/data
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*)
+GPU_TESTS := tests/ops/test_triton_gpu.py tests/ops/test_cuda.py
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo smollm2 test test-slow bench lint clean
+.PHONY: demo smollm2 test test-slow bench gpu compile-all lint clean
 
 demo: $(VENV)/.demo $(GGUF)
 	$(BIN)/lowrank demo --model $(GGUF)
@@ -24,6 +26,19 @@ test-slow: $(VENV)/.test $(GGUF)
 
 bench: $(VENV)/.test $(GGUF)
 	LOWRANK_SMOLLM2=$(abspath $(GGUF)) $(BIN)/python -m benchmarks
+
+# With the torch (2.9 or newer), triton, numpy and pytest that PYTHON has: nothing is installed.
+gpu: export CUBLAS_WORKSPACE_CONFIG = :4096:8
+gpu:
+	$(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m pytest -m gpu $(GPU_TESTS)
+	! command -v compute-sanitizer || \
+		compute-sanitizer --error-exitcode 1 $(PYTHON) -m pytest -q -m gpu tests/ops/test_cuda.py
+	$(PYTHON) -m benchmarks.gpu --json
+
+# Registers, shared memory and spills of the Triton kernels on six generations of GPUs.
+compile-all: $(VENV)/.test
+	$(BIN)/python -m benchmarks.compile_all
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -1,0 +1,159 @@
+"""Timing on a CUDA device: events instead of a clock, L2 instead of L3; else as in `harness`.
+
+On a CPU the same code runs by the clock, so that what is measured can be tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+from benchmarks.harness import Contender, Timing, poisoned
+from benchmarks.machine import commit
+
+WARM_UP = 5
+MOST_COPIES = 64
+
+
+def measure(contenders: Sequence[Contender], seconds: float, device: torch.device) -> list[dict]:
+    """Time every contender in turn, about `seconds` in all: spread, error, extra memory of each.
+
+    The next call is that of the contender which has had the least time so far, on the next of its
+    copies. Its outputs begin as NaN where they are first compared with float64; the last are
+    compared too.
+    """
+    errors, extras = [], []
+    for contender in contenders:
+        extras.append(_extra_memory(partial(contender.call, 0), device))
+        for i in range(WARM_UP):
+            contender.call(i % contender.copies)
+        with poisoned():
+            errors.append(contender.error(contender.call(0)))
+    times: list[list[float]] = [[] for _ in contenders]
+    share, pending = seconds / len(contenders), list(range(len(contenders)))
+    while pending:
+        which = min(pending, key=lambda i: sum(times[i]))
+        contender = contenders[which]
+        copy = len(times[which]) % contender.copies
+        times[which].append(timed(partial(contender.call, copy), device))
+        if sum(times[which]) >= share and len(times[which]) >= 10:
+            pending.remove(which)
+    timings = []
+    for contender, taken, first, extra in zip(contenders, times, errors, extras, strict=True):
+        both = (first, contender.error(contender.call(0)))
+        worst = math.nan if any(map(math.isnan, both)) else max(both)
+        timings.append(Timing(taken, worst, extra, contender.limit).summary())
+    return timings
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds from the start of the first kernel's launch to the end of the last kernel."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    before.record()
+    call()
+    after.record()
+    torch.cuda.synchronize(device)
+    return before.elapsed_time(after) * 1e-3
+
+
+def graphed(call: Callable[[int], object], copies: int) -> Callable[[int], object]:
+    """The same calls as CUDA graphs, one for each copy: without the launches' time on the CPU."""
+    call(0)
+    torch.cuda.synchronize()
+    graphs, outputs = [], []
+    for i in range(copies):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs.append(call(i))
+        graphs.append(graph)
+
+    def replay(i: int) -> object:
+        graphs[i].replay()
+        return outputs[i]
+
+    return replay
+
+
+def ceilings(device: torch.device, dtype: torch.dtype, scale: float = 1.0) -> dict[str, float]:
+    """Best rates of a few repeats: copy and read of 2 GiB, and a matmul of random numbers."""
+    count, size = int((1 << 30) * scale) // 4096 * 4096, int(8192 * scale**0.5) // 64 * 64
+    source = torch.rand(count, device=device).to(dtype)
+    target = torch.zeros_like(source)
+    left = torch.randn(size, size, device=device).to(dtype)
+    right = torch.randn(size, size, device=device).to(dtype)
+
+    def best(call: Callable[[], object]) -> float:
+        call()
+        return min(timed(call, device) for _ in range(10))
+
+    matmul, copied = best(lambda: left @ right), best(lambda: target.copy_(source))
+    return {
+        "copy_gbs": 2 * source.nbytes / copied * 1e-9,
+        "read_gbs": source.nbytes / best(source.sum) * 1e-9,
+        "matmul_tflops": 2 * size**3 / matmul * 1e-12,
+    }
+
+
+def copies_past_cache(nbytes: int, device: torch.device) -> int:
+    """How many copies of inputs of `nbytes` are four times what the L2 cache holds."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    return max(2, min(MOST_COPIES, -(-4 * cache // max(nbytes, 1))))
+
+
+def describe(device: torch.device) -> dict:
+    """The device, its clocks and driver as nvidia-smi tells, and the versions that ran."""
+    described = {"device": "cpu", "torch": torch.__version__, "commit": commit()}
+    if device.type != "cuda":
+        return described
+    import triton
+
+    properties = torch.cuda.get_device_properties(device)
+    query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
+    try:
+        asked = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+    except OSError:
+        asked = ""
+    return described | {
+        "device": properties.name,
+        "capability": list(torch.cuda.get_device_capability(device)),
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "cuda": torch.version.cuda,
+        "triton": triton.__version__,
+        query: asked,
+    }
+
+
+def slug(described: dict) -> str:
+    """A file name for the device."""
+    return re.sub(r"[^a-z0-9]+", "-", described["device"].lower()).strip("-")
+
+
+def _extra_memory(call: Callable[[], object], device: torch.device) -> int | None:
+    """Peak memory during the call above that before it, less its result; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    outputs = call()  # held until it was measured
+    torch.cuda.synchronize(device)
+    held = torch.cuda.memory_allocated(device) - before
+    del outputs
+    return max(0, torch.cuda.max_memory_allocated(device) - before - held)
