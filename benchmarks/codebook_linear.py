@@ -7,6 +7,8 @@ compared within one loop. M = 128 and more also has a case of the forward and th
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from benchmarks import peers
@@ -14,6 +16,8 @@ from benchmarks.harness import ONCE_SECONDS, Contender, copies_for, relative_err
 from benchmarks.settings import Settings
 
 DTYPES = {"fp32": (torch.float32, 1e-5), "bf16": (torch.bfloat16, 1e-2)}
+FEW_ROWS = 8  # of x: what the backend cpu_int16 multiplies in fixed point
+FIXED_POINT_ERROR = 2e-4
 TRAINING_ROWS = 128  # below, a forward alone is what happens: decoding
 
 
@@ -44,6 +48,8 @@ def _sweep(settings: Settings, label: str, sides: list, backward: bool) -> list[
         if backward and count < TRAINING_ROWS:
             continue
         contenders = [_contender(*side, count, backward) for side in running]
+        if not backward and count <= FEW_ROWS:
+            contenders.insert(1, _fixed_point(contenders[0]))
         case = f"{label} M={count} {direction}"
         made = settings.compare("codebook_linear", case, contenders, "torch fp32", "read")
         rows += made
@@ -56,6 +62,23 @@ def _sweep(settings: Settings, label: str, sides: list, backward: bool) -> list[
                     f"{row['median_ms'] * 1e-3:.1f} s a call"
                 )
     return rows
+
+
+def _fixed_point(ours: Contender) -> Contender:
+    """The same calls on the backend that is asked for by name, for speed."""
+    from lowrank import ops
+
+    def call(i: int) -> object:
+        with ops.use_backend("cpu_int16"):
+            return ours.call(i)
+
+    return replace(
+        ours,
+        name=f"{ours.name}, cpu_int16",
+        call=call,
+        limit=FIXED_POINT_ERROR,
+        path=ours.path.replace("cpu", "cpu_int16"),
+    )
 
 
 def _settle(sides) -> None:

@@ -56,6 +56,14 @@ struct RowScales {
     if (b - decoded >= W) decode(b);
     return room[b - decoded];
   }
+  // Those of blocks b, ..., b + count - 1 at once.
+  void range(int64_t b, int64_t count, float* out) const {
+    if (codes) {
+      for (int64_t i = 0; i < count; ++i) out[i] = float(codes[b + i]) * step + offset;
+    } else {
+      memcpy(out, values + b, size_t(count) * sizeof(float));
+    }
+  }
   // Two roundings, as stored: the compiler must not contract this (-ffp-contract=off).
   void decode(int64_t b) {
     decoded = b;

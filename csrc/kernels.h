@@ -21,6 +21,8 @@ struct Kernels {
                      int32_t threads);
   int32_t (*linear)(const void* x, int32_t dtype, int64_t M, const CodebookWeight& w,
                     const float* bias, void* y, int32_t threads);
+  int32_t (*linear_int16)(const void* x, int32_t dtype, int64_t M, const CodebookWeight& w,
+                          const float* bias, void* y, int32_t threads);
   void (*softmax_cross_entropy)(float* logits, const int64_t* labels, int64_t T, int64_t V,
                                 float* loss, bool gradient, int32_t threads);
   // Blocks first <= b < last of one tensor.

@@ -4,12 +4,13 @@
 #include "adamw8bit_impl.h"
 #include "codebook_impl.h"
 #include "linear_impl.h"
+#include "linear_int16_impl.h"
 #include "softmax_impl.h"
 
 namespace lowrank {
 
 const Kernels* kernels_avx512() {
-  static constexpr Kernels kernels{quantize, dequantize, linear, softmax_cross_entropy, adamw8bit};
+  static constexpr Kernels kernels{quantize, dequantize, linear, linear_int16, softmax_cross_entropy, adamw8bit};
   return &kernels;
 }
 

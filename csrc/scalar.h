@@ -57,6 +57,26 @@ inline void from_float(float v, Half* out) {
   out->bits = uint16_t(sign | half);
 }
 
+// A codebook in 16 bits: its values are about values[code] * unit.
+struct FixedPoint {
+  int16_t values[16];
+  float unit;
+
+  explicit FixedPoint(const float* codebook) {
+    float largest = 0;
+    for (int i = 0; i < 16; ++i) {
+      const float abs = float_of(bits_of(codebook[i]) & 0x7FFFFFFF);
+      largest = abs > largest || abs != abs ? abs : largest;
+    }
+    unit = largest / 32767;
+    const bool usable = largest >= 1e-30f && largest < 1e38f;  // else no product is right anyway
+    for (int i = 0; i < 16; ++i) {
+      const float v = usable ? codebook[i] / unit : 0.0f;
+      values[i] = int16_t(v < 0 ? v - 0.5f : v + 0.5f);
+    }
+  }
+};
+
 // The 15 midpoints of a sorted codebook as a binary tree, one row of candidates a level, so that
 // rank = number of midpoints < s (a tie goes to the lower) is four comparisons; its code is
 // order[rank].

@@ -150,6 +150,53 @@ inline void decode32(const uint8_t* packed, const BlockTable16& block, T* out) {
   _mm256_storeu_si256(to + 1, _mm256_unpackhi_epi8(low, high));
 }
 
+inline Vec halves(float first, float second) {
+  return _mm256_set_m128(_mm_set1_ps(second), _mm_set1_ps(first));
+}
+
+// 64 weights in 16-bit fixed point, of 32 packed bytes: a table is its low and its high bytes.
+struct FixedTable {
+  __m256i low, high;
+  float unit;
+  explicit FixedTable(const FixedPoint& f) : unit(f.unit) {
+    const __m128i a = load128(f.values), b = load128(f.values + 8), byte = _mm_set1_epi16(0xFF);
+    low = _mm256_broadcastsi128_si256(
+        _mm_packus_epi16(_mm_and_si128(a, byte), _mm_and_si128(b, byte)));
+    high = _mm256_broadcastsi128_si256(
+        _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8)));
+  }
+};
+// Where in a unit of x the element that meets weight i is; the lower half meets the first 32.
+inline int fixed_place(int i) {
+  const int byte = i / 2;  // even weights of bytes 0-7 and 16-23, of the others, then odd weights
+  return i % 2 * 32 + byte / 8 % 2 * 16 + byte / 16 * 8 + byte % 8;
+}
+struct FixedWeights {
+  __m256i v[4];
+  FixedWeights(const uint8_t* packed, const FixedTable& table) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
+    const __m256i nibble = _mm256_set1_epi8(0x0F);
+    const __m256i even = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
+    const __m256i odd = _mm256_and_si256(bytes, nibble);
+    const __m256i even_low = _mm256_shuffle_epi8(table.low, even);
+    const __m256i even_high = _mm256_shuffle_epi8(table.high, even);
+    const __m256i odd_low = _mm256_shuffle_epi8(table.low, odd);
+    const __m256i odd_high = _mm256_shuffle_epi8(table.high, odd);
+    v[0] = _mm256_unpacklo_epi8(even_low, even_high);
+    v[1] = _mm256_unpackhi_epi8(even_low, even_high);
+    v[2] = _mm256_unpacklo_epi8(odd_low, odd_high);
+    v[3] = _mm256_unpackhi_epi8(odd_low, odd_high);
+  }
+  // The sums of the first 32 products in the lower half, of the others in the upper.
+  Vec times(const int16_t* x) const {
+    const __m256i* at = reinterpret_cast<const __m256i*>(x);
+    __m256i products[4];
+    for (int i = 0; i < 4; ++i) products[i] = _mm256_madd_epi16(v[i], _mm256_load_si256(at + i));
+    return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_add_epi32(products[0], products[1]),
+                                               _mm256_add_epi32(products[2], products[3])));
+  }
+};
+
 inline Vec root(Vec v) { return _mm256_sqrt_ps(v); }
 
 // values[code] of W codes.

@@ -111,6 +111,38 @@ inline void decode32(const uint8_t* packed, const BlockTable16& table, T* out) {
   _mm512_storeu_si512(out, _mm512_permutexvar_epi16(codes, table.values));
 }
 
+inline Vec halves(float first, float second) {
+  return _mm512_insertf32x8(_mm512_set1_ps(first), _mm256_set1_ps(second), 1);
+}
+
+// 64 weights in 16-bit fixed point, of 32 packed bytes. The table is there twice: vpermw looks at
+// five bits of a word, of which a byte's fifth then does not matter.
+struct FixedTable {
+  __m512i values;
+  float unit;
+  explicit FixedTable(const FixedPoint& f)
+      : values(_mm512_broadcast_i64x4(
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(f.values)))),
+        unit(f.unit) {}
+};
+// Where in a unit of x the element that meets weight i is: the even ones, then the odd.
+inline int fixed_place(int i) { return i % 2 * 32 + i / 2; }
+struct FixedWeights {
+  __m512i even, odd;
+  FixedWeights(const uint8_t* packed, const FixedTable& table) {
+    const __m512i bytes =
+        _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+    even = _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table.values);
+    odd = _mm512_permutexvar_epi16(bytes, table.values);
+  }
+  // The sums of the first 32 products in the lower half, of the others in the upper.
+  Vec times(const int16_t* x) const {
+    const __m512i first = _mm512_madd_epi16(even, _mm512_load_si512(x));
+    const __m512i second = _mm512_madd_epi16(odd, _mm512_load_si512(x + 32));
+    return _mm512_cvtepi32_ps(_mm512_add_epi32(first, second));
+  }
+};
+
 inline Vec root(Vec v) { return _mm512_sqrt_ps(v); }
 
 // values[code] of W codes.

@@ -54,6 +54,34 @@ inline Vec scale_by_power(Vec v, Vec t) {
   const Bits n = __builtin_convertvector(t == t ? t : set1(0.0f), Bits);
   return reinterpret_cast<Vec>(reinterpret_cast<Bits>(v) + n * (1 << 23));
 }
+inline Vec halves(float first, float second) { return Vec{first, first, second, second}; }
+
+// 64 weights in 16-bit fixed point, of 32 packed bytes.
+struct FixedTable {
+  FixedPoint fixed;
+  float unit;
+  explicit FixedTable(const FixedPoint& f) : fixed(f), unit(f.unit) {}
+};
+// Where in a unit of x the element that meets weight i is; the lower half meets the first 32.
+inline int fixed_place(int i) { return i; }
+struct FixedWeights {
+  int32_t v[64];
+  FixedWeights(const uint8_t* packed, const FixedTable& table) {
+    for (int i = 0; i < 32; ++i) {
+      v[2 * i] = table.fixed.values[packed[i] >> 4];
+      v[2 * i + 1] = table.fixed.values[packed[i] & 15];
+    }
+  }
+  // The sums of the first 32 products in the lower half, of the others in the upper.
+  Vec times(const int16_t* x) const {
+    int32_t sums[8] = {};
+    for (int i = 0; i < 64; ++i) sums[i / 8] += v[i] * x[i];
+    const Vec low = {float(sums[0]), float(sums[2]), float(sums[4]), float(sums[6])};
+    const Vec high = {float(sums[1]), float(sums[3]), float(sums[5]), float(sums[7])};
+    return low + high;
+  }
+};
+
 inline Vec root(Vec v) { return Vec{sqrtf(v[0]), sqrtf(v[1]), sqrtf(v[2]), sqrtf(v[3])}; }
 
 // values[code] of W codes.

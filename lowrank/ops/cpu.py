@@ -77,11 +77,9 @@ def codebook_linear(
 ) -> Tensor:
     """y = x Wᵀ + b for x [..., K]: [..., N] in the dtype of x."""
     weight, N, K = (packed, absmax, absmax_scale, codebook), packed.shape[0], x.shape[-1]
-    rows = x.reshape(-1, K)  # [M, K]
-    if rows.shape[0] <= _DIRECT_M:
-        y = _linear_direct(rows.contiguous(), weight, bias, block_size)
-        return y.view(*x.shape[:-1], N)
-    rows = rows.float()
+    if rows_of(x) <= _DIRECT_M:
+        return linear_from_packed("lowrank_codebook_linear", x, weight, bias, block_size)
+    rows = x.reshape(-1, K).float()  # [M, K]
     y = _empty(rows.shape[0], N)
     # For each panel BLAS rearranges x anew: the larger x is, the fewer panels.
     size = min(max(_PANEL, 2 * rows.numel()), 4 * _PANEL)
@@ -187,18 +185,26 @@ def adamw8bit_step(
     torch.autograd.graph.increment_version((*params, *m, *m_scale, *v, *v_scale))
 
 
-def _linear_direct(x: Tensor, weight: _Weight, bias: Tensor | None, block_size: int) -> Tensor:
-    """x [M, K] contiguous -> y [M, N], from packed codes."""
-    (M, K), N = x.shape, weight[0].shape[0]
-    y = _empty(M, N, dtype=x.dtype)
+def linear_from_packed(
+    kernel: str, x: Tensor, weight: _Weight, bias: Tensor | None, block_size: int
+) -> Tensor:
+    """x [..., K] -> y [..., N] by the C function of this name, straight from packed codes."""
+    K, N = x.shape[-1], weight[0].shape[0]
+    x = x.contiguous()
+    y = _empty(*x.shape[:-1], N, dtype=x.dtype)
     if bias is not None:
         bias = bias.float().contiguous()
-    status = native.load_cpu().lowrank_codebook_linear(
-        x.data_ptr(), native.DTYPES[x.dtype], M, *_pointers(weight), N, K, block_size,
+    status = getattr(native.load_cpu(), kernel)(
+        x.data_ptr(), native.DTYPES[x.dtype], rows_of(x), *_pointers(weight), N, K, block_size,
         None if bias is None else bias.data_ptr(), y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    native.check(status, "codebook_linear")
+    native.check(status, kernel)
     return y
+
+
+def rows_of(x: Tensor) -> int:
+    """M of x [..., K]."""
+    return x.shape[:-1].numel()
 
 
 def _dequantize_rows(

@@ -18,7 +18,7 @@ import torch
 
 from lowrank.errors import BackendError, ConfigError
 
-BACKENDS = ("cpu", "triton", "cuda", "reference")
+BACKENDS = ("cpu", "cpu_int16", "triton", "cuda", "reference")
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 _ANY_DEVICE = ("reference",)
 

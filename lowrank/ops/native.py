@@ -68,6 +68,11 @@ FUNCTIONS = {
         c_void_p, c_int32, c_int64, *_WEIGHT, c_int64, c_int64, c_int64, c_void_p, c_void_p,
         c_int32,
     ),
+    # the same
+    "lowrank_codebook_linear_int16": (
+        c_void_p, c_int32, c_int64, *_WEIGHT, c_int64, c_int64, c_int64, c_void_p, c_void_p,
+        c_int32,
+    ),
     # logits, labels, T, V, loss, gradient, threads
     "lowrank_softmax_cross_entropy": (
         c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int32, c_int32,

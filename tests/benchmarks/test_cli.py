@@ -102,7 +102,8 @@ def test_a_small_run_to_json_table_and_plot(tmp_path):
         assert row["gbs"] > 0 and row["floor_ms"] > 0
     linear = [row for row in result["rows"] if row["benchmark"] == "codebook_linear"]
     assert {row["contender"] for row in linear} == {
-        f"{side} {dtype}" for side in ("lowrank", "torch") for dtype in ("fp32", "bf16")
+        *(f"{side} {dtype}" for side in ("lowrank", "torch") for dtype in ("fp32", "bf16")),
+        "lowrank fp32, cpu_int16",
     }
     assert all(row["path"] for row in linear if row["contender"].startswith("lowrank"))
     assert sum("forward + dX" in row["case"] for row in linear) == 2 * 4
