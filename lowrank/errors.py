@@ -5,7 +5,7 @@ Each message is one line: name, expected, got, remedy.
 
 
 class LowrankError(Exception):
-    """The root of the family: `except lowrank.errors.LowrankError` catches what callers can mend."""
+    """The root of the family: `except lowrank.errors.LowrankError` takes all callers can mend."""
 
 
 class ShapeError(LowrankError, ValueError):

@@ -116,6 +116,8 @@ def _encode(tokenizer: Tokenizer, prompt: Any) -> list[list[int]]:
     """The ids of each text; of messages, those of their one rendered text."""
     if isinstance(prompt, str):
         return [tokenizer.encode(prompt, add_special_tokens=True)]
+    if not isinstance(prompt, Sequence):
+        raise DataError(f"prompt: expected text, texts or messages; got {type(prompt).__name__}")
     if prompt and all(isinstance(text, str) for text in prompt):
         return [tokenizer.encode(text, add_special_tokens=True) for text in prompt]
     if prompt and all(isinstance(message, Mapping) for message in prompt):

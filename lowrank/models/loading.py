@@ -58,6 +58,8 @@ def load_model(
         raise ConfigError(f"skip: expected a sequence of names; got the string {skip!r}")
     if isinstance(quantizer, str):
         quantizer = quant.get(quantizer)
+    elif quantizer is not None and not isinstance(quantizer, Quantizer):
+        raise ConfigError(f"quantizer: expected a name, a quantizer or None; got {quantizer!r}")
     weights = open_weights(source, revision=revision, token=token)
     _check_layers(weights, source)
     with torch.device("meta"):

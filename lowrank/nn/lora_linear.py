@@ -134,7 +134,9 @@ class LoRALinear(nn.Module):
             raise ConfigError(
                 f"adapter: {adapter!r} is already there; delete it first or choose another name"
             )
-        if not adapter or "." in adapter:
+        if not isinstance(config, LoRAConfig):
+            raise ConfigError(f"config: expected a LoRAConfig; got {type(config).__name__}")
+        if not isinstance(adapter, str) or not adapter or "." in adapter:
             raise ConfigError(f"adapter: expected a name without dots; got {adapter!r}")
         self._refuse_if_merged("add_adapter")
         weight = next(self.base_layer.parameters())

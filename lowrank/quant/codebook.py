@@ -38,13 +38,15 @@ class CodebookQuantizer:
             raise ConfigError(
                 "codebook: expected values in [-1, 1], which absmax scales; got others"
             )
-        if block_size not in ops.BLOCK_SIZES:
+        if not isinstance(block_size, int) or block_size not in ops.BLOCK_SIZES:
             raise ConfigError(
                 f"block_size: expected a power of two from 32 to 4096; got {block_size!r}"
             )
+        if not isinstance(double_quant, bool):
+            raise ConfigError(f"double_quant: expected True or False; got {double_quant!r}")
         self.codebook = table.reshape(-1, 16).clone()  # [T, 16]
         self.block_size = block_size
-        self.double_quant = bool(double_quant)
+        self.double_quant = double_quant
 
     @property
     def row_local(self) -> bool:
@@ -80,6 +82,8 @@ class CodebookQuantizer:
 
     def linear(self, x: Tensor, storage: Storage, bias: Tensor | None = None) -> Tensor:
         """y = x Wᵀ + b straight from the codes; differentiable in x and bias."""
+        if x.shape[-1:] != tuple(storage.shape[1:]):  # K to within 31 has the same packed bytes
+            raise ShapeError(f"x: expected [..., K={storage.shape[1]}]; got {list(x.shape)}")
         return ops.codebook_linear(x, *_operands(storage), bias, storage.options["block_size"])
 
 

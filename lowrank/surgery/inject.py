@@ -30,6 +30,8 @@ def inject(model: nn.Module, config: LoRAConfig, adapter: str = "default") -> nn
     Raises TargetError for targets that match nothing, ConfigError for a name already taken; the
     model is then as it was.
     """
+    if not isinstance(config, LoRAConfig):
+        raise ConfigError(f"config: expected a LoRAConfig; got {type(config).__name__}")
     check_each_matches(model, config.target_modules, "target_modules")
     check_each_matches(model, config.exclude_modules, "exclude_modules")
     names = find_targets(model, config)

@@ -119,6 +119,7 @@ def test_the_model_is_left_in_its_mode(saved):
         ("", {}, DataError, "prompt 0: expected at least one token"),
         ([], {}, DataError, "prompt: expected text, texts or messages"),
         ([1, 2], {}, DataError, "prompt: expected text, texts or messages"),
+        (5, {}, DataError, "prompt: expected text, texts or messages; got int"),
     ],
 )
 def test_bad_arguments_are_named(saved, prompt, options, error, says):

@@ -274,6 +274,8 @@ def test_what_is_no_model_is_refused(tmp_path):
         lowrank.load_model(tmp_path / "model.safetensors")
     with pytest.raises(DtypeError, match="dtype"):
         lowrank.load_model(tmp_path, dtype=torch.int8)
+    with pytest.raises(ConfigError, match="quantizer: expected a name, a quantizer or None; got 4"):
+        lowrank.load_model(tmp_path, quantizer=4)
 
 
 def test_tensors_of_old_checkpoints_are_tolerated(tmp_path):

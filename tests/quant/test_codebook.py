@@ -158,7 +158,7 @@ def test_bad_options_are_named():
         quant.get("nf4").quantize(torch.zeros(4, 64, dtype=torch.int8))
     with pytest.raises(ShapeError, match="weight: expected"):
         quant.get("nf4").quantize(torch.randn(4, 4, 64))
-    for size in (16, 65, 8192, 0):
+    for size in (16, 65, 8192, 0, 64.0):
         with pytest.raises(
             ConfigError, match="block_size: expected a power of two from 32 to 4096"
         ):
@@ -169,3 +169,15 @@ def test_bad_options_are_named():
         quant.CodebookQuantizer(torch.linspace(-2, 2, 16))
     with pytest.raises(ConfigError, match="codebook: expected values"):
         quant.CodebookQuantizer([float("nan")] * 16)
+    with pytest.raises(ConfigError, match="double_quant: expected True or False; got 'no'"):
+        quant.get("nf4", double_quant="no")
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_x_of_another_width_is_refused_though_its_bytes_would_do(double_quant):
+    """K = 95 and K = 96 have as many packed bytes and scales."""
+    quantizer = quant.get("nf4", double_quant=double_quant)
+    storage = quantizer.quantize(torch.randn(8, 96))
+    for K in (95, 97, 65):
+        with pytest.raises(ShapeError, match=rf"x: expected \[..., K=96\]; got \[3, {K}\]"):
+            quantizer.linear(torch.randn(3, K), storage)

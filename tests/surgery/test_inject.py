@@ -194,6 +194,8 @@ def test_a_layer_in_two_places_is_adapted_once():
         lambda m: lowrank.delete_adapter(m, "c"),
         lambda m: lowrank.scale_adapter(m, "c", 2.0),
         lambda m: lowrank.merge(m, ["c"]),
+        lambda m: lowrank.inject(m, {"r": 4, "target_modules": ["o_proj"]}, adapter="d"),
+        lambda m: lowrank.inject(m, LoRAConfig(target_modules=["o_proj"]), adapter=5),
         lambda m: lowrank.merge(m, dtype=torch.int8),
         lambda m: lowrank.inject(m, LoRAConfig(target_modules=["o_proj"]), adapter="a"),
         lambda m: lowrank.inject(m, LoRAConfig(target_modules=["o_proj"]), adapter="x.y"),
