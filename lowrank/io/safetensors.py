@@ -7,15 +7,17 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lowrank.errors import FileFormatError
 
 from .atomic import write_files
+
+if TYPE_CHECKING:  # at run time only where a file is read or written: the kernels need no files
+    from safetensors import safe_open
 
 
 def save_safetensors(
@@ -30,6 +32,9 @@ def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write straight to `path`, each tensor dense and with its own memory. Raises OSError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     seen: set[int] = set()
     owned = {}
     for name, tensor in tensors.items():
@@ -54,6 +59,8 @@ def open_safetensors(path: str | Path, device: str | torch.device = "cpu") -> It
     The header is checked against the file's length first: known dtypes, shapes that fit their byte
     ranges, ranges that cover the file without gap or overlap. Raises FileFormatError otherwise.
     """
+    from safetensors import SafetensorError, safe_open
+
     path = Path(path)
     if not path.is_file():
         raise FileFormatError(f"{path}: no such file")
@@ -70,6 +77,8 @@ def open_safetensors(path: str | Path, device: str | torch.device = "cpu") -> It
 
 def load_safetensors(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
     """All tensors of the file by name. Raises FileFormatError if it is damaged or truncated."""
+    from safetensors import SafetensorError
+
     with open_safetensors(path, device) as handle:
         try:
             return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
