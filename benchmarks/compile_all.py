@@ -147,7 +147,7 @@ def _linear(
     if M == 1:
         constants = configs.linear_row(K, G) | shared
         return Case(name, codebook_linear_row_kernel, dtype, double_quant, constants, aligned)
-    constants = configs.linear(M, G) | shared | {"DOT": DTYPES[dtype]}
+    constants = configs.linear(M, K, G) | shared | {"DOT": DTYPES[dtype]}
     on_tensor_cores = dtype != "fp32"
     return Case(
         name, codebook_linear_kernel, dtype, double_quant, constants, aligned, on_tensor_cores
@@ -158,8 +158,9 @@ def _linear_dx(
     M: int, dtype: str, G: int = 64, per_row: bool = False, aligned: bool = True
 ) -> Case:
     name = f"codebook_linear_dx M={M}" + _suffix(G, True, per_row, aligned)
-    constants = configs.linear_dx(M, G) | {"PART": 512, "PER_ROW": per_row, "DOT": DTYPES[dtype]}
     on_tensor_cores = dtype != "fp32"
+    constants = configs.linear_dx(M, G, not on_tensor_cores)
+    constants |= {"PART": 512, "PER_ROW": per_row, "DOT": DTYPES[dtype]}
     return Case(name, codebook_linear_dx_kernel, dtype, True, constants, aligned, on_tensor_cores)
 
 

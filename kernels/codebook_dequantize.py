@@ -22,14 +22,11 @@ def codebook_dequantize_kernel(
     blocks,  # ceil(K / G)
     codebook_stride,  # 16 if each row has its table, 0 if all share one
     G: tl.constexpr,
-    BLOCK_K: tl.constexpr,  # elements of one row for one program; a power of two
+    SPAN: tl.constexpr,  # elements that share a scale, loaded once and broadcast; at most G
+    SPANS: tl.constexpr,  # spans for one program
 ):
     n = tl.program_id(0).to(tl.int64)
-    k0 = tl.program_id(1) * BLOCK_K
-
-    # A tile is [SPANS, SPAN]: SPAN elements share one scale, loaded once and broadcast.
-    SPAN: tl.constexpr = min(G, BLOCK_K)
-    SPANS: tl.constexpr = BLOCK_K // SPAN
+    k0 = tl.program_id(1) * (SPANS * SPAN)
     start = k0 + tl.arange(0, SPANS) * SPAN  # [SPANS]
     if scale_ptr is not None:
         code = tl.load(absmax_ptr + n * blocks + start // G, mask=start < K, other=0)
@@ -39,10 +36,10 @@ def codebook_dequantize_kernel(
     else:
         absmax = tl.load(absmax_ptr + n * blocks + start // G, mask=start < K, other=0.0)
 
-    byte_at = k0 // 2 + tl.arange(0, BLOCK_K // 2)
+    byte_at = k0 // 2 + tl.arange(0, SPANS * SPAN // 2)
     byte = tl.load(packed_ptr + n * row_bytes + byte_at, mask=byte_at < row_bytes, other=0)
     table = tl.load(codebook_ptr + n * codebook_stride + tl.arange(0, 16))
-    even = tl.gather(table, (byte >> 4).to(tl.int32), axis=0)  # [BLOCK_K / 2]
+    even = tl.gather(table, (byte >> 4).to(tl.int32), axis=0)  # [SPANS * SPAN / 2]
     odd = tl.gather(table, (byte & 0xF).to(tl.int32), axis=0)
 
     value = tl.reshape(tl.interleave(even, odd), [SPANS, SPAN]) * absmax[:, None]

@@ -15,36 +15,40 @@ ROUNDED = {"enable_fp_fusion": False}
 
 def dequantize(K: int, G: int) -> dict:
     """codebook_dequantize_kernel: 8 elements for each of 128 threads, 16-byte stores of a row."""
-    return {"G": G, "BLOCK_K": _row_tile(K), "num_warps": 4} | ROUNDED
+    return _spans(K, G, 1024) | {"num_warps": 4} | ROUNDED
 
 
 def quantize(K: int, G: int) -> dict:
     """codebook_quantize_kernel: whole blocks, about 1024 elements."""
-    spans = max(1, _row_tile(K) // G)
+    spans = max(1, _tile(K, 1024) // G)
     return {"G": G, "SPANS": spans, "num_warps": 4 if spans * G <= 1024 else 8} | ROUNDED
 
 
 def linear_row(K: int, G: int) -> dict:
     """codebook_linear_row_kernel: 8 rows of W, 16 bytes of codes for each of 128 threads."""
-    tile = min(512, _row_tile(K))
-    span = min(G, tile)
-    shape = {"G": G, "SPAN": span, "SPANS": tile // span, "BLOCK_N": 8}
-    return shape | {"STAGES": 3, "num_warps": 4} | ROUNDED
+    return _spans(K, G, 512) | {"BLOCK_N": 8, "STAGES": 3, "num_warps": 4} | ROUNDED
 
 
-def linear(M: int, G: int) -> dict:
-    """codebook_linear_kernel: up to 32 rows of x, K is split over the warps; above, N is."""
+def linear(M: int, K: int, G: int) -> dict:
+    """codebook_linear_kernel: up to 32 rows of x, K is split over the warps; above, N is.
+
+    Rows of x that are not aligned are loaded an element at a time, each with an address.
+    """
     if M <= 32:
-        tile = {"SPLITS": 4, "SPAN": min(G, 64), "BLOCK_M": _rows(M), "BLOCK_N": 32}
+        span = min(G, 64 if K % 16 == 0 else 32)
+        tile = {"SPLITS": 4, "SPAN": span, "BLOCK_M": _rows(M), "BLOCK_N": 32}
     else:
         tile = {"SPLITS": 1, "SPAN": min(G, 128), "BLOCK_M": 64, "BLOCK_N": 64}
     return {"G": G} | tile | {"num_warps": 4, "num_stages": 3} | ROUNDED
 
 
-def linear_dx(M: int, G: int) -> dict:
-    """codebook_linear_dx_kernel: one span of columns, 64 rows of W at a time."""
-    tile = {"SPAN": min(G, 128), "BLOCK_M": _rows(M), "BLOCK_N": 64}
-    return {"G": G} | tile | {"num_warps": 4, "num_stages": 3} | ROUNDED
+def linear_dx(M: int, G: int, float32: bool) -> dict:
+    """codebook_linear_dx_kernel: one span of columns, 64 rows of W at a time.
+
+    In float32 there are no tensor cores, and a thread holds all it multiplies: half the rows.
+    """
+    tile = {"SPAN": min(G, 128), "BLOCK_M": _rows(M), "BLOCK_N": 32 if float32 else 64}
+    return {"G": G} | tile | {"num_warps": 4 if M <= 32 else 8, "num_stages": 3} | ROUNDED
 
 
 def dx_parts(N: int) -> int:
@@ -57,5 +61,12 @@ def _rows(M: int) -> int:
     return 16 if M <= 16 else 32 if M <= 32 else 64
 
 
-def _row_tile(K: int) -> int:
-    return min(1024, triton.next_power_of_2(max(K, 32)))
+def _spans(K: int, G: int, most: int) -> dict:
+    """A tile of one row of W in spans of one scale each."""
+    span = min(G, _tile(K, most))
+    return {"G": G, "SPAN": span, "SPANS": _tile(K, most) // span}
+
+
+def _tile(K: int, most: int) -> int:
+    """Elements of a row that a program takes at once: a power of two, from 32 to `most`."""
+    return min(most, triton.next_power_of_2(max(K, 32)))

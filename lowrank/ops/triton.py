@@ -151,7 +151,7 @@ def linear_from_codes(
                 N, packed.shape[1], absmax.shape[1], K=K, PER_ROW=per_row, **config,
             )  # fmt: skip
         else:
-            config = configs.linear(M, block_size)
+            config = configs.linear(M, K, block_size)
             grid = (triton.cdiv(N, config["BLOCK_N"]), triton.cdiv(M, config["BLOCK_M"]))
             codebook_linear_kernel[grid](
                 rows, *weight, bias, y,
@@ -197,7 +197,7 @@ def dx_from_codes(
     sums = dx
     if parts > 1:
         sums = torch.empty(parts, M, K, dtype=torch.float32, device=dy.device)
-    config = configs.linear_dx(M, block_size)
+    config = configs.linear_dx(M, block_size, dy.dtype == torch.float32)
     grid = (triton.cdiv(K, config["SPAN"]), triton.cdiv(M, config["BLOCK_M"]), parts)
     part = triton.cdiv(triton.cdiv(N, parts), config["BLOCK_N"]) * config["BLOCK_N"]
     with _on(dy.device):
@@ -241,7 +241,7 @@ def _dequantize_into(
         return
     config = configs.dequantize(K, block_size)
     with _on(packed.device):
-        codebook_dequantize_kernel[(N, triton.cdiv(K, config["BLOCK_K"]))](
+        codebook_dequantize_kernel[(N, triton.cdiv(K, config["SPANS"] * config["SPAN"]))](
             *_weight(packed, absmax, absmax_scale, codebook), out,
             K, packed.shape[1], absmax.shape[1], 16 if codebook.shape[0] > 1 else 0, **config,
         )  # fmt: skip
