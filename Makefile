@@ -22,7 +22,7 @@ test: $(VENV)/.test
 	$(PYTEST) -n auto -m "not slow"
 
 test-slow: $(VENV)/.test $(GGUF)
-	LOWRANK_SMOLLM2=$(abspath $(GGUF)) $(BIN)/python -m pytest -m slow --durations=10
+	LOWRANK_SMOLLM2=$(abspath $(GGUF)) $(PYTEST) -n auto -m slow --durations=10
 
 bench: $(VENV)/.test $(GGUF)
 	LOWRANK_SMOLLM2=$(abspath $(GGUF)) $(BIN)/python -m benchmarks
