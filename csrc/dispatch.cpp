@@ -22,11 +22,14 @@ const Kernels* kernels_of(int32_t isa) {
   if (isa == LOWRANK_AVX2) return avx2 ? lowrank::kernels_avx2() : nullptr;
   if (isa == LOWRANK_AVX512) return avx512 ? lowrank::kernels_avx512() : nullptr;
 #endif
+#if defined(__aarch64__)
+  if (isa == LOWRANK_NEON) return lowrank::kernels_neon();
+#endif
   return isa == LOWRANK_GENERIC ? lowrank::kernels_generic() : nullptr;
 }
 
 int32_t best_isa() {
-  for (int32_t isa = LOWRANK_AVX512; isa > LOWRANK_GENERIC; --isa) {
+  for (int32_t isa = LOWRANK_NEON; isa > LOWRANK_GENERIC; --isa) {
     if (kernels_of(isa)) return isa;
   }
   return LOWRANK_GENERIC;
@@ -40,7 +43,7 @@ struct Choice {
 Choice choice_of(int32_t isa) { return {isa, kernels_of(isa)}; }
 
 const Choice choices[] = {choice_of(LOWRANK_GENERIC), choice_of(LOWRANK_AVX2),
-                          choice_of(LOWRANK_AVX512)};
+                          choice_of(LOWRANK_AVX512), choice_of(LOWRANK_NEON)};
 std::atomic<const Choice*> chosen{&choices[best_isa()]};
 
 const Kernels& kernels() { return lowrank::kernels_in_use(); }
@@ -88,13 +91,15 @@ int32_t lowrank_abi(void) { return LOWRANK_ABI; }
 
 int32_t lowrank_isa_in_use(void) { return chosen.load()->isa; }
 
-int32_t lowrank_isa_best(void) { return best_isa(); }
+int32_t lowrank_isa_usable(int32_t isa) {
+  if (isa < LOWRANK_GENERIC || isa > LOWRANK_NEON) return LOWRANK_BAD_ARGUMENT;
+  return choices[isa].kernels ? LOWRANK_OK : LOWRANK_UNSUPPORTED_ISA;
+}
 
 int32_t lowrank_use_isa(int32_t isa) {
-  if (isa < LOWRANK_GENERIC || isa > LOWRANK_AVX512) return LOWRANK_BAD_ARGUMENT;
-  if (!choices[isa].kernels) return LOWRANK_UNSUPPORTED_ISA;
-  chosen.store(&choices[isa]);
-  return LOWRANK_OK;
+  const int32_t status = lowrank_isa_usable(isa);
+  if (status == LOWRANK_OK) chosen.store(&choices[isa]);
+  return status;
 }
 
 int32_t lowrank_codebook_quantize(const void* weight, int32_t dtype, int64_t N, int64_t K,

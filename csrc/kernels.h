@@ -35,5 +35,6 @@ const Kernels& kernels_in_use();
 const Kernels* kernels_generic();
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
+const Kernels* kernels_neon();
 
 }  // namespace lowrank

@@ -10,7 +10,8 @@
 namespace lowrank {
 
 const Kernels* kernels_avx2() {
-  static constexpr Kernels kernels{quantize, dequantize, linear, linear_int16, softmax_cross_entropy, adamw8bit};
+  static constexpr Kernels kernels{quantize,     dequantize,            linear,
+                                   linear_int16, softmax_cross_entropy, adamw8bit};
   return &kernels;
 }
 

@@ -35,14 +35,21 @@ enum lowrank_status {
 
 enum lowrank_dtype { LOWRANK_F32 = 0, LOWRANK_F16 = 1, LOWRANK_BF16 = 2 };
 
-enum lowrank_isa { LOWRANK_GENERIC = 0, LOWRANK_AVX2 = 1, LOWRANK_AVX512 = 2 };
+enum lowrank_isa {
+  LOWRANK_GENERIC = 0,
+  LOWRANK_AVX2 = 1,
+  LOWRANK_AVX512 = 2,
+  LOWRANK_NEON = 3,
+};
 
 // The number of this interface; a caller refuses a library whose number is not the one it knows.
 LOWRANK_EXPORT int32_t lowrank_abi(void);
 
-// The instruction set in use, and the widest that this processor and this build can run.
+// The instruction set in use: at first the widest that this processor and this build can run.
 LOWRANK_EXPORT int32_t lowrank_isa_in_use(void);
-LOWRANK_EXPORT int32_t lowrank_isa_best(void);
+
+// LOWRANK_OK if this processor and this build can run it.
+LOWRANK_EXPORT int32_t lowrank_isa_usable(int32_t isa);
 
 // Use another instruction set from now on, in every thread.
 LOWRANK_EXPORT int32_t lowrank_use_isa(int32_t isa);
@@ -67,7 +74,7 @@ LOWRANK_EXPORT int32_t lowrank_codebook_linear(
     int64_t block_size, const float* bias, void* y, int32_t threads);
 
 // The same in fixed point, for speed: 16-bit values of the codebook, 14-bit ones of x with a scale
-// for each 64 elements. The error of y is about 1e-4 of ||x|| ||w||; where x is not finite, y is NaN.
+// for each 64 elements. The error of y is about 1e-4 of ||y||; where x is not finite, y is NaN.
 LOWRANK_EXPORT int32_t lowrank_codebook_linear_int16(
     const void* x, int32_t dtype, int64_t M, const uint8_t* packed, const void* absmax,
     const float* absmax_scale, const float* codebook, int64_t codebook_rows, int64_t N, int64_t K,

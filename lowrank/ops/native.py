@@ -3,7 +3,7 @@
 `FUNCTIONS` and `CUDA_FUNCTIONS` are what they export, kept as in `csrc/lowrank.h` and
 `csrc/lowrank_cuda.h`. An absent library, or
 one of another ABI, is a reason that `lowrank.ops.explain` prints; it is never an import error.
-The environment's LOWRANK_ISA=generic, avx2 or avx512 forces an instruction set.
+The environment's LOWRANK_ISA=generic, avx2, avx512 or neon forces an instruction set.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from lowrank.errors import BackendError, ConfigError
 
 ABI = 1
-ISAS = ("generic", "avx2", "avx512")  # enum lowrank_isa
+ISAS = ("generic", "avx2", "avx512", "neon")  # enum lowrank_isa
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum lowrank_dtype
 
 _LIB = Path(__file__).resolve().parents[1] / "lib"
@@ -52,7 +52,7 @@ class Adamw8bitCoefficients(ctypes.Structure):
 FUNCTIONS = {
     "lowrank_abi": (),
     "lowrank_isa_in_use": (),
-    "lowrank_isa_best": (),
+    "lowrank_isa_usable": (c_int32,),
     "lowrank_use_isa": (c_int32,),
     # weight, dtype, N, K, stride, codebook, T, block_size, packed, absmax, threads
     "lowrank_codebook_quantize": (
@@ -132,7 +132,7 @@ def isa() -> str:
 
 def usable_isas() -> tuple[str, ...]:
     """Those that this processor and this build can run, the widest last."""
-    return ISAS[: _cpu().lowrank_isa_best() + 1]
+    return tuple(name for i, name in enumerate(ISAS) if _cpu().lowrank_isa_usable(i) == 0)
 
 
 def use_isa(name: str) -> None:

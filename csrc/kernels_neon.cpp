@@ -1,0 +1,18 @@
+// The kernels for AArch64, whose every processor has NEON.
+#include "vector_neon.h"
+
+#include "adamw8bit_impl.h"
+#include "codebook_impl.h"
+#include "linear_impl.h"
+#include "linear_int16_impl.h"
+#include "softmax_impl.h"
+
+namespace lowrank {
+
+const Kernels* kernels_neon() {
+  static constexpr Kernels kernels{quantize,     dequantize,            linear,
+                                   linear_int16, softmax_cross_entropy, adamw8bit};
+  return &kernels;
+}
+
+}  // namespace lowrank

@@ -1,0 +1,128 @@
+// One call of lowrank.h from the command line, to run the library of another processor in an
+// emulator: `driver FUNCTION ISA NUMBERS...`, inputs one after another on stdin, results on stdout.
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <vector>
+
+#include "lowrank.h"
+
+namespace {
+
+template <class T>
+struct Buffer {
+  std::vector<T> items;
+  explicit Buffer(int64_t count) : items(size_t(count)) {}
+  T* at() { return items.empty() ? nullptr : items.data(); }
+  Buffer& read() {
+    if (fread(items.data(), sizeof(T), items.size(), stdin) != items.size()) exit(10);
+    return *this;
+  }
+  void write() {
+    if (fwrite(items.data(), sizeof(T), items.size(), stdout) != items.size()) exit(11);
+  }
+};
+using Bytes = Buffer<uint8_t>;
+using Floats = Buffer<float>;
+
+int64_t size_of(int64_t dtype) { return dtype == LOWRANK_F32 ? 4 : 2; }
+int64_t packed_size(int64_t N, int64_t K) { return N * ((K + 31) / 32 * 16); }
+
+// packed, absmax, absmax_scale and codebook of N, K, codebook rows, block size, double_quant.
+struct Weight {
+  int64_t N, K, T, G, blocks;
+  Bytes packed, absmax;
+  Floats scale, codebook;
+  explicit Weight(const int64_t* n)
+      : N(n[0]), K(n[1]), T(n[2]), G(n[3]), blocks((K + G - 1) / G), packed(packed_size(N, K)),
+        absmax(N * blocks * (n[4] ? 1 : 4)), scale(n[4] ? 2 * N : 0), codebook(16 * T) {
+    packed.read();
+    absmax.read();
+    scale.read();
+    codebook.read();
+  }
+};
+
+int32_t quantize(const int64_t* n) {  // dtype, N, K, T, G
+  Bytes weight(n[1] * n[2] * size_of(n[0]));
+  Floats codebook(16 * n[3]), absmax(n[1] * ((n[2] + n[4] - 1) / n[4]));
+  Bytes packed(packed_size(n[1], n[2]));
+  weight.read();
+  codebook.read();
+  const int32_t status =
+      lowrank_codebook_quantize(weight.at(), int32_t(n[0]), n[1], n[2], n[2], codebook.at(), n[3],
+                                n[4], packed.at(), absmax.at(), 1);
+  packed.write();
+  absmax.write();
+  return status;
+}
+
+int32_t dequantize(const int64_t* n) {  // dtype, weight
+  Weight w(n + 1);
+  Bytes out(w.N * w.K * size_of(n[0]));
+  const int32_t status = lowrank_codebook_dequantize(
+      w.packed.at(), w.absmax.at(), w.scale.at(), w.codebook.at(), w.T, w.N, w.K, w.G, 0, w.N,
+      out.at(), int32_t(n[0]), 1);
+  out.write();
+  return status;
+}
+
+int32_t linear(const int64_t* n, bool int16) {  // dtype, M, weight
+  Weight w(n + 2);
+  Bytes x(n[1] * w.K * size_of(n[0])), y(n[1] * w.N * size_of(n[0]));
+  x.read();
+  const int32_t status = (int16 ? lowrank_codebook_linear_int16 : lowrank_codebook_linear)(
+      x.at(), int32_t(n[0]), n[1], w.packed.at(), w.absmax.at(), w.scale.at(), w.codebook.at(),
+      w.T, w.N, w.K, w.G, nullptr, y.at(), 1);
+  y.write();
+  return status;
+}
+
+int32_t softmax(const int64_t* n) {  // T, V
+  Floats logits(n[0] * n[1]), loss(n[0]);
+  Buffer<int64_t> labels(n[0]);
+  logits.read();
+  labels.read();
+  const int32_t status =
+      lowrank_softmax_cross_entropy(logits.at(), labels.at(), n[0], n[1], loss.at(), 1, 1);
+  loss.write();
+  logits.write();
+  return status;
+}
+
+int32_t adamw8bit(const int64_t* n) {  // dtype, rows, cols
+  const int64_t count = n[1] * n[2], scales = n[1] * ((n[2] + 255) / 256);
+  Bytes p(count * size_of(n[0])), g(count * size_of(n[0])), m(count), v(count);
+  Floats m_scale(scales), v_scale(scales), m_map(256), v_map(256), numbers(8);
+  for (Bytes* bytes : {&p, &g, &m, &v}) bytes->read();
+  for (Floats* floats : {&m_scale, &v_scale, &m_map, &v_map, &numbers}) floats->read();
+  lowrank_adamw8bit_coefficients by;
+  memcpy(&by, numbers.at(), sizeof by);
+  const lowrank_adamw8bit_tensor tensor{p.at(),       g.at(),       m.at(), v.at(),
+                                        m_scale.at(), v_scale.at(), n[1],   n[2],
+                                        int32_t(n[0])};
+  const int32_t status = lowrank_adamw8bit_step(&tensor, 1, m_map.at(), v_map.at(), &by, 1);
+  for (Bytes* bytes : {&p, &m, &v}) bytes->write();
+  for (Floats* floats : {&m_scale, &v_scale}) floats->write();
+  return status;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 3 || lowrank_use_isa(atoi(argv[2])) != LOWRANK_OK) return 12;
+  std::vector<int64_t> numbers;
+  for (int i = 3; i < argc; ++i) numbers.push_back(atoll(argv[i]));
+  numbers.resize(16);
+  const char* name = argv[1];
+  const int64_t* n = numbers.data();
+  if (!strcmp(name, "quantize")) return quantize(n);
+  if (!strcmp(name, "dequantize")) return dequantize(n);
+  if (!strcmp(name, "linear")) return linear(n, false);
+  if (!strcmp(name, "linear_int16")) return linear(n, true);
+  if (!strcmp(name, "softmax")) return softmax(n);
+  if (!strcmp(name, "adamw8bit")) return adamw8bit(n);
+  return 13;
+}
