@@ -49,7 +49,8 @@ def table() -> list[tuple[str, str]]:
     ]
     for op in OPERATORS:
         _, *backends = ops.explain(op).splitlines()
-        rows.append((op, "; ".join(line.strip() for line in backends)))
+        here = [line.split(":")[0].strip() for line in backends if line.endswith(": here")]
+        rows.append((op, ", ".join(here)))
     rows += [(name, package_version(name) or "missing: it is required") for name in REQUIRED]
     rows += [
         (name, package_version(name) or f"not here: {remedy}") for name, remedy in OPTIONAL.items()

@@ -17,6 +17,7 @@ from .cpu import codebook_dequantize as codebook_dequantize
 from .cpu import codebook_linear_dx as codebook_linear_dx
 from .cpu import codebook_quantize as codebook_quantize
 from .cpu import linear_cross_entropy as linear_cross_entropy
+from .cpu import missing as missing
 from .cpu import refuse as refuse
 
 _DIRECT_M = 8  # rows of x up to which this is faster than the exact kernels

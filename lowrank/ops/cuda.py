@@ -14,14 +14,20 @@ from lowrank.errors import BackendError
 from . import native
 
 
+def missing() -> str | None:
+    """Why the CUDA library cannot run here at all, or None if it can."""
+    library = native.load_cuda()
+    return library if isinstance(library, str) else None
+
+
 def refuse(op: str, *args) -> str | None:
     """Why the CUDA library will not run `op` on these arguments, or None if it will."""
     device = args[0].device
     if device.type != "cuda":
         return f"runs on CUDA tensors; got one on {device}"
-    library = native.load_cuda()
-    if isinstance(library, str):
-        return library
+    reason = missing()
+    if reason is not None:
+        return reason
     dtype = args[-1] if op == "codebook_dequantize" else args[0].dtype
     if dtype not in native.DTYPES:
         return f"{dtype} is not float32, float16 or bfloat16"

@@ -1,9 +1,9 @@
 """Which backend runs an operator, and why.
 
 The choice is made inside the operator, so a compiled graph holds one call whatever runs it. A
-backend is a module of this package with a function for each operator it offers, and
-`refuse(op, *args) -> str | None`: a reason, or None if it will run. What is missing (a compiler, a
-GPU, Triton) is a reason too, never an error.
+backend is a module of this package with a function for each operator it offers and two that give
+a reason or None: `missing()`, why it cannot run here, and `refuse(op, *args)`, why not on these
+arguments. What is missing (a compiler, a GPU, Triton) is a reason too, never an error.
 """
 
 from __future__ import annotations
@@ -77,8 +77,9 @@ def explain(op: str, *args) -> str:
         lines = [f"{op}: backends that are here"]
         for name in BACKENDS:
             backend = _load(name)
-            reason = backend if isinstance(backend, str) else _offers(name, backend, op)
-            lines.append(f"  {name}: {reason or 'here'}")
+            if not isinstance(backend, str):
+                backend = _offers(backend, op) or backend.missing()
+            lines.append(f"  {name}: {backend or 'here'}")
         return "\n".join(lines)
     expected = len(getattr(torch.ops.lowrank, op).default._schema.arguments)
     if len(args) != expected:
@@ -130,10 +131,10 @@ def _refusal(name: str, op: str, args: tuple) -> str | None:
     backend = _load(name)
     if isinstance(backend, str):
         return backend
-    return _offers(name, backend, op) or backend.refuse(op, *args)
+    return _offers(backend, op) or backend.refuse(op, *args)
 
 
-def _offers(name: str, backend: ModuleType, op: str) -> str | None:
+def _offers(backend: ModuleType, op: str) -> str | None:
     return None if hasattr(backend, op) else f"has no {op}"
 
 

@@ -23,6 +23,10 @@ _PANEL = 1 << 20  # weights decoded at once: 4 MB of float32 stay in the last-le
 _LOGITS = {"cpu": 1 << 23, "cuda": 1 << 26}  # logits held at once: 32 MB, 256 MB
 
 
+def missing() -> None:
+    """Nothing: the reference needs only torch."""
+
+
 def refuse(op: str, *args) -> str | None:
     """The reference runs everything, on every device."""
     return None

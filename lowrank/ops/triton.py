@@ -38,6 +38,12 @@ _MOST_FUSED_ROWS = 64
 _DOT = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
+def missing() -> str | None:
+    """Why Triton cannot run here at all, or None if it can."""
+    usable = _INTERPRETED or torch.cuda.is_available()
+    return None if usable else "torch finds no CUDA device"
+
+
 def refuse(op: str, *args) -> str | None:
     """Why Triton will not run `op` on these arguments, or None if it will."""
     device = args[0].device

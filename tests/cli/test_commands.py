@@ -174,7 +174,7 @@ def test_env_names_everything(run):
     rows = dict(line.split(maxsplit=1) for line in outcome.out.splitlines())
     assert rows["torch"].startswith(torch.__version__)
     assert set(ops.schema.OPERATORS) | {"python", "lowrank", "triton", "tokenizers"} <= set(rows)
-    assert "reference: here" in rows["codebook_linear"]
+    assert rows["codebook_linear"].endswith("reference")
     assert "nf4" in rows["quantizers"]
 
 

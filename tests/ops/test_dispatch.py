@@ -21,6 +21,8 @@ def test_explain_names_every_backend_and_its_reason():
     assert "reference: " in text and "cpu: " in text and ": runs" in text
     text = ops.explain("codebook_linear")
     assert all(f"  {name}: " in text for name in ("cpu", "triton", "cuda", "reference"))
+    for name in ("triton", "cuda"):
+        assert (f"  {name}: here" in text) <= torch.cuda.is_available()
 
 
 def test_float64_runs_on_the_reference_and_the_cpu_backend_says_why_not():
