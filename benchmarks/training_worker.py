@@ -135,7 +135,7 @@ def main(side: str, directory: Path) -> None:
     model.train()
     layers = initialise_adapter(model)
     optimizer = torch.optim.AdamW(
-        (p for p in model.parameters() if p.requires_grad), lr=LEARNING_RATE
+        (p for p in model.parameters() if p.requires_grad), lr=LEARNING_RATE, fused=True
     )
     batches = json.loads((directory / "batches.json").read_text())
     load_peak = status_bytes("VmHWM") - base
