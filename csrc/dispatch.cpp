@@ -15,6 +15,7 @@ using lowrank::Kernels;
 const Kernels* kernels_of(int32_t isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
+  // F16C too, which older compilers cannot ask for: every processor with AVX2 has it.
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
