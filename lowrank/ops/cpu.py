@@ -17,10 +17,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lowrank.errors import DataError
-
 from . import adamw8bit, native
-from .reference import IGNORED_LABEL
+from .reference import labelled_rows
 
 _DIRECT_M = 16  # rows of x up to which decoding inside the product beats a panel and BLAS
 _PANEL = 1 << 20  # weights decoded at once: 4 MB of float32
@@ -122,14 +120,8 @@ def linear_cross_entropy(
     Only rows with a label are multiplied. One native pass turns a chunk of logits [m, V] into its
     gradient softmax(z) - onehot(label), in place; then dx = gradient W.
     """
-    (kept,) = (labels != IGNORED_LABEL).nonzero(as_tuple=True)
-    targets, V = labels[kept], weight.shape[0]
-    if kept.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < V:
-        wrong = targets[(targets < 0) | (targets >= V)][0].item()
-        raise DataError(
-            f"labels: expected word ids in [0, {V}) or {IGNORED_LABEL} for none; got {wrong}; "
-            "was the text encoded with this model's tokenizer?"
-        )
+    V = weight.shape[0]
+    kept, targets = labelled_rows(labels, V)
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if with_dx else x.new_empty(0)
     losses = _empty(kept.numel())
     chunk = max(1, min(_LOGITS // V, kept.numel()))

@@ -133,15 +133,8 @@ def linear_cross_entropy(
     backward, and a frozen W needs no dW. Returns loss (float32) and dx ([T, H], or [0] without
     `with_dx`).   Chunking as in Liger Kernel, arXiv:2410.10989, §3.2.
     """
-    (kept,) = (labels != IGNORED_LABEL).nonzero(as_tuple=True)
-    labels = labels[kept]
     V, compute_dtype = weight.shape[0], _compute_dtype(x)
-    if kept.numel() and (int(labels.min()) < 0 or int(labels.max()) >= V):
-        wrong = labels[(labels < 0) | (labels >= V)][0].item()
-        raise DataError(
-            f"labels: expected word ids in [0, {V}) or {IGNORED_LABEL} for none; got {wrong}; "
-            "was the text encoded with this model's tokenizer?"
-        )
+    kept, labels = labelled_rows(labels, V)
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if with_dx else x.new_empty(0)
     losses = torch.empty(kept.numel(), dtype=compute_dtype, device=x.device)
     chunk = max(1, _LOGITS.get(x.device.type, _LOGITS["cpu"]) // V)
@@ -159,6 +152,19 @@ def linear_cross_entropy(
             grad = _times_weight(exps, weight, inputs.dtype).div_(sums).sub_(weight[targets])
             dx[kept[span]] = grad.to(x.dtype)
     return losses.sum(), dx
+
+
+def labelled_rows(labels: Tensor, V: int) -> tuple[Tensor, Tensor]:
+    """(rows that have a label, their labels); DataError if one is not a word of the V there are."""
+    (rows,) = (labels != IGNORED_LABEL).nonzero(as_tuple=True)
+    labels = labels[rows]
+    if rows.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < V:
+        wrong = labels[(labels < 0) | (labels >= V)][0].item()
+        raise DataError(
+            f"labels: expected word ids in [0, {V}) or {IGNORED_LABEL} for none; got {wrong}; "
+            "was the text encoded with this model's tokenizer?"
+        )
+    return rows, labels
 
 
 def adamw8bit_step(
