@@ -35,10 +35,10 @@ def linear(M: int, K: int, G: int) -> dict:
     Rows of x that are not aligned are loaded an element at a time, each with an address.
     """
     if M <= 32:
-        span = min(G, 64 if K % 16 == 0 else 32)
-        tile = {"SPLITS": 4, "SPAN": span, "BLOCK_M": _rows(M), "BLOCK_N": 32}
+        most, tile = 64, {"SPLITS": 4, "BLOCK_M": _rows(M), "BLOCK_N": 32}
     else:
-        tile = {"SPLITS": 1, "SPAN": min(G, 128), "BLOCK_M": 64, "BLOCK_N": 64}
+        most, tile = 128, {"SPLITS": 1, "BLOCK_M": 64, "BLOCK_N": 64}
+    tile["SPAN"] = min(G, most if K % 16 == 0 else 32)
     return {"G": G} | tile | {"num_warps": 4, "num_stages": 3} | ROUNDED
 
 
