@@ -1,4 +1,4 @@
-# make demo       fine-tune a 135M language model on this machine, from nothing, in about six minutes
+# make demo       fine-tune a 135M language model on this machine, from nothing, in a few minutes
 # make test       every test but the slow ones;  make test-slow: those;  make lint;  make bench
 # make gpu        tests and benchmarks on a CUDA device;  make compile-all: its kernels, without one
 PYTHON ?= python3
