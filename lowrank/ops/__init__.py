@@ -1,9 +1,9 @@
 """The operators, and which backend runs them."""
 
 from . import schema as schema
+from .checks import BLOCK_SIZES as BLOCK_SIZES
 from .dispatch import explain as explain
 from .dispatch import use_backend as use_backend
-from .functions import BLOCK_SIZES as BLOCK_SIZES
 from .functions import adamw8bit_state as adamw8bit_state
 from .functions import adamw8bit_step as adamw8bit_step
 from .functions import codebook_dequantize as codebook_dequantize

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import cpu
 from .cpu import adamw8bit_step as adamw8bit_step
+from .cpu import codebook as exact
 from .cpu import codebook_dequantize as codebook_dequantize
 from .cpu import codebook_linear_dx as codebook_linear_dx
 from .cpu import codebook_quantize as codebook_quantize
@@ -33,7 +33,7 @@ def codebook_linear(
     block_size: int,
 ) -> Tensor:
     """y = x Wᵀ + b for x [..., K]: [..., N] in the dtype of x, NaN where x is not finite."""
-    if cpu.rows_of(x) > _DIRECT_M:
-        return cpu.codebook_linear(x, packed, absmax, absmax_scale, codebook, bias, block_size)
+    if exact.rows_of(x) > _DIRECT_M:
+        return exact.codebook_linear(x, packed, absmax, absmax_scale, codebook, bias, block_size)
     weight = (packed, absmax, absmax_scale, codebook)
-    return cpu.linear_from_packed("lowrank_codebook_linear_int16", x, weight, bias, block_size)
+    return exact.linear_from_packed("lowrank_codebook_linear_int16", x, weight, bias, block_size)

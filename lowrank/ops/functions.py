@@ -14,10 +14,18 @@ from torch import Tensor
 from lowrank.errors import ConfigError, DtypeError, ShapeError
 
 from .adamw8bit import ZERO_OF_M, ZERO_OF_V, scale_shape
-
-ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+from .checks import (
+    ACTIVATIONS,
+    WEIGHTS,
+    check_activation,
+    check_block_size,
+    check_codebook,
+    check_device,
+    check_dtype,
+    check_weight,
+    names_of,
+    shape_of,
+)
 
 
 def codebook_quantize(
@@ -28,10 +36,10 @@ def codebook_quantize(
     NaN or inf in a block makes its absmax NaN or inf: `quant` refuses such a weight.
     """
     if weight.dim() != 2 or weight.numel() == 0:
-        raise ShapeError(f"weight: expected [N, K] with N, K >= 1; got {_shape(weight)}")
-    _check_dtype("weight", weight, WEIGHTS)
-    _check_block_size(block_size)
-    _check_codebook(codebook, weight.shape[0], weight.device)
+        raise ShapeError(f"weight: expected [N, K] with N, K >= 1; got {shape_of(weight)}")
+    check_dtype("weight", weight, WEIGHTS)
+    check_block_size(block_size)
+    check_codebook(codebook, weight.shape[0], weight.device)
     return torch.ops.lowrank.codebook_quantize(weight, codebook, block_size)
 
 
@@ -46,8 +54,8 @@ def codebook_dequantize(
 ) -> Tensor:
     """The weight [N, K] in `dtype`: one float32 product, rounded once."""
     if dtype not in ACTIVATIONS:
-        raise DtypeError(f"dtype: expected {_names(ACTIVATIONS)}; got {dtype}")
-    _check_weight(packed, absmax, absmax_scale, codebook, K, block_size)
+        raise DtypeError(f"dtype: expected {names_of(ACTIVATIONS)}; got {dtype}")
+    check_weight(packed, absmax, absmax_scale, codebook, K, block_size)
     return torch.ops.lowrank.codebook_dequantize(
         packed, absmax, absmax_scale, codebook, K, block_size, dtype
     )
@@ -68,16 +76,16 @@ def codebook_linear(
     """
     if x.dim() == 0:
         raise ShapeError("x: expected [..., K]; got a scalar")
-    _check_weight(packed, absmax, absmax_scale, codebook, x.shape[-1], block_size)
-    _check_activation("x", x, packed)
+    check_weight(packed, absmax, absmax_scale, codebook, x.shape[-1], block_size)
+    check_activation("x", x, packed)
     if bias is not None:
         if bias.shape != packed.shape[:1]:
-            raise ShapeError(f"bias: expected [N={packed.shape[0]}]; got {_shape(bias)}")
+            raise ShapeError(f"bias: expected [N={packed.shape[0]}]; got {shape_of(bias)}")
         if bias.dtype != x.dtype:
             raise DtypeError(
                 f"bias: expected the dtype of x, {x.dtype}; got {bias.dtype}; cast one of them"
             )
-        _check_device("bias", bias, packed.device)
+        check_device("bias", bias, packed.device)
     return torch.ops.lowrank.codebook_linear(
         x, packed, absmax, absmax_scale, codebook, bias, block_size
     )
@@ -93,10 +101,10 @@ def codebook_linear_dx(
     block_size: int = 64,
 ) -> Tensor:
     """dx = dy W: [..., N] -> [..., K] in the dtype of dy, accumulated in float32."""
-    _check_weight(packed, absmax, absmax_scale, codebook, K, block_size)
+    check_weight(packed, absmax, absmax_scale, codebook, K, block_size)
     if dy.dim() == 0 or dy.shape[-1] != packed.shape[0]:
-        raise ShapeError(f"dy: expected [..., N={packed.shape[0]}]; got {_shape(dy)}")
-    _check_activation("dy", dy, packed)
+        raise ShapeError(f"dy: expected [..., N={packed.shape[0]}]; got {shape_of(dy)}")
+    check_activation("dy", dy, packed)
     return torch.ops.lowrank.codebook_linear_dx(
         dy, packed, absmax, absmax_scale, codebook, K, block_size
     )
@@ -110,17 +118,17 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ShapeError(
-            f"x, weight: expected [..., H] and [V, H]; got {_shape(x)} and {_shape(weight)}"
+            f"x, weight: expected [..., H] and [V, H]; got {shape_of(x)} and {shape_of(weight)}"
         )
     if labels.shape != x.shape[:-1]:
         raise ShapeError(
-            f"labels: expected {list(x.shape[:-1])}, one for each row of x; got {_shape(labels)}"
+            f"labels: expected {list(x.shape[:-1])}, one for each row of x; got {shape_of(labels)}"
         )
-    _check_dtype("x", x, ACTIVATIONS)
-    _check_dtype("weight", weight, ACTIVATIONS)
-    _check_dtype("labels", labels, (torch.int64,))
-    _check_device("weight", weight, x.device)
-    _check_device("labels", labels, x.device)
+    check_dtype("x", x, ACTIVATIONS)
+    check_dtype("weight", weight, ACTIVATIONS)
+    check_dtype("labels", labels, (torch.int64,))
+    check_device("weight", weight, x.device)
+    check_device("labels", labels, x.device)
     with_dx = torch.is_grad_enabled() and x.requires_grad
     if torch.is_grad_enabled() and weight.requires_grad:
         raise ConfigError(
@@ -160,8 +168,8 @@ def adamw8bit_step(
                 f"{name}: expected {len(params)} tensors, one a parameter; got {len(tensors)}"
             )
     for i, p in enumerate(params):
-        _check_dtype(f"params[{i}]", p, WEIGHTS)
-        _check_device(f"params[{i}]", p, params[0].device)
+        check_dtype(f"params[{i}]", p, WEIGHTS)
+        check_device(f"params[{i}]", p, params[0].device)
         for name, dtype, shape in (
             ("grads", p.dtype, p.shape),
             ("m", torch.uint8, p.shape),
@@ -172,11 +180,11 @@ def adamw8bit_step(
             tensor = lists[name][i]
             if tensor.shape != shape:
                 raise ShapeError(
-                    f"{name}[{i}]: expected {list(shape)} for a parameter of {_shape(p)}; "
-                    f"got {_shape(tensor)}"
+                    f"{name}[{i}]: expected {list(shape)} for a parameter of {shape_of(p)}; "
+                    f"got {shape_of(tensor)}"
                 )
-            _check_dtype(f"{name}[{i}]", tensor, (dtype,))
-            _check_device(f"{name}[{i}]", tensor, p.device)
+            check_dtype(f"{name}[{i}]", tensor, (dtype,))
+            check_device(f"{name}[{i}]", tensor, p.device)
     if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and 0 <= beta1 < 1 and 0 <= beta2 < 1):
         raise ConfigError(
             "lr, eps, weight_decay, betas: expected >= 0, and betas below 1; "
@@ -199,87 +207,3 @@ def adamw8bit_state(p: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
     m_scale, v_scale = (torch.zeros(scale_shape(p.shape), device=p.device) for _ in range(2))
     return m, m_scale, v, v_scale
-
-
-def _check_weight(
-    packed: Tensor,
-    absmax: Tensor,
-    absmax_scale: Tensor | None,
-    codebook: Tensor,
-    K: int,
-    block_size: int,
-) -> None:
-    _check_block_size(block_size)
-    if packed.dim() != 2 or packed.shape[1] != (K + 31) // 32 * 16:
-        raise ShapeError(
-            f"packed: expected [N, {(K + 31) // 32 * 16}] for K={K}; got {_shape(packed)}"
-        )
-    N, blocks, device = packed.shape[0], -(-K // block_size), packed.device
-    if absmax.shape != (N, blocks):
-        raise ShapeError(
-            f"absmax: expected [N={N}, {blocks}] for K={K}, block size {block_size}; "
-            f"got {_shape(absmax)}"
-        )
-    _check_dtype("packed", packed, (torch.uint8,))
-    if absmax_scale is None:
-        if absmax.dtype != torch.float32:
-            raise DtypeError(
-                f"absmax: expected float32, or uint8 with absmax_scale; got {absmax.dtype} alone"
-            )
-    else:
-        if absmax_scale.shape != (N, 2):
-            raise ShapeError(f"absmax_scale: expected [N={N}, 2]; got {_shape(absmax_scale)}")
-        _check_dtype("absmax", absmax, (torch.uint8,))
-        _check_dtype("absmax_scale", absmax_scale, (torch.float32,))
-        _check_constant("absmax_scale", absmax_scale)
-        _check_device("absmax_scale", absmax_scale, device)
-    _check_codebook(codebook, N, device)
-    _check_constant("absmax", absmax)
-    _check_device("absmax", absmax, device)
-
-
-def _check_codebook(codebook: Tensor, N: int, device: torch.device) -> None:
-    if codebook.dim() != 2 or codebook.shape[1] != 16 or codebook.shape[0] not in (1, N):
-        raise ShapeError(f"codebook: expected [1, 16] or [N={N}, 16]; got {_shape(codebook)}")
-    _check_constant("codebook", codebook)
-    _check_dtype("codebook", codebook, (torch.float32,))
-    _check_device("codebook", codebook, device)
-
-
-def _check_activation(name: str, x: Tensor, packed: Tensor) -> None:
-    _check_dtype(name, x, ACTIVATIONS)
-    _check_device(name, x, packed.device)
-
-
-def _check_constant(name: str, tensor: Tensor) -> None:
-    if tensor.requires_grad:
-        raise ConfigError(
-            f"{name}: a quantized weight is frozen; got requires_grad=True; detach it"
-        )
-
-
-def _check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
-    if tensor.dtype not in allowed:
-        raise DtypeError(f"{name}: expected {_names(allowed)}; got {tensor.dtype}")
-
-
-def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.device != device:
-        raise ConfigError(
-            f"{name}: expected on {device}, with the rest; got {tensor.device}; move it with .to()"
-        )
-
-
-def _check_block_size(block_size: int) -> None:
-    if block_size not in BLOCK_SIZES:
-        raise ConfigError(
-            f"block_size: expected a power of two from 32 to 4096; got {block_size!r}"
-        )
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return " or ".join(str(d) for d in dtypes)
-
-
-def _shape(tensor: Tensor) -> str:
-    return str(list(tensor.shape))

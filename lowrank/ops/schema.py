@@ -5,7 +5,7 @@ M rows of x, N out features, K in features, G block size, V words. A weight [N, 
     absmax        float32 [N, ceil(K / G)], or uint8 of that shape when double-quantized
     absmax_scale  None, or float32 [N, 2] = (step, offset) of each row of uint8 absmax
     codebook      float32 [T, 16], T = 1 or N
-and w[n, k] = codebook[t, code[n, k]] * absmax[n, k // G]. `reference.py` says what each means.
+and w[n, k] = codebook[t, code[n, k]] * absmax[n, k // G]. `reference/` says what each means.
 
 An optimizer's step takes lists, changes them in place and has no gradient.
 

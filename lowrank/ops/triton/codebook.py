@@ -1,19 +1,15 @@
-"""Launches the Triton kernels: quantize, dequantize, and the products of a quantized weight.
+"""Codes to weights and back, and the products of a quantized weight.
 
 Few rows are multiplied straight from packed codes. For more, the weight is decoded into a reused
 scratch and cuBLAS multiplies: at training sizes decoding is a small part of the product (231 / M
 of it on an H200, by arithmetic), and no fused kernel comes near enough to cuBLAS to win it back.
-On a CPU these run only under Triton's interpreter (TRITON_INTERPRET=1), for tests.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import torch.nn.functional as F
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from lowrank.kernels import configs
@@ -21,11 +17,10 @@ from lowrank.kernels.codebook_dequantize import codebook_dequantize_kernel
 from lowrank.kernels.codebook_linear import codebook_linear_kernel, codebook_linear_row_kernel
 from lowrank.kernels.codebook_linear_dx import codebook_linear_dx_kernel, sum_parts_kernel
 from lowrank.kernels.codebook_quantize import codebook_quantize_kernel
+from lowrank.ops.scratch import scratch
 
-from .scratch import scratch
+from .launch import DOT, as_rows, dot_dtype, on
 
-_INTERPRETED = triton.knobs.runtime.interpret
-_OLDEST = (7, 5)  # Turing: what Triton compiles for
 _SUM_BLOCK = 1024
 
 # The rows up to which a product is fused, by the major number of the compute capability. By
@@ -34,36 +29,6 @@ _SUM_BLOCK = 1024
 _FUSED_ROWS_16_BIT = {7: 1, 8: 64, 9: 64, 10: 64, 12: 64}
 _FUSED_ROWS_FLOAT32 = {7: 1, 8: 16, 9: 16, 10: 16, 12: 16}
 _MOST_FUSED_ROWS = 64
-
-_DOT = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
-
-def missing() -> str | None:
-    """Why Triton cannot run here at all, or None if it can."""
-    usable = _INTERPRETED or torch.cuda.is_available()
-    return None if usable else "torch finds no CUDA device"
-
-
-def refuse(op: str, *args) -> str | None:
-    """Why Triton will not run `op` on these arguments, or None if it will."""
-    device = args[0].device
-    if device.type != "cuda":
-        return None if _INTERPRETED else f"runs on CUDA tensors; got one on {device}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _OLDEST:
-        return f"needs compute capability {_OLDEST} or newer; {device} has {capability}"
-    return None
-
-
-def fused_rows(device: torch.device, dtype: torch.dtype) -> int:
-    """The most rows that `codebook_linear` and `codebook_linear_dx` multiply from packed codes."""
-    if dtype not in _DOT:
-        return 0
-    if device.type != "cuda":
-        return _MOST_FUSED_ROWS
-    major = torch.cuda.get_device_capability(device)[0]
-    table = _FUSED_ROWS_FLOAT32 if dtype == torch.float32 else _FUSED_ROWS_16_BIT
-    return table.get(major, _MOST_FUSED_ROWS)
 
 
 def codebook_quantize(weight: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -76,7 +41,7 @@ def codebook_quantize(weight: Tensor, codebook: Tensor, block_size: int) -> tupl
     packed = torch.empty(N, (K + 31) // 32 * 16, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(N, triton.cdiv(K, block_size), dtype=torch.float32, device=weight.device)
     config = configs.quantize(K, block_size)
-    with _on(weight.device):
+    with on(weight.device):
         codebook_quantize_kernel[(N, triton.cdiv(absmax.shape[1], config["SPANS"]))](
             weight, mids, order.int(), packed, absmax,
             K, weight.stride(0), packed.shape[1], absmax.shape[1],
@@ -96,7 +61,7 @@ def codebook_dequantize(
 ) -> Tensor:
     """The weight [N, K] in `dtype`, double-quantized scales decoded in the same pass."""
     out = torch.empty(packed.shape[0], K, dtype=dtype, device=packed.device)
-    _dequantize_into(out, packed, absmax, absmax_scale, codebook, block_size)
+    dequantize_into(out, packed, absmax, absmax_scale, codebook, block_size)
     return out
 
 
@@ -132,6 +97,17 @@ def codebook_linear_dx(
     return product(dy, packed, absmax, absmax_scale, codebook, K, block_size)
 
 
+def fused_rows(device: torch.device, dtype: torch.dtype) -> int:
+    """The most rows that `codebook_linear` and `codebook_linear_dx` multiply from packed codes."""
+    if dtype not in DOT:
+        return 0
+    if device.type != "cuda":
+        return _MOST_FUSED_ROWS
+    major = torch.cuda.get_device_capability(device)[0]
+    table = _FUSED_ROWS_FLOAT32 if dtype == torch.float32 else _FUSED_ROWS_16_BIT
+    return table.get(major, _MOST_FUSED_ROWS)
+
+
 def linear_from_codes(
     x: Tensor,
     packed: Tensor,
@@ -143,13 +119,13 @@ def linear_from_codes(
 ) -> Tensor:
     """`codebook_linear` for any number of rows, at least one, without a dense weight."""
     N, K = packed.shape[0], x.shape[-1]
-    rows = _rows(x)
+    rows = as_rows(x)
     M = rows.shape[0]
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    weight = _weight(packed, absmax, absmax_scale, codebook)
+    weight = contiguous_weight(packed, absmax, absmax_scale, codebook)
     bias = None if bias is None else bias.contiguous()
     per_row = codebook.shape[0] > 1
-    with _on(x.device):
+    with on(x.device):
         if M == 1:
             config = configs.linear_row(K, block_size)
             codebook_linear_row_kernel[(triton.cdiv(N, config["BLOCK_N"]),)](
@@ -162,7 +138,7 @@ def linear_from_codes(
             codebook_linear_kernel[grid](
                 rows, *weight, bias, y,
                 M, N, rows.stride(0), packed.shape[1], absmax.shape[1],
-                K=K, PER_ROW=per_row, DOT=_dot_dtype(x.dtype), **config,
+                K=K, PER_ROW=per_row, DOT=dot_dtype(x.dtype), **config,
             )  # fmt: skip
     return y.view(*x.shape[:-1], N)
 
@@ -178,7 +154,7 @@ def linear_through_scratch(
 ) -> Tensor:
     """`codebook_linear` by cuBLAS over W decoded to the dtype of x."""
     with scratch((packed.shape[0], x.shape[-1]), x.dtype, x.device) as w:
-        _dequantize_into(w, packed, absmax, absmax_scale, codebook, block_size)
+        dequantize_into(w, packed, absmax, absmax_scale, codebook, block_size)
         return F.linear(x, w, bias)
 
 
@@ -197,7 +173,7 @@ def dx_from_codes(
     order by a second kernel.
     """
     N = packed.shape[0]
-    rows = _rows(dy)
+    rows = as_rows(dy)
     M, parts = rows.shape[0], configs.dx_parts(N)
     dx = torch.empty(M, K, dtype=dy.dtype, device=dy.device)
     sums = dx
@@ -206,11 +182,11 @@ def dx_from_codes(
     config = configs.linear_dx(M, block_size, dy.dtype == torch.float32)
     grid = (triton.cdiv(K, config["SPAN"]), triton.cdiv(M, config["BLOCK_M"]), parts)
     part = triton.cdiv(triton.cdiv(N, parts), config["BLOCK_N"]) * config["BLOCK_N"]
-    with _on(dy.device):
+    with on(dy.device):
         codebook_linear_dx_kernel[grid](
-            rows, *_weight(packed, absmax, absmax_scale, codebook), sums,
+            rows, *contiguous_weight(packed, absmax, absmax_scale, codebook), sums,
             M, N, K, rows.stride(0), packed.shape[1], absmax.shape[1],
-            PART=part, PER_ROW=codebook.shape[0] > 1, DOT=_dot_dtype(dy.dtype), **config,
+            PART=part, PER_ROW=codebook.shape[0] > 1, DOT=dot_dtype(dy.dtype), **config,
         )  # fmt: skip
         if parts > 1:
             sum_parts_kernel[(triton.cdiv(M * K, _SUM_BLOCK),)](
@@ -230,11 +206,11 @@ def dx_through_scratch(
 ) -> Tensor:
     """`codebook_linear_dx` by cuBLAS over W decoded to the dtype of dy."""
     with scratch((packed.shape[0], K), dy.dtype, dy.device) as w:
-        _dequantize_into(w, packed, absmax, absmax_scale, codebook, block_size)
+        dequantize_into(w, packed, absmax, absmax_scale, codebook, block_size)
         return dy @ w
 
 
-def _dequantize_into(
+def dequantize_into(
     out: Tensor,
     packed: Tensor,
     absmax: Tensor,
@@ -246,31 +222,16 @@ def _dequantize_into(
     if out.numel() == 0:
         return
     config = configs.dequantize(K, block_size)
-    with _on(packed.device):
+    with on(packed.device):
         codebook_dequantize_kernel[(N, triton.cdiv(K, config["SPANS"] * config["SPAN"]))](
-            *_weight(packed, absmax, absmax_scale, codebook), out,
+            *contiguous_weight(packed, absmax, absmax_scale, codebook), out,
             K, packed.shape[1], absmax.shape[1], 16 if codebook.shape[0] > 1 else 0, **config,
         )  # fmt: skip
 
 
-def _weight(
+def contiguous_weight(
     packed: Tensor, absmax: Tensor, absmax_scale: Tensor | None, codebook: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """The tensors of a weight as the kernels address them."""
     scale = None if absmax_scale is None else absmax_scale.contiguous()
     return packed.contiguous(), absmax.contiguous(), scale, codebook.contiguous()
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x [..., K] as [M, K] with consecutive elements in a row."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
-def _dot_dtype(dtype: torch.dtype) -> tl.dtype:
-    """The interpreter multiplies the bits of bfloat16 as if they were integers."""
-    return tl.float32 if _INTERPRETED else _DOT[dtype]
-
-
-def _on(device: torch.device) -> AbstractContextManager:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,0 +1,96 @@
+"""What the functions ask of their arguments: one line each that names, expects, got and helps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowrank.errors import ConfigError, DtypeError, ShapeError
+
+ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def check_weight(
+    packed: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    codebook: Tensor,
+    K: int,
+    block_size: int,
+) -> None:
+    check_block_size(block_size)
+    if packed.dim() != 2 or packed.shape[1] != (K + 31) // 32 * 16:
+        raise ShapeError(
+            f"packed: expected [N, {(K + 31) // 32 * 16}] for K={K}; got {shape_of(packed)}"
+        )
+    N, blocks, device = packed.shape[0], -(-K // block_size), packed.device
+    if absmax.shape != (N, blocks):
+        raise ShapeError(
+            f"absmax: expected [N={N}, {blocks}] for K={K}, block size {block_size}; "
+            f"got {shape_of(absmax)}"
+        )
+    check_dtype("packed", packed, (torch.uint8,))
+    if absmax_scale is None:
+        if absmax.dtype != torch.float32:
+            raise DtypeError(
+                f"absmax: expected float32, or uint8 with absmax_scale; got {absmax.dtype} alone"
+            )
+    else:
+        if absmax_scale.shape != (N, 2):
+            raise ShapeError(f"absmax_scale: expected [N={N}, 2]; got {shape_of(absmax_scale)}")
+        check_dtype("absmax", absmax, (torch.uint8,))
+        check_dtype("absmax_scale", absmax_scale, (torch.float32,))
+        check_constant("absmax_scale", absmax_scale)
+        check_device("absmax_scale", absmax_scale, device)
+    check_codebook(codebook, N, device)
+    check_constant("absmax", absmax)
+    check_device("absmax", absmax, device)
+
+
+def check_codebook(codebook: Tensor, N: int, device: torch.device) -> None:
+    if codebook.dim() != 2 or codebook.shape[1] != 16 or codebook.shape[0] not in (1, N):
+        raise ShapeError(f"codebook: expected [1, 16] or [N={N}, 16]; got {shape_of(codebook)}")
+    check_constant("codebook", codebook)
+    check_dtype("codebook", codebook, (torch.float32,))
+    check_device("codebook", codebook, device)
+
+
+def check_activation(name: str, x: Tensor, packed: Tensor) -> None:
+    check_dtype(name, x, ACTIVATIONS)
+    check_device(name, x, packed.device)
+
+
+def check_constant(name: str, tensor: Tensor) -> None:
+    if tensor.requires_grad:
+        raise ConfigError(
+            f"{name}: a quantized weight is frozen; got requires_grad=True; detach it"
+        )
+
+
+def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    if tensor.dtype not in allowed:
+        raise DtypeError(f"{name}: expected {names_of(allowed)}; got {tensor.dtype}")
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ConfigError(
+            f"{name}: expected on {device}, with the rest; got {tensor.device}; move it with .to()"
+        )
+
+
+def check_block_size(block_size: int) -> None:
+    if block_size not in BLOCK_SIZES:
+        raise ConfigError(
+            f"block_size: expected a power of two from 32 to 4096; got {block_size!r}"
+        )
+
+
+def names_of(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(str(d) for d in dtypes)
+
+
+def shape_of(tensor: Tensor) -> str:
+    return str(list(tensor.shape))

@@ -1,0 +1,34 @@
+"""The operators on a CPU, over the kernels of `csrc/`; their meaning is in `reference`.
+
+Few rows of x are multiplied straight from packed codes. For more, a panel of the weight's rows is
+decoded to float32 and given to the BLAS that torch brings, so the dense weight never exists.
+16-bit activations are computed in float32: on a CPU without 16-bit matrix units that is many times
+faster, and the result is rounded once.
+
+`dispatch` calls `refuse` before an operator: what passes it is what the pointers need.
+"""
+
+from __future__ import annotations
+
+from lowrank.ops import native
+
+from . import adamw8bit, codebook, cross_entropy
+from .adamw8bit import adamw8bit_step as adamw8bit_step
+from .codebook import codebook_dequantize as codebook_dequantize
+from .codebook import codebook_linear as codebook_linear
+from .codebook import codebook_linear_dx as codebook_linear_dx
+from .codebook import codebook_quantize as codebook_quantize
+from .cross_entropy import linear_cross_entropy as linear_cross_entropy
+
+_REFUSALS = codebook.REFUSALS | cross_entropy.REFUSALS | adamw8bit.REFUSALS
+
+
+def missing() -> str | None:
+    """Why the native kernels cannot run here at all, or None if they can."""
+    library = native.load_cpu()
+    return library if isinstance(library, str) else None
+
+
+def refuse(op: str, *args) -> str | None:
+    """Why the native kernels do not run `op` on these arguments, or None if they do."""
+    return missing() or _REFUSALS[op](*args)

@@ -1,0 +1,157 @@
+"""Codes to weights and back, and the products of a quantized weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowrank.ops import native
+
+from .panels import (
+    PANEL,
+    Weight,
+    dequantize_rows,
+    empty,
+    panels,
+    pointers,
+)
+from .refusals import refuse_codebook, refuse_devices, refuse_dtype, refuse_weight
+
+_DIRECT_M = 16  # rows of x up to which decoding inside the product beats a panel and BLAS
+
+
+def codebook_quantize(weight: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Packed codes and float32 absmax of weight [N, K]; only its rows need to be contiguous."""
+    N, K = weight.shape
+    packed = empty(N, (K + 31) // 32 * 16, dtype=torch.uint8)
+    absmax = empty(N, (K + block_size - 1) // block_size)
+    status = native.load_cpu().lowrank_codebook_quantize(
+        weight.data_ptr(), native.DTYPES[weight.dtype], N, K, weight.stride(0),
+        codebook.data_ptr(), codebook.shape[0], block_size,
+        packed.data_ptr(), absmax.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    native.check(status, "codebook_quantize")
+    return packed, absmax
+
+
+def codebook_dequantize(
+    packed: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    codebook: Tensor,
+    K: int,
+    block_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight [N, K] in `dtype`."""
+    N = packed.shape[0]
+    out = empty(N, K, dtype=dtype)
+    dequantize_rows((packed, absmax, absmax_scale, codebook), K, block_size, 0, N, out)
+    return out
+
+
+def codebook_linear(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    codebook: Tensor,
+    bias: Tensor | None,
+    block_size: int,
+) -> Tensor:
+    """y = x Wᵀ + b for x [..., K]: [..., N] in the dtype of x."""
+    weight, N, K = (packed, absmax, absmax_scale, codebook), packed.shape[0], x.shape[-1]
+    if rows_of(x) <= _DIRECT_M:
+        return linear_from_packed("lowrank_codebook_linear", x, weight, bias, block_size)
+    rows = x.reshape(-1, K).float()  # [M, K]
+    y = empty(rows.shape[0], N)
+    # For each panel BLAS rearranges x anew: the larger x is, the fewer panels.
+    size = min(max(PANEL, 2 * rows.numel()), 4 * PANEL)
+    for n0, n1, w in panels(weight, K, block_size, size):
+        torch.mm(rows, w.T, out=y[:, n0:n1])
+    if bias is not None:
+        y += bias
+    return y.to(x.dtype).view(*x.shape[:-1], N)
+
+
+def codebook_linear_dx(
+    dy: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    codebook: Tensor,
+    K: int,
+    block_size: int,
+) -> Tensor:
+    """dx = dy W for dy [..., N]: [..., K] in the dtype of dy."""
+    weight = (packed, absmax, absmax_scale, codebook)
+    rows = dy.reshape(-1, packed.shape[0]).float()  # [M, N]
+    dx = empty(rows.shape[0], K)
+    for n0, n1, w in panels(weight, K, block_size, PANEL):
+        dx.addmm_(rows[:, n0:n1], w, beta=0 if n0 == 0 else 1)
+    return dx.to(dy.dtype).view(*dy.shape[:-1], K)
+
+
+def linear_from_packed(
+    kernel: str, x: Tensor, weight: Weight, bias: Tensor | None, block_size: int
+) -> Tensor:
+    """x [..., K] -> y [..., N] by the C function of this name, straight from packed codes."""
+    K, N = x.shape[-1], weight[0].shape[0]
+    x = x.contiguous()
+    y = empty(*x.shape[:-1], N, dtype=x.dtype)
+    if bias is not None:
+        bias = bias.float().contiguous()
+    status = getattr(native.load_cpu(), kernel)(
+        x.data_ptr(), native.DTYPES[x.dtype], rows_of(x), *pointers(weight), N, K, block_size,
+        None if bias is None else bias.data_ptr(), y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    native.check(status, kernel)
+    return y
+
+
+def rows_of(x: Tensor) -> int:
+    """M of x [..., K]."""
+    return x.shape[:-1].numel()
+
+
+def _refuse_quantize(weight: Tensor, codebook: Tensor, block_size: int) -> str | None:
+    if weight.dim() != 2:
+        return "the weight is not a matrix"
+    if weight.shape[1] > 1 and weight.stride(1) != 1 or weight.stride(0) < weight.shape[1]:
+        return "the rows of the weight are not contiguous, or overlap"
+    return (
+        refuse_dtype(weight.dtype)
+        or refuse_devices(weight, codebook)
+        or refuse_codebook(codebook, weight.shape[0], block_size)
+    )
+
+
+def _refuse_dequantize(packed, absmax, absmax_scale, codebook, K, block_size, dtype) -> str | None:
+    weight = (packed, absmax, absmax_scale, codebook)
+    return refuse_dtype(dtype) or refuse_weight(weight, K, block_size)
+
+
+def _refuse_linear(x, packed, absmax, absmax_scale, codebook, bias, block_size) -> str | None:
+    weight = (packed, absmax, absmax_scale, codebook)
+    if x.dim() == 0:
+        return "x is not [..., K]"
+    if bias is not None and (bias.shape != packed.shape[:1] or bias.device.type != "cpu"):
+        return "the bias is not [N] on the CPU"
+    return (
+        refuse_dtype(x.dtype) or refuse_devices(x) or refuse_weight(weight, x.shape[-1], block_size)
+    )
+
+
+def _refuse_linear_dx(dy, packed, absmax, absmax_scale, codebook, K, block_size) -> str | None:
+    weight = (packed, absmax, absmax_scale, codebook)
+    if dy.dim() == 0 or dy.shape[-1] != packed.shape[0]:
+        return "dy is not [..., N]"
+    return refuse_dtype(dy.dtype) or refuse_devices(dy) or refuse_weight(weight, K, block_size)
+
+
+REFUSALS = {
+    "codebook_quantize": _refuse_quantize,
+    "codebook_dequantize": _refuse_dequantize,
+    "codebook_linear": _refuse_linear,
+    "codebook_linear_dx": _refuse_linear_dx,
+}

@@ -1,0 +1,24 @@
+"""What each operator means, in plain PyTorch. Also the fallback where no kernel runs.
+
+Weights are decoded a panel of rows at a time, so no path holds a whole dense weight that the caller
+did not ask for. Products are formed in float32 (float64 if the activations are) whatever the dtype.
+"""
+
+from __future__ import annotations
+
+from .adamw8bit import adamw8bit_step as adamw8bit_step
+from .codebook import codebook_dequantize as codebook_dequantize
+from .codebook import codebook_linear as codebook_linear
+from .codebook import codebook_linear_dx as codebook_linear_dx
+from .codebook import codebook_quantize as codebook_quantize
+from .cross_entropy import labelled_rows as labelled_rows
+from .cross_entropy import linear_cross_entropy as linear_cross_entropy
+
+
+def missing() -> None:
+    """Nothing: the reference needs only torch."""
+
+
+def refuse(op: str, *args) -> str | None:
+    """The reference runs everything, on every device."""
+    return None
