@@ -7,6 +7,10 @@ M rows of x, N out features, K in features, G block size, V words. A weight [N, 
     codebook      float32 [T, 16], T = 1 or N
 and w[n, k] = codebook[t, code[n, k]] * absmax[n, k // G]. `reference/` says what each means.
 
+Beside it, E adapters of rank R: A [E, R, K] and B [E, N, R]. With order int32 [M], a permutation of
+the rows of x, and offsets int32 [E + 1], rows order[offsets[e] : offsets[e + 1]] are those of
+adapter e, and those before offsets[0] of none; without, all rows are of the one adapter there is.
+
 An optimizer's step takes lists, changes them in place and has no gradient.
 
 Backward saves the weight's tensors and never x: a frozen weight has no gradient.
@@ -14,6 +18,7 @@ Backward saves the weight's tensors and never x: a frozen weight has no gradient
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -33,6 +38,10 @@ class Operator(NamedTuple):
 
 _WEIGHT = "Tensor packed, Tensor absmax, Tensor? absmax_scale, Tensor codebook"
 _NO_WEIGHT_GRADS = (None, None, None, None)
+
+_MAYBE_WEIGHT = "Tensor? weight, Tensor? absmax, Tensor? absmax_scale, Tensor? codebook"
+_ADAPTERS = "Tensor A, Tensor B, float scale, Tensor? order, Tensor? offsets, float p, Tensor? seed"
+_LORA_BIAS, _LORA_A, _LORA_B = 5, 7, 8  # where among the inputs of lora_linear
 
 
 # codebook_quantize and codebook_dequantize: constants in, constants out.
@@ -116,6 +125,52 @@ def _cross_entropy_backward(ctx, dloss: Tensor, _):
     return dx * dloss.to(dx.dtype), None, None, None
 
 
+# lora_linear: x is kept for dA alone, h for dB alone; dropout's mask is formed anew from its seed.
+
+
+def _lora_fake(x, weight, absmax, absmax_scale, codebook, bias, block_size, A, B, *rest):
+    h_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    M = math.prod(x.shape[:-1])
+    return x.new_empty(*x.shape[:-1], B.shape[1]), x.new_empty(M, A.shape[1], dtype=h_dtype)
+
+
+def _lora_setup(ctx, inputs, output) -> None:
+    x, *weight, _, block_size, A, B, scale, order, offsets, p, seed = inputs
+    h = output[1]
+    ctx.mark_non_differentiable(h)
+    needs = ctx.needs_input_grad
+    ctx.needs = [needs[0], needs[_LORA_A], needs[_LORA_B]]
+    kept = (x if needs[_LORA_A] else None, h if needs[_LORA_B] else None)
+    kept += tuple(weight) if needs[0] else _NO_WEIGHT_GRADS
+    ctx.save_for_backward(*kept, A, B, order, offsets, seed)
+    ctx.block_size, ctx.scale, ctx.p = block_size, scale, p
+
+
+@once_differentiable
+def _lora_backward(ctx, dy: Tensor, _):
+    x, h, *weight, A, B, order, offsets, seed = ctx.saved_tensors
+    dx = dA = dB = dbias = None
+    if any(ctx.needs):
+        x, h = (dy.new_empty(0) if t is None else t for t in (x, h))
+        gradients = torch.ops.lowrank.lora_linear_backward(
+            dy, x, h, *weight, ctx.block_size, A, B, ctx.scale, order, offsets, ctx.p, seed,
+            ctx.needs,
+        )  # fmt: skip
+        dx, dA, dB = (g if n else None for g, n in zip(gradients, ctx.needs, strict=True))
+    if ctx.needs_input_grad[_LORA_BIAS]:
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
+    return dx, *_NO_WEIGHT_GRADS, dbias, None, dA, dB, *(None,) * 5
+
+
+def _lora_backward_fake(
+    dy, x, h, weight, absmax, absmax_scale, codebook, block_size, A, B, scale, order, offsets, p,
+    seed, needs,
+):  # fmt: skip
+    dx = dy.new_empty((*dy.shape[:-1], A.shape[2]) if needs[0] else (0,))
+    dA, dB = (t.new_empty(t.shape if n else (0,)) for t, n in zip((A, B), needs[1:], strict=True))
+    return dx, dA, dB
+
+
 # adamw8bit_step: everything it computes, it writes into its inputs.
 
 
@@ -153,6 +208,20 @@ OPERATORS = {
         _cross_entropy_fake,
         _cross_entropy_setup,
         _cross_entropy_backward,
+    ),
+    "lora_linear": Operator(
+        f"(Tensor x, {_MAYBE_WEIGHT}, Tensor? bias, int block_size, {_ADAPTERS}) "
+        "-> (Tensor y, Tensor h)",
+        _lora_fake,
+        _lora_setup,
+        _lora_backward,
+    ),
+    "lora_linear_backward": Operator(
+        f"(Tensor dy, Tensor x, Tensor h, {_MAYBE_WEIGHT}, int block_size, {_ADAPTERS}, "
+        "bool[] needs) -> (Tensor dx, Tensor dA, Tensor dB)",
+        _lora_backward_fake,
+        _mark_constant,
+        _no_gradients(16),
     ),
     "adamw8bit_step": Operator(
         "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] m, Tensor(c!)[] m_scale, "

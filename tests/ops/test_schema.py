@@ -32,12 +32,39 @@ def samples():
         OPS.codebook_quantize,
         (torch.randn(7, 64, requires_grad=True), random_weight(7, 33)[3], 64),
     )
+    yield from lora_samples()
     head, labels = torch.randn(20, 8), torch.tensor([3, -100, 19, 0])
     yield OPS.linear_cross_entropy, (torch.randn(4, 8, requires_grad=True), head, labels, True)
     yield OPS.linear_cross_entropy, (torch.randn(4, 8), head, labels, False)
     params = [torch.randn(3, 300), torch.randn(5)]
     grads, states = [p * 2 for p in params], zip(*map(ops.adamw8bit_state, params), strict=True)
     yield OPS.adamw8bit_step, (params, grads, *map(list, states), 0.1, 0.9, 0.99, 1e-8, 0.0, 1)
+
+
+def lora_samples():
+    E, R, N, K, M = 3, 4, 10, 33, 6
+    packed = random_weight(N, K, 32, double_quant=True)
+    groups = ops.group_rows(torch.tensor([2, -1, 0, 0, 2, -1]), E)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(2, 3, K, dtype=dtype)
+        dy = torch.randn(2, 3, N, dtype=dtype)
+        h = torch.randn(M, R)
+        dense = (torch.randn(N, K, dtype=dtype), None, None, None)
+        for weight, G, (order, offsets), p, needs in (
+            (packed, 32, groups, 0.0, [True, True, True]),
+            (dense, 64, groups, 0.5, [False, True, True]),
+            (dense, 64, (None, None), 0.1, [True, False, True]),
+            ((None,) * 4, 64, (None, None), 0.0, [True, True, False]),
+        ):
+            count = 1 if order is None else E
+            A, B = torch.randn(count, R, K), torch.randn(count, N, R)
+            seed = torch.tensor(7 << 40) if p else None
+            rest = (A, B, 0.5, order, offsets, p, seed)
+            yield OPS.lora_linear_backward, (dy, x, h, *weight, G, *rest, needs)
+            bias = None if weight[0] is None else torch.randn(N, dtype=dtype, requires_grad=True)
+            leaves = (t.clone().requires_grad_(n) for t, n in zip((x, A, B), needs, strict=True))
+            x_leaf, A_leaf, B_leaf = leaves
+            yield OPS.lora_linear, (x_leaf, *weight, bias, G, A_leaf, B_leaf, *rest[2:])
 
 
 def test_opcheck():
