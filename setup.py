@@ -3,6 +3,7 @@
 They are plain C ABI libraries that ctypes opens: neither Python's headers nor torch are needed.
 A missing compiler costs speed, not the installation. LOWRANK_BUILD=require makes it an error,
 LOWRANK_BUILD=skip builds nothing; CXX and CXXFLAGS, NVCC and NVCCFLAGS mean what they always mean.
+NVCC= (empty) builds no CUDA library.
 """
 
 import os
@@ -135,7 +136,7 @@ class PlatformWheel(bdist_wheel):
 
 
 def nvcc() -> str:
-    return os.environ.get("NVCC") or shutil.which("nvcc") or ""
+    return os.environ.get("NVCC", shutil.which("nvcc") or "")
 
 
 def extensions() -> list[Extension]:

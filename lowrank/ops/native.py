@@ -154,16 +154,33 @@ def _open(file: str, abi_name: str, functions: dict[str, tuple], builder: str) -
     if not path.exists():
         return f"{file} is not built; install {builder} and reinstall lowrank"
     try:
+        if _is_cut_short(path):
+            return f"{path} is cut short: was the disk full? reinstall lowrank"
         library = ctypes.CDLL(str(path))
+        # First: a stale library may lack functions as well, and its number is what tells so.
+        abi = getattr(library, abi_name)()
+        if abi != ABI:
+            return f"{path}: expected ABI {ABI}; got {abi}; reinstall lowrank"
         for name, argtypes in functions.items():
             function = getattr(library, name)
             function.argtypes, function.restype = argtypes, c_int32
     except (OSError, AttributeError) as error:
         return f"{path} cannot be used: {error}; reinstall lowrank"
-    abi = getattr(library, abi_name)()
-    if abi != ABI:
-        return f"{path}: expected ABI {ABI}; got {abi}; reinstall lowrank"
     return library
+
+
+def _is_cut_short(path: Path) -> bool:
+    """Whether a library ends before its table of sections does: to open it would end the process.
+
+    That table is the last thing in the file.   System V ABI, ELF-64 header.
+    """
+    with path.open("rb") as file:
+        header = file.read(64)
+    if not header.startswith(b"\x7fELF\x02\x01"):
+        return False  # 64 bits, little-endian, or left to dlopen
+    offset = int.from_bytes(header[40:48], "little")
+    size, count = (int.from_bytes(header[at : at + 2], "little") for at in (58, 60))
+    return path.stat().st_size < max(len(header), offset + size * count)
 
 
 def _cpu() -> ctypes.CDLL:

@@ -3,7 +3,6 @@
 import ctypes
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -84,32 +83,6 @@ def test_one_openmp_runtime():
     if not Path("/proc/self/maps").exists():
         pytest.skip("needs a CPU with Linux's /proc/self/maps")
     assert python(code).stdout == "1\n"
-
-
-@pytest.fixture
-def copy(tmp_path):
-    """A copy of the package, without what was built, in a directory to run Python from."""
-    shutil.copytree(ROOT / "lowrank", tmp_path / "lowrank", ignore=shutil.ignore_patterns("lib"))
-    (tmp_path / "lowrank" / "lib").mkdir()
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("library", "reason"),
-    [(None, "liblowrank_cpu.so is not built"), (b"not a library", "reinstall lowrank")],
-)
-def test_a_missing_or_damaged_library_is_a_reason(copy, library, reason):
-    if library is not None:
-        (copy / "lowrank" / "lib" / "liblowrank_cpu.so").write_bytes(library)
-    code = (
-        "import torch\nfrom lowrank import ops\nw, c = torch.randn(2, 64), torch.rand(1, 16)\n"
-        "print(ops.__file__)\nops.codebook_quantize(w, c)\n"
-        "print(ops.explain('codebook_quantize', w, c, 64))"
-    )
-    done = python(code, cwd=copy, PYTHONPATH=str(copy))
-    assert str(copy) in done.stdout, done.stderr
-    assert "cpu: refuses" in done.stdout and reason in done.stdout
-    assert "reference: runs" in done.stdout
 
 
 @needs_library
