@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from pathlib import Path
 
-from benchmarks import machine, shapes, table
+from benchmarks import machine, results, shapes, table
 from benchmarks.errors import UsageError
+from benchmarks.installed import PEERS, chosen, chosen_peers
 
 BENCHMARKS = {
     "codebook_quantize": "dense float32 weights to NF4 with double quantization",
@@ -19,8 +18,6 @@ BENCHMARKS = {
     "training_step": "QLoRA steps of SmolLM2-135M (its GGUF file is named by LOWRANK_SMOLLM2)",
     "import_time": "what importing adds to `import torch`",
 }
-AGAINST = ("torch", "bitsandbytes", "peft")
-RESULTS = Path(__file__).parent / "results"
 USAGE_ERROR, WRONG_RESULT = 2, 1
 
 DESCRIPTION = """\
@@ -60,8 +57,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--against",
         metavar="PEERS",
-        default=",".join(AGAINST),
-        help=f"comma-separated, of {', '.join(AGAINST)}, or none (default: all that are installed)",
+        default=",".join(PEERS),
+        help=f"comma-separated, of {', '.join(PEERS)}, or none (default: all that are installed)",
     )
     made.add_argument(
         "--shapes",
@@ -131,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         if given.table is not None:
-            result = _read(Path(given.table))
+            result = results.read(given.table)
             print(table.render(result), end="")
         else:
             result = _run(given)
@@ -148,10 +145,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(given: argparse.Namespace) -> dict:
-    names = _chosen("benchmark", given.names or list(BENCHMARKS), BENCHMARKS)
-    against = [] if given.against == "none" else _chosen("peer", given.against.split(","), AGAINST)
+    names = chosen("benchmark", given.names or list(BENCHMARKS), BENCHMARKS)
+    against = chosen_peers(given.against)
     wanted_shapes = [shapes.parse(text) for text in given.shapes]
-    rows_of_x = _counts(given.rows)
+    rows_of_x = shapes.parse_rows(given.rows)
     if given.seconds <= 0 or given.steps < 3 or (given.threads or 1) < 1:
         raise UsageError("--seconds and --threads must be positive, --steps at least 3")
     machine.restrict(given.threads, given.isa)
@@ -171,8 +168,8 @@ def _run(given: argparse.Namespace) -> dict:
     )
     result = run(names, settings)
     if given.json is not None:
-        path = Path(given.json) if given.json else _default_path(result)
-        _write(path, json.dumps(result, indent=1) + "\n")
+        name = machine.slug(result["machine"], result["run"]["isa"])
+        path = results.write(result, given.json, name)
         print(f"\nwritten: {path}")
     return result
 
@@ -183,47 +180,6 @@ def _working_set(megabytes: float | None) -> int:
     if megabytes <= 0:
         raise UsageError(f"--working-set: expected a positive number of MB; got {megabytes:g}")
     return int(megabytes * 1e6)
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(text)
-    os.replace(aside, path)
-
-
-def _read(path: Path) -> dict:
-    try:
-        result = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--table: {path} cannot be read as JSON: {error}") from error
-    if not isinstance(result, dict) or not {"machine", "run", "ceilings", "rows"} <= result.keys():
-        raise UsageError(f"--table: {path} holds no results; expected a file written by --json")
-    return result
-
-
-def _default_path(result: dict) -> Path:
-    return (
-        RESULTS
-        / f"{machine.slug(result['machine'], result['run']['isa'])}-{result['run']['date']}.json"
-    )
-
-
-def _chosen(kind: str, wanted: list[str], known) -> list[str]:
-    for name in wanted:
-        if name not in known:
-            raise UsageError(f"{kind}: expected some of {', '.join(known)}; got {name!r}")
-    return list(dict.fromkeys(wanted))
-
-
-def _counts(text: str) -> list[int]:
-    try:
-        counts = [int(part) for part in text.split(",")]
-    except ValueError:
-        counts = [0]
-    if min(counts) < 1:
-        raise UsageError(f"--rows: expected positive numbers like 1,16,512; got {text!r}")
-    return counts
 
 
 def _listing() -> str:

@@ -8,6 +8,7 @@ from benchmarks import peers
 from benchmarks.harness import Contender, copies_for, nbytes, relative_error
 from benchmarks.settings import Settings
 
+OPERATIONS = 1  # an element: its code's value times its block's scale
 DTYPES = {"fp32": (torch.float32, 1e-6), "bf16": (torch.bfloat16, 4e-3)}
 
 
@@ -41,6 +42,7 @@ def _lowrank(
         lambda dense: relative_error(dense, exact),
         limit,
         moved=storage.nbytes + weight.numel() * dtype.itemsize,
+        flops=OPERATIONS * weight.numel(),
         path=peers.chosen_backend(
             "codebook_dequantize",
             *peers.operands(storage),
@@ -66,4 +68,5 @@ def _bitsandbytes(settings: Settings, weight: torch.Tensor, dtype: torch.dtype) 
         count,
         lambda dense: relative_error(dense, exact),
         moved=nbytes(tensors) + weight.numel() * dtype.itemsize,
+        flops=OPERATIONS * weight.numel(),
     )

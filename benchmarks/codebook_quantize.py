@@ -8,6 +8,7 @@ from benchmarks import peers
 from benchmarks.harness import Contender, copies_for, nbytes, relative_error
 from benchmarks.settings import Settings
 
+OPERATIONS = 3  # an element: a comparison for the block's largest, a product, a code
 NF4_ERROR = 0.11  # of normally distributed weights, blocks of 64: 0.096 and a little for the scales
 
 
@@ -48,6 +49,7 @@ def _lowrank(weights: list[torch.Tensor]) -> Contender:
         error,
         NF4_ERROR,
         moved=nbytes(weights[0]) + storage.nbytes,
+        flops=OPERATIONS * weights[0].numel(),
         path=peers.chosen_backend(
             "codebook_quantize", weights[0], storage.tensors["codebook"], peers.BLOCK_SIZE
         ),
@@ -70,4 +72,5 @@ def _bitsandbytes(weights: list[torch.Tensor]) -> Contender:
         len(weights),
         lambda tensors: relative_error(peers.exact_bitsandbytes(tensors, exact.shape), exact),
         moved=nbytes(weights[0]) + nbytes(quantize(0)),
+        flops=OPERATIONS * weights[0].numel(),
     )

@@ -35,7 +35,8 @@ class Contender:
     `call(i)` runs on the i-th copy of the inputs and returns the outputs (a tensor or a tuple);
     `error(outputs)` is their distance to float64, relative; `limit` is the largest that counts as
     right (None: any that is finite). `moved` and `flops` are the bytes and floating-point
-    operations that the task needs at least; `path` is what was chosen to do it.
+    operations that the task needs at least, `dtype` that of its result; `path` is what was chosen
+    to do it.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Contender:
     moved: int = 0
     flops: int = 0
     path: str = ""
+    dtype: str = "float32"
 
 
 @dataclass

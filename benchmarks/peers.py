@@ -5,7 +5,6 @@ it.
 from __future__ import annotations
 
 import copy
-import importlib.util
 import logging
 import os
 import re
@@ -17,17 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from benchmarks.installed import missing as missing
 from benchmarks.oracle import decode_bitsandbytes, decode_lowrank
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK_SIZE = 64
-
-
-def missing(name: str) -> str | None:
-    """Why the peer cannot take part, or None."""
-    if importlib.util.find_spec(name) is None:
-        return f"{name} is not installed: pip install {name}"
-    return None
 
 
 def bitsandbytes():

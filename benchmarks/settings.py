@@ -35,25 +35,42 @@ class Settings:
 
         `memory` names the ceiling of the case's memory traffic: "copy" or "read".
         """
-        rows = []
-        for contender, timing in zip(contenders, measure(contenders, self.seconds), strict=True):
-            row = {"benchmark": benchmark, "case": case, "contender": contender.name}
-            row |= timing.summary()
-            row |= {"path": contender.path, "memory": memory}
-            row |= {"moved": contender.moved, "flops": contender.flops}
-            rows.append(row)
-        by_name = {row["contender"]: row["median_ms"] for row in rows}
-        for row in rows:
-            row["baseline"] = baseline if baseline in by_name else rows[0]["contender"]
-            row["speed"] = by_name[row["baseline"]] / row["median_ms"]
-        return rows
+        summaries = [timing.summary() for timing in measure(contenders, self.seconds)]
+        return rows_of(benchmark, case, contenders, summaries, baseline, memory)
+
+
+def rows_of(
+    benchmark: str,
+    case: str,
+    contenders: Sequence[Contender],
+    summaries: Sequence[dict],
+    baseline: str,
+    memory: str,
+) -> list[dict]:
+    """What was measured of each contender, with its speed beside `baseline`, or else the first."""
+    rows = []
+    for contender, summary in zip(contenders, summaries, strict=True):
+        row = {"benchmark": benchmark, "case": case, "contender": contender.name, **summary}
+        row |= {"path": contender.path, "memory": memory, "dtype": contender.dtype}
+        rows.append(row | {"moved": contender.moved, "flops": contender.flops})
+    by_name = {row["contender"]: row["median_ms"] for row in rows}
+    for row in rows:
+        row["baseline"] = baseline if baseline in by_name else rows[0]["contender"]
+        row["speed"] = by_name[row["baseline"]] / row["median_ms"]
+    return rows
 
 
 def add_rates(rows: Sequence[dict], limits: dict[str, float]) -> None:
-    """Put GB/s, TFLOP/s and the least time that `limits` allow into the rows that move bytes."""
+    """Put GB/s, TFLOP/s and floors into the rows that move bytes.
+
+    `floor_ms` is the least time that `limits` allow, `memory_floor_ms` that of the bytes alone.
+    """
     for row in rows:
         if "moved" in row:
+            moved, flops, memory = row["moved"], row["flops"], row["memory"]
             taken = row["median_ms"] * 1e-3
-            row["gbs"] = row["moved"] / taken * 1e-9
-            row["tflops"] = row["flops"] / taken * 1e-12
-            row["floor_ms"] = 1e3 * floor_seconds(limits, row["moved"], row["flops"], row["memory"])
+            row["gbs"] = moved / taken * 1e-9
+            row["tflops"] = flops / taken * 1e-12
+            floor = floor_seconds(limits, moved, flops, memory, row.get("dtype", "float32"))
+            row["floor_ms"] = 1e3 * floor
+            row["memory_floor_ms"] = 1e3 * floor_seconds(limits, moved, 0, memory)

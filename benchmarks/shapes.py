@@ -31,3 +31,14 @@ def parse(text: str) -> tuple[str, int, int]:
     rows, columns = int(match[1]), int(match[2])
     names = [name for name, shape in SHAPES.items() if shape == (rows, columns)]
     return f"{rows}x{columns}" + (f" ({names[0]})" if names else ""), rows, columns
+
+
+def parse_rows(text: str) -> list[int]:
+    """--rows: positive numbers parted by commas. Raises UsageError."""
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        counts = [0]
+    if min(counts) < 1:
+        raise UsageError(f"--rows: expected positive numbers like 1,16,512; got {text!r}")
+    return list(dict.fromkeys(counts))

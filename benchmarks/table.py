@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 OP_COLUMNS = (
@@ -41,27 +42,49 @@ def render(result: dict) -> str:
 
 
 def header(result: dict) -> str:
-    """Machine, versions and ceilings in a few lines."""
-    machine, limits, run = result["machine"], result["ceilings"], result["run"]
+    """Machine, versions and ceilings in a few lines; the device first, where it is a GPU."""
+    machine, run = result["machine"], result["run"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     level = f"restricted to {run['isa']}" if run["isa"] else "as the CPU allows"
     return (
-        f"{machine['cpu']} (family/model {machine['cpu_family_model']}), {machine['cores']} cores, "
+        f"{_device(machine)}{machine['cpu']} (family/model {machine['cpu_family_model']}), "
+        f"{machine['cores']} cores, "
         f"{machine['threads']} threads, {level}; L3 {megabytes(machine['l3_bytes'])} MB as shown, "
         f"inputs rotate over {megabytes(run['working_set'])} MB; "
         f"flags {' '.join(machine['flags'])}. {machine['system']}, "
         f"Python {machine['python']}, {versions}; commit {machine['commit'] or 'unknown'}, "
-        f"{run['date']}.\n\n" + ceilings_line(limits)
+        f"{run['date']}.\n\n" + ceilings_line(result["ceilings"])
+    )
+
+
+def _device(machine: dict) -> str:
+    if "capability" not in machine:
+        return ""
+    major, minor = machine["capability"]
+    return (
+        f"{machine['device']} (capability {major}.{minor}, {machine['multiprocessors']} "
+        f"multiprocessors, {megabytes(machine['device_memory_bytes'])} MB, L2 "
+        f"{megabytes(machine['l2_bytes'])} MB, CUDA {machine['cuda']}, "
+        f"{machine['driver and clocks']}); "
     )
 
 
 def ceilings_line(limits: dict[str, float]) -> str:
     """The ceilings as a sentence."""
+    rates = [
+        f"{match[1] or 'float32'} matmul {tflops(rate)}"
+        for name, rate in limits.items()
+        if (match := re.fullmatch(r"matmul_(?:(\w+)_)?tflops", name))
+    ]
     return (
         f"Ceilings, the best in this run: copy {limits['copy_gbs']:.1f} GB/s, "
-        f"read {limits['read_gbs']:.1f} GB/s, "
-        f"float32 matmul {limits['matmul_tflops'] * 1e3:.0f} GFLOP/s."
+        f"read {limits['read_gbs']:.1f} GB/s, {', '.join(rates)}."
     )
+
+
+def tflops(rate: float) -> str:
+    """A rate in the unit that suits it."""
+    return f"{rate:.0f} TFLOP/s" if rate >= 10 else f"{rate * 1e3:.0f} GFLOP/s"
 
 
 def cases(rows: Sequence[dict]) -> list[list[dict]]:

@@ -7,12 +7,16 @@ import json
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_timing
+from benchmarks import table
+from benchmarks.gpu import cli, timing
 
 
 def test_every_case_has_its_rows_and_is_right(capsys):
     cpu = torch.device("cpu")
-    result = gpu.run(cpu, [("64x96", 64, 96)], [1, 3], torch.float32, seconds=0.01, scale=1e-4)
+    shapes, rows_of_x = [("64x96", 64, 96)], [1, 3]
+    result = cli.run(
+        list(cli.BENCHMARKS), [], cpu, shapes, rows_of_x, torch.float32, seconds=0.01, scale=1e-4
+    )
     assert json.loads(json.dumps(result)) == result
     rows = result["rows"]
     assert not [row["wrong"] for row in rows if "wrong" in row]
@@ -30,7 +34,10 @@ def test_every_case_has_its_rows_and_is_right(capsys):
     for row in rows:
         assert row["n"] >= 10 and row["moved"] > 0 and row["floor_ms"] > 0
         assert row["p10_ms"] <= row["median_ms"] <= row["p90_ms"]
-    assert "### codebook_linear: 64x96 M=3 dX" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "### codebook_linear: 64x96 M=3 dX" in printed
+    for case in table.cases(rows):
+        assert table.titled(case) in printed and table.titled(case) in table.render(result)
 
 
 def test_a_wrong_result_is_said_to_be_wrong():
@@ -43,11 +50,27 @@ def test_a_wrong_result_is_said_to_be_wrong():
         ),
         Contender("nan", lambda i: torch.empty(4), 2, lambda y: relative_error(y, exact), 0.1),
     ]
-    off, empty = gpu_timing.measure(calls, 0.001, torch.device("cpu"))
+    off, empty = timing.measure(calls, 0.001, torch.device("cpu"))
     assert "5.00e-01" in off["wrong"] and "wrong" in empty
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["codebook_liner"], "codebook_linear"),
+        (["--shapes", "4096by4096"], "NxK"),
+        (["--rows", "x"], "--rows"),
+        (["--against", "tensorflow"], "bitsandbytes"),
+        (["--seconds", "0"], "--seconds"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(arguments, said, capsys):
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err and captured.err.count("\n") == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a GPU to be absent: it says so")
 def test_says_when_there_is_no_device(capsys):
-    assert gpu.main([]) == 2
+    assert cli.main([]) == 2
     assert "no CUDA device" in capsys.readouterr().err

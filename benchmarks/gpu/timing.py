@@ -14,10 +14,11 @@ from functools import partial
 
 import torch
 
+from benchmarks import machine
+from benchmarks.ceilings import matmul_key
 from benchmarks.harness import Contender, Timing, poisoned
-from benchmarks.machine import commit
 
-WARM_UP = 5
+WARM_UP = 10
 MOST_COPIES = 64
 
 
@@ -86,39 +87,65 @@ def graphed(call: Callable[[int], object], copies: int) -> Callable[[int], objec
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, scale: float = 1.0) -> dict[str, float]:
-    """Best rates of a few repeats: copy and read of 2 GiB, and a matmul of random numbers."""
+    """Best rates of a few repeats: copy and read of 2 GiB, and matmuls of random numbers.
+
+    The matmul is that of float32, and of `dtype` beside it; names are as in `benchmarks.ceilings`.
+    """
     count, size = int((1 << 30) * scale) // 4096 * 4096, int(8192 * scale**0.5) // 64 * 64
     source = torch.rand(count, device=device).to(dtype)
     target = torch.zeros_like(source)
-    left = torch.randn(size, size, device=device).to(dtype)
-    right = torch.randn(size, size, device=device).to(dtype)
 
     def best(call: Callable[[], object]) -> float:
         call()
         return min(timed(call, device) for _ in range(10))
 
-    matmul, copied = best(lambda: left @ right), best(lambda: target.copy_(source))
-    return {
+    copied, read = best(lambda: target.copy_(source)), best(source.sum)
+    limits = {
         "copy_gbs": 2 * source.nbytes / copied * 1e-9,
-        "read_gbs": source.nbytes / best(source.sum) * 1e-9,
-        "matmul_tflops": 2 * size**3 / matmul * 1e-12,
+        "read_gbs": source.nbytes / read * 1e-9,
     }
+    for kind in dict.fromkeys((torch.float32, dtype)):
+        left, right = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
+        rate = 2 * size**3 / best(partial(torch.mm, left, right)) * 1e-12
+        limits[matmul_key(kind)] = rate
+    return limits
 
 
 def copies_past_cache(nbytes: int, device: torch.device) -> int:
     """How many copies of inputs of `nbytes` are four times what the L2 cache holds."""
-    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
-    return max(2, min(MOST_COPIES, -(-4 * cache // max(nbytes, 1))))
+    return max(2, min(MOST_COPIES, -(-working_set_bytes(device) // max(nbytes, 1))))
+
+
+def working_set_bytes(device: torch.device) -> int:
+    """What inputs rotate over: four times the L2 cache, 0 where there is none."""
+    return (
+        4 * torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    )
 
 
 def describe(device: torch.device) -> dict:
-    """The device, its clocks and driver as nvidia-smi tells, and the versions that ran."""
-    described = {"device": "cpu", "torch": torch.__version__, "commit": commit()}
+    """The machine as on a CPU, and the device: its clocks and driver as nvidia-smi tells."""
+    described = machine.describe()
     if device.type != "cuda":
-        return described
-    import triton
-
+        return described | {"device": "cpu"}
     properties = torch.cuda.get_device_properties(device)
+    return described | {
+        "device": properties.name,
+        "capability": list(torch.cuda.get_device_capability(device)),
+        "multiprocessors": properties.multi_processor_count,
+        "device_memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "cuda": torch.version.cuda,
+        "driver and clocks": _nvidia_smi(),
+    }
+
+
+def slug(described: dict) -> str:
+    """A file name for the device."""
+    return re.sub(r"[^a-z0-9]+", "-", described["device"].lower()).strip("-")
+
+
+def _nvidia_smi() -> str:
     query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
     try:
         asked = subprocess.run(
@@ -127,22 +154,8 @@ def describe(device: torch.device) -> dict:
             text=True,
         ).stdout.strip()
     except OSError:
-        asked = ""
-    return described | {
-        "device": properties.name,
-        "capability": list(torch.cuda.get_device_capability(device)),
-        "multiprocessors": properties.multi_processor_count,
-        "memory_bytes": properties.total_memory,
-        "l2_bytes": properties.L2_cache_size,
-        "cuda": torch.version.cuda,
-        "triton": triton.__version__,
-        query: asked,
-    }
-
-
-def slug(described: dict) -> str:
-    """A file name for the device."""
-    return re.sub(r"[^a-z0-9]+", "-", described["device"].lower()).strip("-")
+        return ""
+    return f"{query}: {asked}"
 
 
 def _extra_memory(call: Callable[[], object], device: torch.device) -> int | None:
