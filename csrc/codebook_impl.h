@@ -11,6 +11,7 @@
 namespace {
 
 using lowrank::CodebookWeight;
+using lowrank::Rectangle;
 
 constexpr int CHUNK = 32;
 constexpr int VECTORS = CHUNK / W;
@@ -92,48 +93,47 @@ struct TableFor<float> {
   TableFor(const Table& t, float absmax) : table(t, absmax) {}
 };
 
+// Columns k0 <= k < k1 of row n, k0 a multiple of 32.
 template <class T>
-void dequantize_row(const CodebookWeight& w, int64_t n, const Table& table, T* out) {
+void dequantize_row(const CodebookWeight& w, int64_t n, int64_t k0, int64_t k1, const Table& table,
+                    T* out) {
   const uint8_t* packed = w.packed + n * (padded(w.K) / 2);
   RowScales scales(w, n);
-  for (int64_t k = 0, b = 0; k < w.K; ++b) {
+  for (int64_t k = k0, b = block_of(w, k0); k < k1; ++b) {
     const TableFor<T> block(table, scales[b]);
-    const int64_t end = smaller(k + w.block_size, w.K);
+    const int64_t end = smaller((b + 1) * w.block_size, k1);
     for (; k + CHUNK <= end; k += CHUNK) {
       prefetch(packed + k / 2, AHEAD);
-      decode32(packed + k / 2, block.table, out + k);
+      decode32(packed + k / 2, block.table, out + k - k0);
     }
     if (k < end) {
       T rest[CHUNK];
       decode32(packed + k / 2, block.table, rest);
-      memcpy(out + k, rest, size_t(end - k) * sizeof(T));
+      memcpy(out + k - k0, rest, size_t(end - k) * sizeof(T));
       k = end;
     }
   }
 }
 
 template <class T>
-void dequantize_rows(const CodebookWeight& w, int64_t n0, int64_t n1, T* out, int32_t threads) {
-#pragma omp parallel num_threads(threads) if ((n1 - n0) * w.K > WORTH_THREADS)
+void dequantize_to(const CodebookWeight& w, const Rectangle& r, T* out, int32_t threads) {
+  const int64_t width = r.k1 - r.k0;
+#pragma omp parallel num_threads(threads) if ((r.n1 - r.n0) * width > WORTH_THREADS)
   {
     const Table shared(w.codebook);
 #pragma omp for schedule(static)
-    for (int64_t n = n0; n < n1; ++n) {
-      T* row = out + (n - n0) * w.K;
-      if (w.codebook_rows == 1) {
-        dequantize_row(w, n, shared, row);
-      } else {
-        dequantize_row(w, n, Table(codebook_of(w, n)), row);
-      }
+    for (int64_t n = r.n0; n < r.n1; ++n) {
+      const Table table = w.codebook_rows == 1 ? shared : Table(codebook_of(w, n));
+      dequantize_row(w, n, r.k0, r.k1, table, out + (n - r.n0) * width);
     }
   }
 }
 
-void dequantize(const CodebookWeight& w, int64_t n0, int64_t n1, void* out, int32_t dtype,
+void dequantize(const CodebookWeight& w, const Rectangle& r, void* out, int32_t dtype,
                 int32_t threads) {
-  if (dtype == LOWRANK_F32) dequantize_rows(w, n0, n1, static_cast<float*>(out), threads);
-  if (dtype == LOWRANK_F16) dequantize_rows(w, n0, n1, static_cast<Half*>(out), threads);
-  if (dtype == LOWRANK_BF16) dequantize_rows(w, n0, n1, static_cast<Bfloat16*>(out), threads);
+  if (dtype == LOWRANK_F32) dequantize_to(w, r, static_cast<float*>(out), threads);
+  if (dtype == LOWRANK_F16) dequantize_to(w, r, static_cast<Half*>(out), threads);
+  if (dtype == LOWRANK_BF16) dequantize_to(w, r, static_cast<Bfloat16*>(out), threads);
 }
 
 // `from` [length] -> floats, with zeros up to a multiple of 32.

@@ -11,6 +11,7 @@ namespace {
 
 using lowrank::CodebookWeight;
 using lowrank::Kernels;
+using lowrank::Rectangle;
 
 const Kernels* kernels_of(int32_t isa) {
 #if defined(__x86_64__)
@@ -71,6 +72,18 @@ void prefer_huge_pages(void* at, int64_t bytes) {
 #endif
 }
 
+int32_t run_dequantize(const CodebookWeight& w, const Rectangle& r, void* out, int32_t dtype,
+                       int32_t threads) {
+  if (!valid_sizes(w, threads) || !valid_dtype(dtype)) return LOWRANK_BAD_ARGUMENT;
+  if (r.n0 < 0 || r.n0 > r.n1 || r.n1 > w.N) return LOWRANK_BAD_ARGUMENT;
+  if (r.k0 < 0 || r.k0 > r.k1 || r.k1 > w.K || r.k0 % 32) return LOWRANK_BAD_ARGUMENT;
+  if (r.n0 == r.n1 || r.k0 == r.k1) return LOWRANK_OK;
+  if (!w.packed || !w.absmax || !out) return LOWRANK_BAD_ARGUMENT;
+  prefer_huge_pages(out, (r.n1 - r.n0) * (r.k1 - r.k0) * (dtype == LOWRANK_F32 ? 4 : 2));
+  kernels().dequantize(w, r, out, dtype, threads);
+  return LOWRANK_OK;
+}
+
 // Both products of few rows: they differ in the kernel alone.
 int32_t run_linear(int32_t (*kernel)(const void*, int32_t, int64_t, const CodebookWeight&,
                                      const float*, void*, int32_t),
@@ -121,13 +134,16 @@ int32_t lowrank_codebook_dequantize(const uint8_t* packed, const void* absmax,
                                     int64_t block_size, int64_t n0, int64_t n1, void* out,
                                     int32_t dtype, int32_t threads) {
   const CodebookWeight w{packed, absmax, absmax_scale, codebook, codebook_rows, N, K, block_size};
-  if (!valid_sizes(w, threads) || !valid_dtype(dtype)) return LOWRANK_BAD_ARGUMENT;
-  if (n0 < 0 || n0 > n1 || n1 > N) return LOWRANK_BAD_ARGUMENT;
-  if (n0 == n1 || K == 0) return LOWRANK_OK;
-  if (!packed || !absmax || !out) return LOWRANK_BAD_ARGUMENT;
-  prefer_huge_pages(out, (n1 - n0) * K * (dtype == LOWRANK_F32 ? 4 : 2));
-  kernels().dequantize(w, n0, n1, out, dtype, threads);
-  return LOWRANK_OK;
+  return run_dequantize(w, {n0, n1, 0, K}, out, dtype, threads);
+}
+
+int32_t lowrank_codebook_dequantize_columns(const uint8_t* packed, const void* absmax,
+                                            const float* absmax_scale, const float* codebook,
+                                            int64_t codebook_rows, int64_t N, int64_t K,
+                                            int64_t block_size, int64_t k0, int64_t k1, void* out,
+                                            int32_t dtype, int32_t threads) {
+  const CodebookWeight w{packed, absmax, absmax_scale, codebook, codebook_rows, N, K, block_size};
+  return run_dequantize(w, {0, N, k0, k1}, out, dtype, threads);
 }
 
 int32_t lowrank_codebook_linear(const void* x, int32_t dtype, int64_t M, const uint8_t* packed,

@@ -14,10 +14,15 @@ struct CodebookWeight {
   int64_t codebook_rows, N, K, block_size;
 };
 
+// Rows n0 <= n < n1 and columns k0 <= k < k1 of a weight.
+struct Rectangle {
+  int64_t n0, n1, k0, k1;
+};
+
 struct Kernels {
   void (*quantize)(const void* weight, int32_t dtype, int64_t stride, const CodebookWeight& shape,
                    uint8_t* packed, float* absmax, int32_t threads);
-  void (*dequantize)(const CodebookWeight& w, int64_t n0, int64_t n1, void* out, int32_t dtype,
+  void (*dequantize)(const CodebookWeight& w, const Rectangle& r, void* out, int32_t dtype,
                      int32_t threads);
   int32_t (*linear)(const void* x, int32_t dtype, int64_t M, const CodebookWeight& w,
                     const float* bias, void* y, int32_t threads);

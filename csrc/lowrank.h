@@ -66,6 +66,12 @@ LOWRANK_EXPORT int32_t lowrank_codebook_dequantize(
     int64_t codebook_rows, int64_t N, int64_t K, int64_t block_size, int64_t n0, int64_t n1,
     void* out, int32_t dtype, int32_t threads);
 
+// Columns k0 <= k < k1 of the weight, k0 a multiple of 32 -> out [N, k1 - k0], contiguous.
+LOWRANK_EXPORT int32_t lowrank_codebook_dequantize_columns(
+    const uint8_t* packed, const void* absmax, const float* absmax_scale, const float* codebook,
+    int64_t codebook_rows, int64_t N, int64_t K, int64_t block_size, int64_t k0, int64_t k1,
+    void* out, int32_t dtype, int32_t threads);
+
 // y [M, N] = x [M, K] w^T + bias, all contiguous; x and y of `dtype`, bias float32 [N] or null.
 // Made for small M: the weight is decoded once, in registers or the first-level cache.
 LOWRANK_EXPORT int32_t lowrank_codebook_linear(

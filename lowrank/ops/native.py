@@ -63,6 +63,10 @@ FUNCTIONS = {
     "lowrank_codebook_dequantize": (
         *_WEIGHT, c_int64, c_int64, c_int64, c_int64, c_int64, c_void_p, c_int32, c_int32,
     ),
+    # weight, N, K, block_size, k0, k1, out, dtype, threads
+    "lowrank_codebook_dequantize_columns": (
+        *_WEIGHT, c_int64, c_int64, c_int64, c_int64, c_int64, c_void_p, c_int32, c_int32,
+    ),
     # x, dtype, M, weight, N, K, block_size, bias, y, threads
     "lowrank_codebook_linear": (
         c_void_p, c_int32, c_int64, *_WEIGHT, c_int64, c_int64, c_int64, c_void_p, c_void_p,

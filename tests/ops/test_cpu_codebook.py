@@ -8,7 +8,7 @@ import torch
 from lowrank import ops
 from lowrank.ops import reference
 from tests.ops.isas import ISAS, running_on
-from tests.ops.weights import dense, random_weight
+from tests.ops.weights import dense, nf4, random_weight
 
 pytestmark = pytest.mark.parametrize("isa", ISAS)
 
@@ -45,6 +45,12 @@ def error(got, a, b, extra=0.0):
     smallest = torch.finfo(got.dtype).smallest_normal * torch.finfo(got.dtype).eps
     excess = ((got.double() - exact).abs() - smallest / 2).clamp(min=0)
     return (excess / (magnitude + abs(extra)).clamp(min=1e-300)).max().item()
+
+
+def error_of_either(got, a, b, extra=0.0):
+    """The same, where bfloat16 may have been multiplied by b rounded to it."""
+    candidates = [b, b.bfloat16()] if got.dtype == torch.bfloat16 else [b]
+    return min(error(got, a, candidate, extra) for candidate in candidates)
 
 
 def check_quantize(N, K, block_size, dtype, tables):
@@ -156,10 +162,11 @@ def test_linear_and_dx(N, K, dtype, double_quant, table_per_row):
         bias = torch.randn(N).to(dtype) if M % 2 else None
         y = ops.codebook_linear(x, *weight, bias, block_size)
         assert y.dtype == dtype and y.shape == (M, N)
-        assert error(y, x, W.T, 0.0 if bias is None else bias.double()) < EPS[dtype], M
+        extra = 0.0 if bias is None else bias.double()
+        assert error_of_either(y, x, W.T, extra) < EPS[dtype], M
         dx = ops.codebook_linear_dx(dy, *weight, K, block_size)
         assert dx.dtype == dtype and dx.shape == (M, K)
-        assert error(dx, dy, W) < EPS[dtype], M
+        assert error_of_either(dx, dy, W) < EPS[dtype], M
 
 
 @pytest.mark.parametrize("M", [1, 2, 16, 33])
@@ -170,6 +177,25 @@ def test_linear_and_dx_of_several_panels(M, threads):
     x, dy = torch.randn(M, K), torch.randn(M, N)
     assert error(ops.codebook_linear(x, *weight), x, W.T) < 1e-6
     assert error(ops.codebook_linear_dx(dy, *weight, K), dy, W) < 1e-6
+
+
+@pytest.mark.parametrize("M", [1, 5, 17, 64])
+def test_bfloat16_is_as_near_as_that_of_dense_weights(M, threads):
+    """To the weight that was quantized in float32, whatever the product rounds on its way."""
+    N, K = 2100, 1056  # panels of 1024 rows or columns, and narrower ones
+    weight = nf4(torch.randn(N, K) * 0.02, block_size=64, double_quant=True)
+    W = dense(*weight, K, 64)
+    x, dy = torch.randn(M, K).bfloat16(), torch.randn(M, N).bfloat16()
+    bias = torch.randn(N).bfloat16()
+    for got, plain, exact in (
+        (
+            ops.codebook_linear(x, *weight, bias),
+            torch.nn.functional.linear(x, W.bfloat16(), bias),
+            x.double() @ W.double().T + bias.double(),
+        ),
+        (ops.codebook_linear_dx(dy, *weight, K), dy @ W.bfloat16(), dy.double() @ W.double()),
+    ):
+        assert (got.double() - exact).norm() <= 1.05 * (plain.double() - exact).norm()
 
 
 @pytest.mark.parametrize("M", [1, 3, 20])

@@ -7,9 +7,12 @@ from torch import Tensor
 
 from lowrank.ops import native
 
+from .matrix_units import multiplies_bfloat16
 from .panels import (
     PANEL,
     Weight,
+    bfloat16_columns,
+    bfloat16_panels,
     dequantize_rows,
     empty,
     panels,
@@ -63,6 +66,8 @@ def codebook_linear(
     weight, N, K = (packed, absmax, absmax_scale, codebook), packed.shape[0], x.shape[-1]
     if rows_of(x) <= _DIRECT_M:
         return linear_from_packed("lowrank_codebook_linear", x, weight, bias, block_size)
+    if multiplies_bfloat16(x.dtype):
+        return _bfloat16_linear(x, weight, bias, block_size)
     rows = x.reshape(-1, K).float()  # [M, K]
     y = empty(rows.shape[0], N)
     # For each panel BLAS rearranges x anew: the larger x is, the fewer panels.
@@ -85,11 +90,35 @@ def codebook_linear_dx(
 ) -> Tensor:
     """dx = dy W for dy [..., N]: [..., K] in the dtype of dy."""
     weight = (packed, absmax, absmax_scale, codebook)
+    if multiplies_bfloat16(dy.dtype):
+        return _bfloat16_dx(dy, weight, K, block_size)
     rows = dy.reshape(-1, packed.shape[0]).float()  # [M, N]
     dx = empty(rows.shape[0], K)
     for n0, n1, w in panels(weight, K, block_size, PANEL):
         dx.addmm_(rows[:, n0:n1], w, beta=0 if n0 == 0 else 1)
     return dx.to(dy.dtype).view(*dy.shape[:-1], K)
+
+
+def _bfloat16_linear(x: Tensor, weight: Weight, bias: Tensor | None, block_size: int) -> Tensor:
+    """y of bfloat16 x from panels rounded to bfloat16, as dequantize and F.linear have it."""
+    N, K = weight[0].shape[0], x.shape[-1]
+    rows = x.reshape(-1, K)
+    y = empty(rows.shape[0], N, dtype=torch.bfloat16)
+    for n0, n1, w in bfloat16_panels(weight, K, block_size):
+        if bias is None:
+            torch.mm(rows, w.T, out=y[:, n0:n1])
+        else:
+            torch.addmm(bias[n0:n1], rows, w.T, out=y[:, n0:n1])
+    return y.view(*x.shape[:-1], N)
+
+
+def _bfloat16_dx(dy: Tensor, weight: Weight, K: int, block_size: int) -> Tensor:
+    """dx of bfloat16 dy. By columns: sums over panels of rows would be rounded at each panel."""
+    rows = dy.reshape(-1, dy.shape[-1])
+    dx = empty(rows.shape[0], K, dtype=torch.bfloat16)
+    for k0, k1, w in bfloat16_columns(weight, K, block_size):
+        torch.mm(rows, w, out=dx[:, k0:k1])
+    return dx.view(*dy.shape[:-1], K)
 
 
 def linear_from_packed(

@@ -1,4 +1,4 @@
-"""Panels: some rows of a weight at a time, in a scratch that each thread keeps."""
+"""Panels: a part of a weight at a time, dense, in a scratch that each thread keeps."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import Tensor
 from lowrank.ops import native
 
 PANEL = 1 << 20  # weights decoded at once: 4 MB of float32
+# Rows or columns of a bfloat16 panel: of 512 and fewer, oneDNN takes up to twice as long.
+_BFLOAT16_WIDTH = 1024
 
 _thread = threading.local()
 
@@ -20,13 +22,31 @@ Weight = tuple[Tensor, Tensor, Tensor | None, Tensor]  # packed, absmax, absmax_
 def panels(weight: Weight, K: int, block_size: int, size: int) -> Iterator[tuple[int, int, Tensor]]:
     """(n0, n1, w [n1 - n0, K] float32) over all rows, `size` weights at once, in one scratch."""
     N = weight[0].shape[0]
-    height = min(N, max(1, size // K))
-    room = scratch(height, K)
-    for n0 in range(0, N, height):
-        n1 = min(n0 + height, N)
-        w = room[: n1 - n0]
+    for n0, n1 in _parts(N, max(1, size // K)):
+        w = scratch(n1 - n0, K)
         dequantize_rows(weight, K, block_size, n0, n1, w)
         yield n0, n1, w
+
+
+def bfloat16_panels(weight: Weight, K: int, block_size: int) -> Iterator[tuple[int, int, Tensor]]:
+    """(n0, n1, w [n1 - n0, K] bfloat16) over all rows."""
+    for n0, n1 in _parts(weight[0].shape[0], _BFLOAT16_WIDTH):
+        w = scratch(n1 - n0, K, torch.bfloat16)
+        dequantize_rows(weight, K, block_size, n0, n1, w)
+        yield n0, n1, w
+
+
+def bfloat16_columns(weight: Weight, K: int, block_size: int) -> Iterator[tuple[int, int, Tensor]]:
+    """(k0, k1, w [N, k1 - k0] bfloat16) over all columns."""
+    N = weight[0].shape[0]
+    for k0, k1 in _parts(K, _BFLOAT16_WIDTH):
+        w = scratch(N, k1 - k0, torch.bfloat16)
+        status = native.load_cpu().lowrank_codebook_dequantize_columns(
+            *pointers(weight), N, K, block_size, k0, k1,
+            w.data_ptr(), native.DTYPES[w.dtype], torch.get_num_threads(),
+        )  # fmt: skip
+        native.check(status, "codebook_dequantize")
+        yield k0, k1, w
 
 
 def dense_panels(weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
@@ -35,11 +55,8 @@ def dense_panels(weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
     if weight.dtype == torch.float32:
         yield 0, V, weight
         return
-    height = min(V, max(1, PANEL // max(1, H)))
-    room = scratch(height, H)
-    for v0 in range(0, V, height):
-        v1 = min(v0 + height, V)
-        yield v0, v1, room[: v1 - v0].copy_(weight[v0:v1])
+    for v0, v1 in _parts(V, max(1, PANEL // max(1, H))):
+        yield v0, v1, scratch(v1 - v0, H).copy_(weight[v0:v1])
 
 
 def dequantize_rows(weight: Weight, K: int, block_size: int, n0: int, n1: int, out: Tensor) -> None:
@@ -51,15 +68,29 @@ def dequantize_rows(weight: Weight, K: int, block_size: int, n0: int, n1: int, o
     native.check(status, "codebook_dequantize")
 
 
-def scratch(rows: int, columns: int) -> Tensor:
-    """This thread's float32 scratch, at most 16 MB but for longer rows, kept from call to call.
+def scratch(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """This thread's scratch, at most 16 MB but for longer rows, kept from call to call.
 
     A forward keeps its outputs, so fresh memory would lie elsewhere in every layer, and be cold.
     """
+    size = rows * columns * dtype.itemsize
     buffer = getattr(_thread, "scratch", None)
-    if buffer is None or buffer.numel() < rows * columns:
-        buffer = _thread.scratch = empty(rows * columns)
-    return buffer[: rows * columns].view(rows, columns)
+    if buffer is None or buffer.numel() < size:
+        _thread.scratch = None  # freed before the larger one is asked for
+        buffer = _thread.scratch = empty(size, dtype=torch.uint8)
+    return buffer[:size].view(dtype).view(rows, columns)
+
+
+def _parts(length: int, most: int) -> Iterator[tuple[int, int]]:
+    """(first, last) of as few parts of 0 <= i < length as can be, of nearly equal length.
+
+    A narrow last part would cost BLAS as much as a whole one. They begin at multiples of 32 if
+    `most` is one, as `lowrank_codebook_dequantize_columns` asks for.
+    """
+    count = -(-length // most)
+    step = min(most, (-(-length // max(1, count)) + 31) // 32 * 32)
+    for first in range(0, length, max(1, step)):
+        yield first, min(first + step, length)
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
