@@ -1,5 +1,6 @@
 # make demo       fine-tune a 135M language model on this machine, from nothing, in a few minutes
 # make test       every test but the slow ones;  make test-slow: those;  make lint;  make bench
+# make sanitize   the CPU kernels' tests under AddressSanitizer and UBSan (GCC's)
 # make gpu        tests and benchmarks on a CUDA device;  make compile-all: its kernels, without one
 PYTHON ?= python3
 VENV   := .venv
@@ -13,7 +14,7 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*)
 GPU_TESTS := tests/ops/test_triton_gpu.py tests/ops/test_cuda.py
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo smollm2 test test-slow bench gpu compile-all lint clean
+.PHONY: demo smollm2 test test-slow sanitize bench gpu compile-all lint clean
 
 demo: $(VENV)/.demo $(GGUF)
 	$(BIN)/lowrank demo --model $(GGUF)
@@ -23,6 +24,18 @@ test: $(VENV)/.test
 
 test-slow: $(VENV)/.test $(GGUF)
 	LOWRANK_SMOLLM2=$(abspath $(GGUF)) $(PYTEST) -n auto -m slow --durations=10
+
+# libstdc++ with the sanitizer: it must find __cxa_throw when Python, which has none, starts.
+SANITIZED := build/sanitize/lib
+WATCH := -g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+RUNTIME = $(foreach name,asan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))
+
+sanitize: $(VENV)/.test
+	NVCC= LOWRANK_BUILD=require CXX="$(CXX)" CXXFLAGS="$(WATCH)" $(BIN)/python setup.py -q build \
+		--build-base build/sanitize --build-lib $(SANITIZED)
+	LD_PRELOAD="$(RUNTIME)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(PYTEST) -n auto -s -o "pythonpath=$(SANITIZED) ." \
+		tests/ops/sanitized.py $(wildcard tests/ops/test_cpu_*.py)
 
 bench: $(VENV)/.test $(GGUF)
 	LOWRANK_SMOLLM2=$(abspath $(GGUF)) $(BIN)/python -m benchmarks

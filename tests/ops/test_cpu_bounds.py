@@ -1,0 +1,161 @@
+"""Every exported function between unreadable pages: no byte past a buffer is read or written.
+
+The functions are called as the library exports them, each buffer exactly as long as `lowrank.h`
+says and hardly ever aligned; `make sanitize` runs this under AddressSanitizer too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lowrank import ops
+from lowrank.ops import adamw8bit, native, reference
+from tests.ops.guarded import guarded, unwritten
+from tests.ops.isas import ISAS, running_on
+from tests.ops.weights import dense, random_weight
+
+pytestmark = pytest.mark.parametrize("isa", ISAS)
+
+CASES = 60
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+EPS = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+
+
+@pytest.fixture(autouse=True)
+def kernels(isa):
+    with running_on(isa):
+        yield
+
+
+def call(name: str, *arguments) -> None:
+    """Call the library; of a tensor it gets the address, of None and of nothing a null."""
+    plain = [
+        (a.data_ptr() or None) if isinstance(a, torch.Tensor) else a for a in arguments
+    ]  # fmt: skip
+    assert getattr(native.load_cpu(), name)(*plain) == 0
+
+
+def random_shape() -> tuple[int, int, int]:
+    """N, K, G: no rows, no columns, a last block of one element, several blocks, whole ones."""
+    G = random.choice((32, 64, 128, 512))
+    K = random.choice((0, 1, 31, 32, 33, G, G + 1, 2 * G - 1, 3 * G, random.randrange(1, 1100)))
+    return random.randrange(0, 10), K, G
+
+
+def weights():
+    """(N, K, G, weight in guarded memory, the same weight dense)."""
+    for _ in range(CASES):
+        N, K, G = random_shape()
+        tables = random.choice((1, max(1, N)))
+        weight = random_weight(N, K, G, random.random() < 0.5, tables)
+        far = tuple(None if t is None else guarded(t) for t in weight)
+        yield N, K, G, far, dense(*weight, K, G)
+
+
+def weight_arguments(weight, N: int, K: int, G: int):
+    return (*weight, weight[3].shape[0], N, K, G)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantize(dtype):
+    for _ in range(CASES):
+        N, K, G = random_shape()
+        tables, stride = random.choice((1, max(1, N))), K + random.choice((0, 5))
+        rows = guarded(torch.randn(max(0, (N - 1) * stride + K)).to(dtype))
+        weight = rows.as_strided((N, K), (stride, 1)) if N else rows.view(0, K)
+        codebook = guarded(torch.rand(tables, 16) * 2 - 1)
+        packed = unwritten(N, (K + 31) // 32 * 16, dtype=torch.uint8)
+        absmax = unwritten(N, -(-K // G), dtype=torch.float32)
+        call(
+            "lowrank_codebook_quantize", rows, native.DTYPES[dtype], N, K, stride,
+            codebook, tables, G, packed, absmax, random.choice((1, 2)),
+        )  # fmt: skip
+        if N and K:
+            expected = reference.codebook_quantize(weight, codebook, G)
+            assert torch.equal(packed, expected[0]) and torch.equal(absmax, expected[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dequantize(dtype):
+    for N, K, G, weight, w in weights():
+        n0 = random.randrange(0, N + 1)
+        n1 = random.choice((N, random.randrange(n0, N + 1)))
+        out = unwritten(n1 - n0, K, dtype=dtype)
+        call(
+            "lowrank_codebook_dequantize", *weight_arguments(weight, N, K, G),
+            n0, n1, out, native.DTYPES[dtype], random.choice((1, 2)),
+        )  # fmt: skip
+        assert torch.equal(out, w[n0:n1].to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel", ["linear", "linear_int16"])
+def test_linear(kernel, dtype):
+    for N, K, G, weight, w in weights():
+        M = random.choice((0, 1, 2, 3, 4, 5, 8, 17))
+        x, y = guarded(torch.randn(M, K).to(dtype)), unwritten(M, N, dtype=dtype)
+        bias = guarded(torch.randn(N)) if random.random() < 0.5 else None
+        call(
+            f"lowrank_codebook_{kernel}", x, native.DTYPES[dtype], M,
+            *weight_arguments(weight, N, K, G), bias, y, random.choice((1, 2)),
+        )  # fmt: skip
+        exact, bound = x.double() @ w.T.double(), x.double().abs() @ w.T.double().abs()
+        if bias is not None:
+            exact, bound = exact + bias, bound + bias.abs()
+        allowed = EPS[dtype] * bound + torch.finfo(dtype).smallest_normal
+        if kernel == "linear_int16":  # of the largest that x and the table may be: 14 and 16 bits
+            table = weight[3].abs().amax(1, keepdim=True).expand(-1, 16)
+            largest = dense(*weight[:3], table, K, G).abs().sum(1)
+            allowed += 2**-13 * x.double().abs().amax(1, keepdim=True) * largest if K else 0
+        assert ((y - exact).abs() <= allowed).all()
+
+
+def test_softmax_cross_entropy():
+    for _ in range(CASES):
+        T, V = random.randrange(0, 6), random.choice((1, 2, 15, 16, 17, 63, 64, 1031))
+        z, labels = torch.randn(T, V) * 4, torch.randint(0, V, (T,))
+        logits, loss, gradient = guarded(z), unwritten(T, dtype=torch.float32), T % 2
+        call(
+            "lowrank_softmax_cross_entropy", logits, guarded(labels), T, V, loss, gradient,
+            random.choice((1, 2)),
+        )  # fmt: skip
+        expected = F.cross_entropy(z, labels, reduction="none")
+        torch.testing.assert_close(loss, expected, rtol=2e-6, atol=2e-6)
+        softmax = z.softmax(1) - F.one_hot(labels, V) if gradient else z
+        torch.testing.assert_close(logits, softmax, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adamw8bit_step(dtype):
+    numbers = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
+    maps = [guarded(adamw8bit.dynamic_map(signed)) for signed in (True, False)]
+    for step in range(1, CASES // 2):
+        lists = []
+        for _ in range(random.randrange(0, 4)):
+            shape = random.randrange(0, 5), random.choice((0, 1, 7, 16, 255, 256, 257, 600))
+            p = torch.randn(shape).to(dtype)
+            m, m_scale, v, v_scale = ops.adamw8bit_state(p)
+            m, v = torch.randint_like(m, 256), torch.randint_like(v, 256)
+            m_scale, v_scale = torch.rand_like(m_scale), torch.rand_like(v_scale)
+            tensors = (p, torch.randn(shape).to(dtype), m, m_scale, v, v_scale)
+            lists.append(([t.clone() for t in tensors], [guarded(t) for t in tensors]))
+        ours = (native.Adamw8bitTensor * len(lists))(
+            *(
+                (*(t.data_ptr() for t in (p, g, m, v, m_scale, v_scale)), *p.shape, native.DTYPES[dtype])
+                for _, (p, g, m, m_scale, v, v_scale) in lists
+            )
+        )  # fmt: skip
+        by = native.Adamw8bitCoefficients(*adamw8bit.coefficients(**numbers, step=step))
+        call(
+            "lowrank_adamw8bit_step", ctypes.addressof(ours), len(lists), *maps,
+            ctypes.addressof(by), random.choice((1, 2)),
+        )  # fmt: skip
+        for expected, got in lists:
+            reference.adamw8bit_step(*([t] for t in expected), *numbers.values(), step)
+            torch.testing.assert_close(got[0], expected[0], rtol=2 * EPS[dtype], atol=1e-6)
+            assert all(map(torch.equal, got[2:], expected[2:]))
