@@ -1,4 +1,4 @@
-"""Run by `make sanitize` beside the tests: the library that they load is the one that is watched."""
+"""Run by `make sanitize` beside the tests: the library that they load is being watched."""
 
 from __future__ import annotations
 

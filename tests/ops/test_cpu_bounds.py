@@ -34,9 +34,7 @@ def kernels(isa):
 
 def call(name: str, *arguments) -> None:
     """Call the library; of a tensor it gets the address, of None and of nothing a null."""
-    plain = [
-        (a.data_ptr() or None) if isinstance(a, torch.Tensor) else a for a in arguments
-    ]  # fmt: skip
+    plain = [(a.data_ptr() or None) if isinstance(a, torch.Tensor) else a for a in arguments]
     assert getattr(native.load_cpu(), name)(*plain) == 0
 
 
@@ -144,12 +142,10 @@ def test_adamw8bit_step(dtype):
             m_scale, v_scale = torch.rand_like(m_scale), torch.rand_like(v_scale)
             tensors = (p, torch.randn(shape).to(dtype), m, m_scale, v, v_scale)
             lists.append(([t.clone() for t in tensors], [guarded(t) for t in tensors]))
-        ours = (native.Adamw8bitTensor * len(lists))(
-            *(
-                (*(t.data_ptr() for t in (p, g, m, v, m_scale, v_scale)), *p.shape, native.DTYPES[dtype])
-                for _, (p, g, m, m_scale, v, v_scale) in lists
-            )
-        )  # fmt: skip
+        ours = (native.Adamw8bitTensor * len(lists))()
+        for our, (_, (p, g, m, m_scale, v, v_scale)) in zip(ours, lists, strict=True):
+            pointers = (t.data_ptr() for t in (p, g, m, v, m_scale, v_scale))
+            our.__init__(*pointers, *p.shape, native.DTYPES[dtype])
         by = native.Adamw8bitCoefficients(*adamw8bit.coefficients(**numbers, step=step))
         call(
             "lowrank_adamw8bit_step", ctypes.addressof(ours), len(lists), *maps,
