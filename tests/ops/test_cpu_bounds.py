@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import random
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +28,10 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 
 
+# What chooses the kernels is tested in test_native.py.
+CONTROL = ("lowrank_abi", "lowrank_isa_in_use", "lowrank_isa_usable", "lowrank_use_isa")
+
+
 @pytest.fixture(autouse=True)
 def kernels(isa):
     with running_on(isa):
@@ -36,6 +42,11 @@ def call(name: str, *arguments) -> None:
     """Call the library; of a tensor it gets the address, of None and of nothing a null."""
     plain = [(a.data_ptr() or None) if isinstance(a, torch.Tensor) else a for a in arguments]
     assert getattr(native.load_cpu(), name)(*plain) == 0
+
+
+def test_every_function_is_called_here(isa):
+    called = set(re.findall(r'"(lowrank_\w+)"', Path(__file__).read_text())) - set(CONTROL)
+    assert called == set(native.FUNCTIONS) - set(CONTROL)
 
 
 def random_shape() -> tuple[int, int, int]:
@@ -92,21 +103,34 @@ def test_dequantize(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kernel", ["linear", "linear_int16"])
+def test_dequantize_columns(dtype):
+    for N, K, G, weight, w in weights():
+        k0 = random.randrange(0, K // 32 + 1) * 32
+        k1 = random.choice((K, random.randrange(k0, K + 1)))
+        out = unwritten(N, k1 - k0, dtype=dtype)
+        call(
+            "lowrank_codebook_dequantize_columns", *weight_arguments(weight, N, K, G),
+            k0, k1, out, native.DTYPES[dtype], random.choice((1, 2)),
+        )  # fmt: skip
+        assert torch.equal(out, w[:, k0:k1].to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel", ["lowrank_codebook_linear", "lowrank_codebook_linear_int16"])
 def test_linear(kernel, dtype):
     for N, K, G, weight, w in weights():
         M = random.choice((0, 1, 2, 3, 4, 5, 8, 17))
         x, y = guarded(torch.randn(M, K).to(dtype)), unwritten(M, N, dtype=dtype)
         bias = guarded(torch.randn(N)) if random.random() < 0.5 else None
         call(
-            f"lowrank_codebook_{kernel}", x, native.DTYPES[dtype], M,
+            kernel, x, native.DTYPES[dtype], M,
             *weight_arguments(weight, N, K, G), bias, y, random.choice((1, 2)),
         )  # fmt: skip
         exact, bound = x.double() @ w.T.double(), x.double().abs() @ w.T.double().abs()
         if bias is not None:
             exact, bound = exact + bias, bound + bias.abs()
         allowed = EPS[dtype] * bound + torch.finfo(dtype).smallest_normal
-        if kernel == "linear_int16":  # of the largest that x and the table may be: 14 and 16 bits
+        if kernel.endswith("int16"):  # of the largest that x and the table may be: 14 and 16 bits
             table = weight[3].abs().amax(1, keepdim=True).expand(-1, 16)
             largest = dense(*weight[:3], table, K, G).abs().sum(1)
             allowed += 2**-13 * x.double().abs().amax(1, keepdim=True) * largest if K else 0
@@ -143,9 +167,9 @@ def test_adamw8bit_step(dtype):
             tensors = (p, torch.randn(shape).to(dtype), m, m_scale, v, v_scale)
             lists.append(([t.clone() for t in tensors], [guarded(t) for t in tensors]))
         ours = (native.Adamw8bitTensor * len(lists))()
-        for our, (_, (p, g, m, m_scale, v, v_scale)) in zip(ours, lists, strict=True):
+        for i, (_, (p, g, m, m_scale, v, v_scale)) in enumerate(lists):
             pointers = (t.data_ptr() for t in (p, g, m, v, m_scale, v_scale))
-            our.__init__(*pointers, *p.shape, native.DTYPES[dtype])
+            ours[i] = native.Adamw8bitTensor(*pointers, *p.shape, native.DTYPES[dtype])
         by = native.Adamw8bitCoefficients(*adamw8bit.coefficients(**numbers, step=step))
         call(
             "lowrank_adamw8bit_step", ctypes.addressof(ours), len(lists), *maps,
