@@ -84,6 +84,18 @@ int32_t run_dequantize(const CodebookWeight& w, const Rectangle& r, void* out, i
   return LOWRANK_OK;
 }
 
+// Before a pointer is followed; `room` is whether all sizes but the rows' are in order.
+bool valid_rows(const lowrank_rows* rows, int64_t K, bool room, int32_t dtype, int32_t threads) {
+  if (!rows || K < 0 || !room || !valid_dtype(dtype) || threads < 1) return false;
+  if (rows->first < 0 || rows->count < 0 || rows->M < 0) return false;
+  if (!rows->order) return rows->first <= rows->M - rows->count;
+  for (int64_t i = 0; i < rows->count; ++i) {
+    const int64_t m = rows->order[rows->first + i];
+    if (m < 0 || m >= rows->M) return false;
+  }
+  return true;
+}
+
 // Both products of few rows: they differ in the kernel alone.
 int32_t run_linear(int32_t (*kernel)(const void*, int32_t, int64_t, const CodebookWeight&,
                                      const float*, void*, int32_t),
@@ -173,5 +185,25 @@ int32_t lowrank_softmax_cross_entropy(float* logits, const int64_t* labels, int6
     if (labels[t] < 0 || labels[t] >= V) return LOWRANK_BAD_ARGUMENT;
   }
   kernels().softmax_cross_entropy(logits, labels, T, V, loss, gradient != 0, threads);
+  return LOWRANK_OK;
+}
+
+int32_t lowrank_gather_rows(const void* x, int32_t dtype, int64_t K, int64_t stride,
+                            const lowrank_rows* rows, const lowrank_dropout* dropout, float* out,
+                            int32_t threads) {
+  if (!valid_rows(rows, K, stride >= 0, dtype, threads)) return LOWRANK_BAD_ARGUMENT;
+  if (rows->count == 0 || K == 0) return LOWRANK_OK;
+  if (!x || !out) return LOWRANK_BAD_ARGUMENT;
+  kernels().gather_rows(x, dtype, K, stride, *rows, dropout, out, threads);
+  return LOWRANK_OK;
+}
+
+int32_t lowrank_scatter_rows(const float* values, int64_t K, const lowrank_rows* rows,
+                             const lowrank_dropout* dropout, int32_t accumulate, void* out,
+                             int32_t dtype, int64_t stride, int32_t threads) {
+  if (!valid_rows(rows, K, stride >= K, dtype, threads)) return LOWRANK_BAD_ARGUMENT;
+  if (rows->count == 0 || K == 0) return LOWRANK_OK;
+  if (!values || !out) return LOWRANK_BAD_ARGUMENT;
+  kernels().scatter_rows(values, K, *rows, dropout, accumulate != 0, out, dtype, stride, threads);
   return LOWRANK_OK;
 }

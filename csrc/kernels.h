@@ -30,6 +30,12 @@ struct Kernels {
                           const float* bias, void* y, int32_t threads);
   void (*softmax_cross_entropy)(float* logits, const int64_t* labels, int64_t T, int64_t V,
                                 float* loss, bool gradient, int32_t threads);
+  void (*gather_rows)(const void* x, int32_t dtype, int64_t K, int64_t stride,
+                      const lowrank_rows& rows, const lowrank_dropout* dropout, float* out,
+                      int32_t threads);
+  void (*scatter_rows)(const float* values, int64_t K, const lowrank_rows& rows,
+                       const lowrank_dropout* dropout, bool accumulate, void* out, int32_t dtype,
+                       int64_t stride, int32_t threads);
   // Blocks first <= b < last of one tensor.
   void (*adamw8bit)(const lowrank_adamw8bit_tensor& tensor, int64_t first, int64_t last,
                     const AdamwStep& step);

@@ -5,13 +5,15 @@
 #include "codebook_impl.h"
 #include "linear_impl.h"
 #include "linear_int16_impl.h"
+#include "rows_impl.h"
 #include "softmax_impl.h"
 
 namespace lowrank {
 
 const Kernels* kernels_avx2() {
   static constexpr Kernels kernels{quantize,     dequantize,            linear,
-                                   linear_int16, softmax_cross_entropy, adamw8bit};
+                                   linear_int16, softmax_cross_entropy, gather_rows,
+                                   scatter_rows, adamw8bit};
   return &kernels;
 }
 

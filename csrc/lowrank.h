@@ -14,7 +14,7 @@
 
 #include <stdint.h>
 
-#define LOWRANK_ABI 1
+#define LOWRANK_ABI 2
 
 #if defined(__GNUC__)
 #define LOWRANK_EXPORT __attribute__((visibility("default")))
@@ -91,6 +91,34 @@ LOWRANK_EXPORT int32_t lowrank_codebook_linear_int16(
 LOWRANK_EXPORT int32_t lowrank_softmax_cross_entropy(
     float* logits, const int64_t* labels, int64_t T, int64_t V, float* loss, int32_t gradient,
     int32_t threads);
+
+// Some rows of a matrix [M, K]: order[first + i] for 0 <= i < count, or first + i without an order.
+struct lowrank_rows {
+  const int32_t* order;
+  int64_t first, count, M;
+};
+
+// Element (m, k) of [M, K] is kept, times `inverse` = 1 / (1 - p), iff its random word is not below
+// `threshold` = p * 2^32; else it becomes 0, whatever it was. The word is word k % 4 of
+// Philox-4x32-7 with the low and the high word of `seed` as its key and of m * ceil(K / 4) + k / 4
+// as the first half of its counter, the other half being 0.
+struct lowrank_dropout {
+  int64_t seed;
+  uint32_t threshold;
+  float inverse;
+};
+
+// out [count, K] = those rows of x [M, K] of `dtype`, `stride` apart, dropout null or applied.
+LOWRANK_EXPORT int32_t lowrank_gather_rows(
+    const void* x, int32_t dtype, int64_t K, int64_t stride, const struct lowrank_rows* rows,
+    const struct lowrank_dropout* dropout, float* out, int32_t threads);
+
+// Those rows of out [M, K] of `dtype`, `stride` apart, each at most once, = values [count, K] after
+// dropout, added to what is there if `accumulate` is not zero: the gradient of gather_rows.
+LOWRANK_EXPORT int32_t lowrank_scatter_rows(
+    const float* values, int64_t K, const struct lowrank_rows* rows,
+    const struct lowrank_dropout* dropout, int32_t accumulate, void* out, int32_t dtype,
+    int64_t stride, int32_t threads);
 
 // A parameter of 8-bit AdamW and its state: p and g [rows, cols] of `dtype`, m and v codes of that
 // shape, and a float32 scale for each 256 elements of a row: [rows, ceil(cols / 256)].

@@ -17,6 +17,8 @@ from .cpu import codebook_dequantize as codebook_dequantize
 from .cpu import codebook_linear_dx as codebook_linear_dx
 from .cpu import codebook_quantize as codebook_quantize
 from .cpu import linear_cross_entropy as linear_cross_entropy
+from .cpu import lora
+from .cpu import lora_linear_backward as lora_linear_backward
 from .cpu import missing as missing
 from .cpu import refuse as refuse
 
@@ -37,3 +39,21 @@ def codebook_linear(
         return exact.codebook_linear(x, packed, absmax, absmax_scale, codebook, bias, block_size)
     weight = (packed, absmax, absmax_scale, codebook)
     return exact.linear_from_packed("lowrank_codebook_linear_int16", x, weight, bias, block_size)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    absmax: Tensor | None,
+    absmax_scale: Tensor | None,
+    codebook: Tensor | None,
+    bias: Tensor | None,
+    block_size: int,
+    *branch,
+) -> tuple[Tensor, Tensor]:
+    """y = x Wᵀ + b + scale * h B[e]ᵀ [..., N], and h [M, R]; only the product with W is inexact."""
+    if codebook is None:
+        packed = (weight, absmax, absmax_scale, codebook)
+        return lora.lora_linear(x, *packed, bias, block_size, *branch)
+    y = codebook_linear(x, weight, absmax, absmax_scale, codebook, bias, block_size)
+    return lora.with_branch(y, x, *branch)

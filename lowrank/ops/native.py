@@ -19,7 +19,7 @@ import torch
 
 from lowrank.errors import BackendError, ConfigError
 
-ABI = 1
+ABI = 2
 ISAS = ("generic", "avx2", "avx512", "neon")  # enum lowrank_isa
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum lowrank_dtype
 
@@ -46,6 +46,18 @@ class Adamw8bitCoefficients(ctypes.Structure):
         (name, ctypes.c_float)
         for name in ("beta1", "rest1", "beta2", "rest2", "decay", "rate", "root2", "eps")
     ]
+
+
+class Rows(ctypes.Structure):
+    """struct lowrank_rows."""
+
+    _fields_ = [("order", c_void_p), ("first", c_int64), ("count", c_int64), ("M", c_int64)]
+
+
+class Dropout(ctypes.Structure):
+    """struct lowrank_dropout."""
+
+    _fields_ = [("seed", c_int64), ("threshold", ctypes.c_uint32), ("inverse", ctypes.c_float)]
 
 
 # Every function returns int32; those that compute, a status.
@@ -80,6 +92,14 @@ FUNCTIONS = {
     # logits, labels, T, V, loss, gradient, threads
     "lowrank_softmax_cross_entropy": (
         c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int32, c_int32,
+    ),
+    # x, dtype, K, stride, rows, dropout, out, threads
+    "lowrank_gather_rows": (
+        c_void_p, c_int32, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int32,
+    ),
+    # values, K, rows, dropout, accumulate, out, dtype, stride, threads
+    "lowrank_scatter_rows": (
+        c_void_p, c_int64, c_void_p, c_void_p, c_int32, c_void_p, c_int32, c_int64, c_int32,
     ),
     # tensors, their number, m_map, v_map, coefficients, threads
     "lowrank_adamw8bit_step": (c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int32),

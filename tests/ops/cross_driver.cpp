@@ -109,6 +109,26 @@ int32_t adamw8bit(const int64_t* n) {  // dtype, rows, cols
   return status;
 }
 
+// dtype, M, K, count, seed, threshold; then x (into which the rows go back), order, 1 / (1 - p).
+int32_t rows(const int64_t* n) {
+  Bytes x(n[1] * n[2] * size_of(n[0]));
+  Buffer<int32_t> order(n[3]);
+  Floats inverse(1), panel(n[3] * n[2]);
+  x.read();
+  order.read();
+  inverse.read();
+  const lowrank_rows some{order.at(), 0, n[3], n[1]};
+  const lowrank_dropout dropout{n[4], uint32_t(n[5]), inverse.items[0]};
+  const int32_t status = lowrank_gather_rows(x.at(), int32_t(n[0]), n[2], n[2], &some, &dropout,
+                                             panel.at(), 1);
+  panel.write();
+  if (status != LOWRANK_OK) return status;
+  const int32_t back = lowrank_scatter_rows(panel.at(), n[2], &some, &dropout, 1, x.at(),
+                                            int32_t(n[0]), n[2], 1);
+  x.write();
+  return back;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -124,5 +144,6 @@ int main(int argc, char** argv) {
   if (!strcmp(name, "linear_int16")) return linear(n, true);
   if (!strcmp(name, "softmax")) return softmax(n);
   if (!strcmp(name, "adamw8bit")) return adamw8bit(n);
+  if (!strcmp(name, "rows")) return rows(n);
   return 13;
 }

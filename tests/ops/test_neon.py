@@ -10,6 +10,7 @@ import torch
 
 from lowrank import ops
 from lowrank.ops import adamw8bit, native, reference
+from lowrank.ops.reference.philox import kept, threshold
 from tests.ops.isas import needs_library
 from tests.ops.weights import dense, random_weight
 
@@ -138,6 +139,21 @@ def test_softmax_and_its_gradient(call):
         (expected_gradient,) = torch.autograd.grad(expected.sum(), exact)
         torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(gradient.double(), expected_gradient, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_dropped_out_are_the_reference_to_the_bit(call, dtype, seed):
+    M, p, inverse = 9, 0.3, torch.tensor(1 / 0.7)
+    for K in (1, 63, 130):
+        x, order = torch.randn(M, K).to(dtype), torch.tensor([7, 0, 3, 8], dtype=torch.int32)
+        mask = kept(order, K, p, torch.tensor(seed))
+        panel = torch.where(mask, x[order.long()].float() * inverse, 0)
+        back = x.clone()
+        back[order.long()] = (x[order.long()].float() + panel * inverse).to(dtype)
+        got = torch.empty_like(panel), torch.empty_like(x)
+        numbers = (native.DTYPES[dtype], M, K, len(order), seed, threshold(p))
+        call("rows", numbers, [x, order, inverse[None]], got)
+        assert torch.equal(got[0], panel) and torch.equal(got[1], back)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lowrank.errors import DataError
+
 from .codebook import decode
 from .panels import cast, compute_dtype, panels
 from .philox import kept
@@ -100,6 +102,16 @@ def lora_linear_backward(
     return dx, dA.to(A.dtype), dB.to(B.dtype)
 
 
+def adapter_bounds(offsets: Tensor | None, M: int) -> list[int]:
+    """Where in `order` the rows of each adapter begin and end; DataError if in no order of M."""
+    bounds = [0, M] if offsets is None else offsets.tolist()
+    if bounds != sorted(bounds) or bounds[0] < 0 or bounds[-1] > M:
+        raise DataError(
+            f"offsets: expected ascending numbers from 0 to M={M}; got {bounds}; see group_rows"
+        )
+    return bounds
+
+
 def _dropped_out(values: Tensor, rows: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """values / (1 - p) where kept, else 0: also where a dropped value is not finite."""
     if seed is None:
@@ -112,10 +124,9 @@ def _rows_of_adapters(
     M: int, K: int, order: Tensor | None, offsets: Tensor | None, device: torch.device
 ) -> Iterator[tuple[int, Tensor]]:
     """(adapter, row numbers of x), a panel of rows at a time; rows of no adapter do not come."""
-    if order is None or offsets is None:
-        order, bounds = torch.arange(M, device=device), [0, M]
-    else:
-        bounds = offsets.tolist()
+    if order is None:
+        order = torch.arange(M, device=device)
+    bounds = adapter_bounds(offsets, M)
     for e, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
         rows = order[first:last].long()
         for some in panels(rows.numel(), K):

@@ -1,0 +1,279 @@
+"""The LoRA branch beside a frozen weight: in place, some rows at a time while they are in cache.
+
+Where x is float32 and keeps all its elements, BLAS works on its rows where they lie. Else one
+native pass brings them into a panel of float32: gathered, widened and dropped out at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lowrank.ops import native
+from lowrank.ops.reference import adapter_bounds, threshold
+
+from . import codebook as products
+from .panels import empty, scratch
+from .refusals import refuse_devices, refuse_dtype, refuse_weight
+
+_PANEL = 1 << 19  # elements of x or y at once: 2 MB of float32
+
+
+class _Rows(NamedTuple):
+    """Rows of x that have one adapter: order[first], ... or first, first + 1, ... without order."""
+
+    order: Tensor | None
+    first: int
+    count: int
+
+    @property
+    def index(self) -> slice | Tensor:
+        span = slice(self.first, self.first + self.count)
+        return span if self.order is None else self.order[span].long()
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    absmax: Tensor | None,
+    absmax_scale: Tensor | None,
+    codebook: Tensor | None,
+    bias: Tensor | None,
+    block_size: int,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    order: Tensor | None,
+    offsets: Tensor | None,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """y = x Wᵀ + b + scale * h B[e]ᵀ [..., N] and h = z A[e]ᵀ [M, R], z = x after dropout."""
+    if weight is None:
+        y = None
+    elif codebook is None:
+        y = F.linear(x, weight, bias)
+    else:
+        y = products.codebook_linear(x, weight, absmax, absmax_scale, codebook, bias, block_size)
+    return with_branch(y, x, A, B, scale, order, offsets, p, seed)
+
+
+def with_branch(
+    y: Tensor | None,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    order: Tensor | None,
+    offsets: Tensor | None,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The results of lora_linear from y, the fresh and contiguous product of the base, if any."""
+    N, K, R = B.shape[1], A.shape[2], A.shape[1]
+    dropout, rows_of_x, fresh = _dropout(p, seed), _matrix(x, K), y is None
+    M = rows_of_x.shape[0]
+    h = torch.zeros(M, R, dtype=torch.float32, device="cpu")
+    if y is None:
+        y = _room((*x.shape[:-1], N), x.dtype, order)
+    A, B, rows_of_y = A.float(), B.float(), y.view(M, N)
+    for e, rows in _rows_of_adapters(M, max(N, K), order, offsets):
+        h_rows = torch.mm(_panel(rows_of_x, rows, dropout), A[e].T)
+        h[rows.index] = h_rows
+        _put_product(h_rows.mul_(scale), B[e].T, rows_of_y, rows, None, add=not fresh)
+    return y, h
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor | None,
+    absmax: Tensor | None,
+    absmax_scale: Tensor | None,
+    codebook: Tensor | None,
+    block_size: int,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    order: Tensor | None,
+    offsets: Tensor | None,
+    p: float,
+    seed: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx [..., K], dA, dB; with g = scale * dy B[e], each panel of dy serves g and dB at once."""
+    (E, N, R), K = B.shape, A.shape[2]
+    dropout, rows_of_dy, rows_of_x = _dropout(p, seed), _matrix(dy, N), _matrix(x, K)
+    M = rows_of_dy.shape[0]
+    wide_A, wide_B = A.float(), B.float()
+    dA = torch.zeros((E, R, K) if needs[1] else (0,), dtype=torch.float32, device="cpu")
+    dBt = torch.zeros((E, R, N) if needs[2] else (0,), dtype=torch.float32, device="cpu")
+    if not needs[0]:
+        dx = empty(0, dtype=dy.dtype)
+    elif weight is None:
+        dx = _room((*dy.shape[:-1], K), dy.dtype, order)
+    elif codebook is None:
+        dx = torch.mm(rows_of_dy, weight).view(*dy.shape[:-1], K)
+    else:
+        dx = products.codebook_linear_dx(dy, weight, absmax, absmax_scale, codebook, K, block_size)
+    for e, rows in _rows_of_adapters(M, max(N, K), order, offsets):
+        panel = _panel(rows_of_dy, rows, None)
+        if needs[2]:  # (hᵀ dy)ᵀ: twice as fast as dyᵀ h on a skinny h
+            dBt[e].addmm_(h[rows.index].T, panel, alpha=scale)
+        if needs[0] or needs[1]:
+            g = torch.mm(panel, wide_B[e]).mul_(scale)
+        if needs[1]:
+            dA[e].addmm_(g.T, _panel(rows_of_x, rows, dropout))
+        if needs[0]:
+            _put_product(g, wide_A[e], dx.view(M, K), rows, dropout, add=weight is not None)
+    dB = dBt.mT.contiguous() if needs[2] else dBt
+    return dx, dA.to(A.dtype), dB.to(B.dtype)
+
+
+def _rows_of_adapters(
+    M: int, width: int, order: Tensor | None, offsets: Tensor | None
+) -> Iterator[tuple[int, _Rows]]:
+    """(adapter, rows), as many at once as are a panel of this width."""
+    height = max(1, _PANEL // width)
+    bounds = adapter_bounds(offsets, M)
+    for e, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        among = order
+        if order is not None and last > first:
+            # the rows of one sequence, mostly: no need to gather what lies together
+            begin = int(order[first])
+            together = torch.arange(begin, begin + last - first, dtype=torch.int32)
+            if 0 <= begin <= M - (last - first) and torch.equal(order[first:last], together):
+                among, first, last = None, begin, begin + last - first
+        for row in range(first, last, height):
+            yield e, _Rows(among, row, min(height, last - row))
+
+
+def _panel(matrix: Tensor, rows: _Rows, dropout: native.Dropout | None) -> Tensor:
+    """Those rows of `matrix` in float32, where they lie or in this thread's scratch."""
+    if rows.order is None and dropout is None and matrix.dtype == torch.float32:
+        return matrix[rows.index]
+    M, C = matrix.shape
+    out = scratch(rows.count, C)
+    status = native.load_cpu().lowrank_gather_rows(
+        matrix.data_ptr(), native.DTYPES[matrix.dtype], C, matrix.stride(0),
+        _native_rows(rows, M), _by_reference(dropout), out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    native.check(status, "lora_linear: rows of x")
+    return out
+
+
+def _put_product(
+    left: Tensor,
+    right: Tensor,
+    out: Tensor,
+    rows: _Rows,
+    dropout: native.Dropout | None,
+    add: bool,
+) -> None:
+    """Those rows of `out` = left right after dropout, or += with `add`; not with this scratch."""
+    if rows.order is None and dropout is None and out.dtype == torch.float32:
+        out[rows.index].addmm_(left, right, beta=int(add))
+        return
+    M, C = out.shape
+    values = torch.mm(left, right, out=scratch(rows.count, C))
+    status = native.load_cpu().lowrank_scatter_rows(
+        values.data_ptr(), C, _native_rows(rows, M), _by_reference(dropout), add, out.data_ptr(),
+        native.DTYPES[out.dtype], out.stride(0), torch.get_num_threads(),
+    )  # fmt: skip
+    native.check(status, "lora_linear: rows of y")
+
+
+def _matrix(x: Tensor, columns: int) -> Tensor:
+    """[..., columns] -> [M, columns], of any stride between rows but none within."""
+    x = x.reshape(-1, columns)
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _room(shape: tuple[int, ...], dtype: torch.dtype, order: Tensor | None) -> Tensor:
+    """What the branch alone is written to; rows of no adapter are not written, and stay 0."""
+    return empty(*shape, dtype=dtype) if order is None else torch.zeros(shape, dtype=dtype)
+
+
+def _dropout(p: float, seed: Tensor | None) -> native.Dropout | None:
+    return None if seed is None else native.Dropout(int(seed), threshold(p), 1 / (1 - p))
+
+
+def _native_rows(rows: _Rows, M: int) -> object:
+    order = None if rows.order is None else rows.order.data_ptr()
+    return _by_reference(native.Rows(order, rows.first, rows.count, M))
+
+
+def _by_reference(structure: ctypes.Structure | None) -> object:
+    """Its address, and its life for as long as a call lasts."""
+    return None if structure is None else ctypes.byref(structure)
+
+
+def _refuse_lora(
+    x, weight, absmax, absmax_scale, codebook, bias, block_size, A, B, scale, order, offsets, p,
+    seed,
+):  # fmt: skip
+    if bias is not None and (weight is None or bias.shape != B.shape[1:2]):
+        return "the bias is not [N], or has no weight"
+    return _refuse(
+        x, A.shape[-1], weight, absmax, absmax_scale, codebook, block_size, A, B, order, offsets,
+        p, seed, *(() if bias is None else (bias,)),
+    )  # fmt: skip
+
+
+def _refuse_lora_backward(
+    dy, x, h, weight, absmax, absmax_scale, codebook, block_size, A, B, scale, order, offsets, p,
+    seed, needs,
+):  # fmt: skip
+    M = dy.shape[:-1].numel()
+    if needs[1] and (x.dtype != dy.dtype or x.numel() != M * A.shape[-1]):
+        return "x is not [..., K] of the dtype of dy"
+    if needs[2] and (h.dtype != torch.float32 or h.shape != (M, A.shape[1])):
+        return "h is not float32 [M, R]"
+    return _refuse(
+        dy, B.shape[1], weight, absmax, absmax_scale, codebook, block_size, A, B, order, offsets,
+        p, seed, x, h,
+    )  # fmt: skip
+
+
+def _refuse(
+    x, columns, weight, absmax, absmax_scale, codebook, block_size, A, B, order, offsets, p, seed,
+    *others,
+) -> str | None:  # fmt: skip
+    """The same of both; x [..., columns] is x or dy."""
+    if A.dim() != 3 or B.dim() != 3 or A.shape[:2] != (B.shape[0], B.shape[2]):
+        return "A and B are not [E, R, K] and [E, N, R]"
+    if 0 in (*A.shape, *B.shape) or x.dim() == 0 or x.shape[-1] != columns:
+        return "x, A and B do not fit, or are empty"
+    if (order is None) != (offsets is None) or (order is None and A.shape[0] != 1):
+        return "order and offsets do not come together"
+    if order is not None:
+        for tensor, length in ((order, x.shape[:-1].numel()), (offsets, A.shape[0] + 1)):
+            if tensor.dtype != torch.int32 or tensor.shape != (length,):
+                return "order and offsets are not int32 [M] and [E + 1]"
+            if not tensor.is_contiguous():
+                return "order or offsets is not contiguous"
+        others = (*others, order, offsets)
+    if (seed is None) != (p == 0) or (seed is not None and seed.dtype != torch.int64):
+        return "seed is not int64 with p > 0, and None without"
+    if seed is not None:
+        others = (*others, seed)
+    reason = refuse_dtype(x.dtype) or refuse_dtype(A.dtype) or refuse_dtype(B.dtype)
+    reason = reason or refuse_devices(x, A, B, *others)
+    if reason is not None or weight is None:
+        return reason
+    if codebook is not None and absmax is not None:
+        if weight.shape[:1] != B.shape[1:2]:
+            return "packed and B have not the same N"
+        return refuse_weight((weight, absmax, absmax_scale, codebook), A.shape[2], block_size)
+    if weight.shape != (B.shape[1], A.shape[2]) or weight.dtype != x.dtype:
+        return "the weight is not [N, K] of the dtype of x"
+    return refuse_devices(weight)
+
+
+REFUSALS = {"lora_linear": _refuse_lora, "lora_linear_backward": _refuse_lora_backward}
