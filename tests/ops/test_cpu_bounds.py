@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from lowrank import ops
 from lowrank.ops import adamw8bit, native, reference
+from lowrank.ops.reference.philox import kept
 from tests.ops.guarded import guarded, unwritten
 from tests.ops.isas import ISAS, running_on
 from tests.ops.weights import dense, random_weight
@@ -150,6 +151,37 @@ def test_softmax_cross_entropy():
         torch.testing.assert_close(loss, expected, rtol=2e-6, atol=2e-6)
         softmax = z.softmax(1) - F.one_hot(labels, V) if gradient else z
         torch.testing.assert_close(logits, softmax, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_gathered_and_scattered(dtype):
+    for case in range(CASES):
+        M, K = random.randrange(1, 9), random.choice((0, 1, 3, 63, 64, 65, 130, 600))
+        stride, count = K + random.choice((0, 5)), random.randrange(0, M + 1)
+        order = torch.randperm(M)[:count].int() if case % 3 else torch.arange(count).int()
+        some, seed, p = order.long(), torch.randint(-(2**62), 2**62, ()), 0.4
+        memory = guarded(torch.randn((M - 1) * stride + K).to(dtype))
+        x = memory.as_strided((M, K), (stride, 1))
+        far = guarded(order)
+        rows = native.Rows(far.data_ptr() if case % 3 and count else None, 0, count, M)
+        dropout = native.Dropout(int(seed), reference.threshold(p), 1 / (1 - p))
+        by, mask = None, torch.ones(count, K)
+        if case % 2:
+            by = ctypes.addressof(dropout)
+            mask = kept(order, K, p, seed) * torch.tensor(1 / (1 - p))
+        panel = unwritten(count, K, dtype=torch.float32)
+        call(
+            "lowrank_gather_rows", memory, native.DTYPES[dtype], K, stride,
+            ctypes.addressof(rows), by, panel, random.choice((1, 2)),
+        )  # fmt: skip
+        assert torch.equal(panel, x[some].float() * mask)
+        expected, add = memory.clone(), case % 5 > 2
+        expected.as_strided(x.shape, x.stride())[some] = (panel * mask + add * x[some]).to(dtype)
+        call(
+            "lowrank_scatter_rows", panel, K, ctypes.addressof(rows), by, add, memory,
+            native.DTYPES[dtype], stride, random.choice((1, 2)),
+        )  # fmt: skip
+        assert torch.equal(memory, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
