@@ -1,10 +1,22 @@
 """Quantizers: a protocol, a registry, one scheme a file."""
 
+from . import af4 as af4
+from . import affine as affine
+from . import fp4 as fp4
+from . import hqq as hqq
+from . import int4 as int4
+from . import int8 as int8
+from . import int8_blockwise as int8_blockwise
 from . import nf4 as nf4
+from . import none as none
+from . import normal_float as normal_float
 from .codebook import CodebookQuantizer as CodebookQuantizer
+from .codebook import FixedCodebook as FixedCodebook
+from .fitted import Fitted as Fitted
 from .generic import linear as linear
 from .registry import Quantizer as Quantizer
 from .registry import get as get
 from .registry import names as names
+from .registry import quantizer_of as quantizer_of
 from .registry import register as register
 from .storage import Storage as Storage

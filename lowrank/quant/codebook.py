@@ -8,23 +8,25 @@ import torch
 from torch import Tensor
 
 from lowrank import ops
-from lowrank.errors import ConfigError, DtypeError, ShapeError, WeightError
+from lowrank.errors import ConfigError, ShapeError
 
+from . import checks
 from . import double_quant as scales
+from .registry import register
 from .storage import Storage
 
 
+@register("codebook")
 class CodebookQuantizer:
     """w[n, k] = codebook[code[n, k]] * absmax[n, k // G], for any table of 16 values in [-1, 1].
 
-    `codebook` is 16 values, or one such row for each row of the weight [N, 16]. Blocks of G =
-    `block_size` never cross rows. With `double_quant` the absmax are kept in 8 bits.
+    `codebook` is 16 values in any order, twice the same too, or one such row for each row of the
+    weight [N, 16]. Blocks of G = `block_size` never cross rows. With `double_quant` the absmax are
+    kept in 8 bits.
 
     The Storage holds packed uint8 [N, ceil(K / 32) * 16] (even element in the high nibble), absmax
     float32 [N, ceil(K / G)] or uint8 with absmax_scale float32 [N, 2], and codebook [T, 16].
     """
-
-    name = "codebook"
 
     def __init__(
         self, codebook: Tensor | Sequence[float], block_size: int = 64, double_quant: bool = False
@@ -36,17 +38,17 @@ class CodebookQuantizer:
             )
         if not bool(torch.isfinite(table).all()) or bool((table.abs() > 1).any()):
             raise ConfigError(
-                "codebook: expected values in [-1, 1], which absmax scales; got others"
+                "codebook: expected values in [-1, 1], which absmax scales; got others; "
+                "divide them by their largest magnitude"
             )
-        if not isinstance(block_size, int) or block_size not in ops.BLOCK_SIZES:
-            raise ConfigError(
-                f"block_size: expected a power of two from 32 to 4096; got {block_size!r}"
-            )
-        if not isinstance(double_quant, bool):
-            raise ConfigError(f"double_quant: expected True or False; got {double_quant!r}")
         self.codebook = table.reshape(-1, 16).clone()  # [T, 16]
-        self.block_size = block_size
-        self.double_quant = double_quant
+        self.block_size = checks.block_size(block_size)
+        self.double_quant = checks.flag("double_quant", double_quant)
+
+    @classmethod
+    def from_storage(cls, storage: Storage) -> CodebookQuantizer:
+        """The quantizer with the table that the storage has."""
+        return cls(storage["codebook"], **storage.options)
 
     @property
     def row_local(self) -> bool:
@@ -54,21 +56,19 @@ class CodebookQuantizer:
         return self.codebook.shape[0] == 1
 
     @property
-    def options(self) -> dict[str, int | bool]:
+    def options(self) -> dict[str, int | float | bool | str]:
         return {"block_size": self.block_size, "double_quant": self.double_quant}
+
+    def table_for(self, weight: Tensor) -> Tensor:
+        """The float32 table [1, 16] or [N, 16] for this weight, which is not float64."""
+        return self.codebook.to(weight.device, copy=True)
 
     def quantize(self, weight: Tensor) -> Storage:
         """Nearest codes of weight [N, K]; a tie goes to the lower. WeightError: NaN or inf."""
-        if not weight.is_floating_point():
-            raise DtypeError(f"weight: expected a floating-point dtype; got {weight.dtype}")
-        source = weight.detach()
-        if source.dtype == torch.float64:
-            source = source.float()
-        codebook = self.codebook.to(source.device, copy=True)
+        source = checks.matrix(weight)
+        codebook = self.table_for(source)
         packed, absmax = ops.codebook_quantize(source, codebook, self.block_size)
-        if not absmax.is_meta and not bool(torch.isfinite(absmax).all()):
-            row = int((~torch.isfinite(absmax)).any(dim=1).nonzero()[0])
-            raise WeightError(f"weight: expected finite values; got NaN or inf in row {row}")
+        checks.finite(absmax)
         tensors = {"packed": packed, "absmax": absmax}
         if self.double_quant:
             tensors["absmax"], tensors["absmax_scale"] = scales.compress(absmax)
@@ -85,6 +85,19 @@ class CodebookQuantizer:
         if x.shape[-1:] != tuple(storage.shape[1:]):  # K to within 31 has the same packed bytes
             raise ShapeError(f"x: expected [..., K={storage.shape[1]}]; got {list(x.shape)}")
         return ops.codebook_linear(x, *_operands(storage), bias, storage.options["block_size"])
+
+
+class FixedCodebook(CodebookQuantizer):
+    """A scheme of one table: a subclass gives `table`, 16 values, and `@register` its name."""
+
+    table: Sequence[float]
+
+    def __init__(self, block_size: int = 64, double_quant: bool = True) -> None:
+        super().__init__(self.table, block_size, double_quant)
+
+    @classmethod
+    def from_storage(cls, storage: Storage) -> FixedCodebook:
+        return cls(**storage.options)
 
 
 def _operands(storage: Storage) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:

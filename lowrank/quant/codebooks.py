@@ -21,3 +21,9 @@ NF4 = (
     0.7229568362236023,
     1.0,
 )
+
+# Sign, two bits of exponent, one of mantissa, over the largest: bitsandbytes' numbering, in which 8
+# is a second zero.
+FP4 = tuple(
+    sign * magnitude / 12 for sign in (1, -1) for magnitude in (0.0, 0.0625, 8, 12, 4, 6, 2, 3)
+)

@@ -1,4 +1,4 @@
-"""Double quantization: the block scales of a row in 8 bits, with a float32 step and offset a row.
+"""Double quantization: scales, or offsets, of a row in 8 bits, with a float32 step and offset.
 
 absmax[n, b] ≈ float32(code[n, b] * step[n]) + offset[n]: a multiply, then an add, each rounded.
 
@@ -14,11 +14,12 @@ from torch import Tensor
 
 
 def compress(absmax: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [N, nb] and (step, offset) float32 [N, 2] of finite scales absmax >= 0 [N, nb].
+    """Codes uint8 [N, nb] and (step, offset) float32 [N, 2] of finite absmax [N, nb] of one sign.
 
-    offset = min of the row, so the min, and with it every zero, is exact. step = (max - min) / c,
-    c <= 255 being the largest whose code decodes to exactly the max. No c does where the last bit
-    of the min lies just below the last bit of an odd max: there the max decodes to its neighbour.
+    offset = min of the row, so the min, and with it every zero scale, is exact. step = (max - min)
+    / c, c <= 255 being the largest whose code decodes to exactly the max; one does if the max is 0.
+    No c does where the last bit of the min lies just below the last bit of an odd max: there the
+    max decodes to its neighbour, 6e-8 of it away.
     """
     if absmax.is_meta:
         return absmax.new_empty(absmax.shape, dtype=torch.uint8), absmax.new_empty(

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from lowrank.errors import ShapeError
+
+from .blocks import panels
 from .registry import Quantizer
 from .storage import Storage
 
 
 def linear(quantizer: Quantizer, x: Tensor, storage: Storage, bias: Tensor | None = None) -> Tensor:
-    """y [..., N] in the dtype of x [..., K], differentiable in x and bias."""
+    """y [..., N] in the dtype of x [..., K], differentiable in x and bias.
+
+    A row-local scheme is dequantized some rows at a time, a few MB, in the forward and in the
+    backward; another as a whole. Between the two only the storage's tensors are kept.
+    """
     fast = getattr(quantizer, "linear", None)
     if fast is not None:
         return fast(x, storage, bias)
+    if x.shape[-1:] != tuple(storage.shape[1:]):
+        raise ShapeError(f"x: expected [..., K={storage.shape[1]}]; got {list(x.shape)}")
     return _DequantizedLinear.apply(x, bias, quantizer, storage, *storage.tensors.values())
 
 
 class _DequantizedLinear(torch.autograd.Function):
-    """Forward and backward each dequantize: between them only the storage's tensors are kept."""
-
     @staticmethod
     def forward(ctx, x, bias, quantizer, storage, *tensors):
         ctx.save_for_backward(*tensors)
@@ -29,27 +37,45 @@ class _DequantizedLinear(torch.autograd.Function):
             quantizer,
             replace(storage, tensors=dict.fromkeys(storage.tensors)),
         )
-        dtype = _compute_dtype(x)
-        weight = quantizer.dequantize(storage, dtype)
-        return torch.nn.functional.linear(x.to(dtype), weight, _cast(bias, dtype)).to(x.dtype)
+        dtype, (N, K) = _compute_dtype(x), storage.shape
+        rows_of_x = x.reshape(-1, K).to(dtype)  # [M, K]
+        y = rows_of_x.new_empty(rows_of_x.shape[0], N)
+        for start, stop, w in _panels(quantizer, storage, dtype):
+            torch.mm(rows_of_x, w.T, out=y[:, start:stop])
+        if bias is not None:
+            y += bias
+        return y.to(x.dtype).view(*x.shape[:-1], N)
 
     @staticmethod
     def backward(ctx, dy):
         dx = dbias = None
         if ctx.needs_input_grad[0]:
             tensors = dict(zip(ctx.storage.tensors, ctx.saved_tensors, strict=True))
-            dtype = _compute_dtype(dy)
-            weight = ctx.quantizer.dequantize(replace(ctx.storage, tensors=tensors), dtype)
-            dx = (dy.to(dtype) @ weight).to(dy.dtype)
+            storage = replace(ctx.storage, tensors=tensors)
+            dtype, (N, K) = _compute_dtype(dy), storage.shape
+            rows_of_dy = dy.reshape(-1, N).to(dtype)  # [M, N]
+            dx = rows_of_dy.new_zeros(rows_of_dy.shape[0], K)
+            for start, stop, w in _panels(ctx.quantizer, storage, dtype):
+                dx.addmm_(rows_of_dy[:, start:stop], w)
+            dx = dx.to(dy.dtype).view(*dy.shape[:-1], K)
         if ctx.needs_input_grad[1]:
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
         return dx, dbias, None, None, *(None for _ in ctx.saved_tensors)
 
 
+def _panels(
+    quantizer: Quantizer, storage: Storage, dtype: torch.dtype
+) -> Iterator[tuple[int, int, Tensor]]:
+    """(start, stop, the weight's rows from start to stop in `dtype`) over all rows."""
+    N, K = storage.shape
+    if not getattr(quantizer, "row_local", False):
+        yield 0, N, quantizer.dequantize(storage, dtype)
+        return
+    device = next(iter(storage.tensors.values())).device
+    for start, stop in panels(N, K, device):
+        yield start, stop, quantizer.dequantize(storage.rows(start, stop), dtype)
+
+
 def _compute_dtype(x: Tensor) -> torch.dtype:
     # torch's 16-bit matmuls on CPUs without such units are over 100 times slower than float32
     return torch.float32 if x.device.type == "cpu" and x.dtype.itemsize == 2 else x.dtype
-
-
-def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if bias is None else bias.to(dtype)

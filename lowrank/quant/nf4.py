@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from .codebook import CodebookQuantizer
+from .codebook import FixedCodebook
 from .codebooks import NF4 as TABLE
 from .registry import register
 
 
 @register("nf4")
-class NF4(CodebookQuantizer):
+class NF4(FixedCodebook):
     """4.5 bits a weight at block size 64, about 4.13 with double quantization."""
 
-    def __init__(self, block_size: int = 64, double_quant: bool = True) -> None:
-        super().__init__(TABLE, block_size, double_quant)
+    table = TABLE

@@ -11,14 +11,20 @@ from torch import Tensor
 from lowrank.errors import ConfigError
 from lowrank.quant.storage import Storage
 
+ENTRY_POINTS = "lowrank.quantizers"
+
 
 @runtime_checkable
 class Quantizer(Protocol):
     """weight [N, K] -> Storage -> weight [N, K]; nothing else in the library knows the scheme.
 
-    An instance may also have `linear(x, storage, bias) -> y`, a faster y = x Wᵀ + b than
-    dequantizing, and `row_local = False` if its statistics span the whole tensor (default True:
-    quantizing a slice of rows gives that slice of the quantized whole).
+    A class may also have
+    - `row_local = True`: rows know nothing of each other. Every tensor of its Storage is [N, ...],
+      a part for each row, or [1, ...], shared, and a slice of rows quantizes to that slice. Such a
+      weight is dequantized some rows at a time when training, and may be sharded;
+    - `linear(x, storage, bias) -> y`: a faster y = x Wᵀ + b than dequantizing;
+    - `from_storage(storage)`, a class method: an instance for that Storage, if
+      `cls(**storage.options)` is none.
     """
 
     def quantize(self, weight: Tensor) -> Storage: ...
@@ -51,10 +57,53 @@ def names() -> list[str]:
 
 
 def get(name: str, **options) -> Quantizer:
-    """The quantizer registered as `name`, made with its own explicit options."""
-    if name not in _REGISTRY:
-        raise ConfigError(f"quantizer: expected one of {', '.join(names())}; got {name!r}")
+    """The quantizer registered as `name`, made with its own explicit options.
+
+    A name that is not registered is looked up among the entry points `lowrank.quantizers` of the
+    installed packages.
+    """
+    cls = _find(name)
     try:
-        return _REGISTRY[name](**options)
+        return cls(**options)
     except TypeError as error:
         raise ConfigError(f"quantizer {name!r}: {error}") from error
+
+
+def quantizer_of(storage: Storage) -> Quantizer:
+    """A quantizer that reads `storage`, by its scheme's name and its options."""
+    from_storage = getattr(_find(storage.scheme), "from_storage", None)
+    return from_storage(storage) if from_storage else get(storage.scheme, **storage.options)
+
+
+def _find(name: str) -> type:
+    if name not in _REGISTRY:
+        _load(name)
+    return _REGISTRY[name]
+
+
+def _load(name: str) -> None:
+    """Register the entry point of this name: a class, or a module that registers it."""
+    from importlib.metadata import entry_points  # only here: it reads the disk
+
+    points = entry_points(group=ENTRY_POINTS)
+    found = [point for point in points if point.name == name]
+    if not found:
+        known = sorted({*_REGISTRY, *(point.name for point in points)})
+        raise ConfigError(f"quantizer: expected one of {', '.join(known)}; got {name!r}")
+    if len({point.value for point in found}) > 1:
+        owners = ", ".join(sorted(point.value for point in found))
+        raise ConfigError(f"quantizer {name!r}: expected one entry point; got {owners}")
+    try:
+        loaded = found[0].load()
+    except Exception as error:  # whatever somebody else's module raises
+        raise ConfigError(
+            f"quantizer {name!r}: its entry point {found[0].value} fails to load: {error!r}"
+        ) from error
+    if isinstance(loaded, type) and name not in _REGISTRY:
+        register(name)(loaded)
+    if not isinstance(_REGISTRY.get(name), type) or not issubclass(_REGISTRY[name], Quantizer):
+        _REGISTRY.pop(name, None)
+        raise ConfigError(
+            f"quantizer {name!r}: expected its entry point {found[0].value} to be a class with "
+            f"quantize and dequantize; got {loaded!r}"
+        )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+
+from lowrank.errors import ShapeError
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,21 @@ class Storage:
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
+
+    def rows(self, start: int, stop: int) -> Storage:
+        """Rows start <= n < stop of a row-local scheme's weight, as views.
+
+        Its tensors are [N, ...], with a part for each row, or [1, ...], shared by all of them.
+        """
+        N = self.shape[0]
+        for name, tensor in self.tensors.items():
+            if tensor.shape[:1] not in ((N,), (1,)):
+                raise ShapeError(
+                    f"{name}: expected [N={N}, ...] or [1, ...], as the scheme {self.scheme!r} is "
+                    f"row_local; got {list(tensor.shape)}"
+                )
+        part = {k: t[start:stop] if t.shape[0] == N else t for k, t in self.tensors.items()}
+        return replace(self, shape=(stop - start, *self.shape[1:]), tensors=part)
 
     @property
     def nbytes(self) -> int:
