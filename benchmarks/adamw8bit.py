@@ -19,6 +19,7 @@ from benchmarks.settings import Settings
 LR, BETAS, EPS = 1e-3, (0.9, 0.999), 1e-8
 LIMIT = 0.1
 BYTES_8BIT = 4 + 4 + 4 + 2 * 2 + 4 * 4 / 256  # a parameter: p, g, p again, codes and scales twice
+OPERATIONS = 16  # a parameter: 3 for m, 4 for v, 9 for the root, the quotient, decay and the step
 BYTES_FP32 = 4 + 4 + 4 + 2 * 8
 
 
@@ -34,6 +35,8 @@ def run(settings: Settings) -> list[dict]:
             sides.append(_torch(start, grad, count))
         if "bitsandbytes" in settings.against:
             sides.append(_bitsandbytes(start, grad, count))
+        if "torchao" in settings.against:
+            sides.append(_torchao(start, grad, count))
         rows += settings.compare("adamw8bit", f"{label} fp32", sides, "torch fused fp32", "copy")
     return rows
 
@@ -67,6 +70,17 @@ def _bitsandbytes(start: Tensor, grad: Tensor, count: int) -> Contender:
     made = peers.bitsandbytes().optim.AdamW8bit
     step = _stepping([made([p], LR, BETAS, EPS, weight_decay=0) for p in params])
     return _contender("bitsandbytes", params, grads, start, step, BYTES_8BIT, None, "")
+
+
+def _torchao(start: Tensor, grad: Tensor, count: int) -> Contender:
+    """Compiled by torch.compile at the first step, which is not timed."""
+    params, grads = _copies(start, grad, count)
+    with peers.quiet():
+        from torchao.optim import AdamW8bit
+
+        made = [AdamW8bit([p], LR, BETAS, EPS, weight_decay=0) for p in params]
+        step = _stepping(made)
+        return _contender("torchao", params, grads, start, step, BYTES_8BIT, None, "")
 
 
 def _copies(start: Tensor, grad: Tensor, count: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -107,4 +121,5 @@ def _contender(
     for i in range(len(params)):
         call(i)  # some make their state in the first step
     moved = int(start.numel() * bytes_each)
-    return Contender(name, call, len(params), error, limit, moved=moved, path=path)
+    flops = OPERATIONS * start.numel()
+    return Contender(name, call, len(params), error, limit, moved=moved, flops=flops, path=path)

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from benchmarks import machine, results, shapes, table
 from benchmarks.errors import UsageError
-from benchmarks.installed import PEERS, chosen, chosen_peers
+from benchmarks.installed import LINEAR_SIDES, PEERS, chosen, chosen_peers, missing
 
 BENCHMARKS = {
     "codebook_quantize": "dense float32 weights to NF4 with double quantization",
     "codebook_dequantize": "NF4 with double quantization back to float32 and bfloat16",
     "codebook_linear": "forward, and forward with dX, of a linear layer over an NF4 weight",
+    "linear_cross_entropy": "a language model's head and its loss, forward and dX",
     "adamw8bit": "a step of AdamW with 8-bit moments, over one float32 parameter",
     "training_step": "QLoRA steps of SmolLM2-135M (its GGUF file is named by LOWRANK_SMOLLM2)",
     "import_time": "what importing adds to `import torch`",
@@ -71,7 +72,20 @@ def parser() -> argparse.ArgumentParser:
         "--rows",
         metavar="M,...",
         default="1,2,4,8,16,128,512",
-        help="rows of x in codebook_linear (default: %(default)s)",
+        help="rows of x, 1 to 8192 or more (default: %(default)s)",
+    )
+    made.add_argument(
+        "--dtypes",
+        metavar="DTYPE,...",
+        default="fp32,bf16",
+        help=f"comma-separated, of {', '.join(shapes.DTYPES)} (default: %(default)s)",
+    )
+    made.add_argument(
+        "--heads",
+        metavar="HEAD",
+        nargs="+",
+        default=list(shapes.HEADLINE_HEAD),
+        help="of linear_cross_entropy: names from --list, or VxH (default: %(default)s)",
     )
     made.add_argument(
         "--seconds", type=float, default=6.0, help="time for each case (default: %(default)s)"
@@ -111,7 +125,13 @@ def parser() -> argparse.ArgumentParser:
         "--plot",
         metavar="PNG",
         default=None,
-        help="draw codebook_linear's speeds (needs matplotlib)",
+        help="draw codebook_linear's speeds over M (needs matplotlib)",
+    )
+    made.add_argument(
+        "--roofline",
+        metavar="PNG",
+        default=None,
+        help="draw operations per byte against rates, under the ceilings (needs matplotlib)",
     )
     return made
 
@@ -136,6 +156,10 @@ def main(argv: list[str] | None = None) -> int:
             from benchmarks.plot import plot
 
             plot(result, Path(given.plot))
+        if given.roofline is not None:
+            from benchmarks.roofline import draw
+
+            draw(result, Path(given.roofline))
     except UsageError as error:
         print(f"python -m benchmarks: {error}", file=sys.stderr)
         return USAGE_ERROR
@@ -148,21 +172,27 @@ def _run(given: argparse.Namespace) -> dict:
     names = chosen("benchmark", given.names or list(BENCHMARKS), BENCHMARKS)
     against = chosen_peers(given.against)
     wanted_shapes = [shapes.parse(text) for text in given.shapes]
+    heads = [shapes.parse(text, shapes.HEADS) for text in given.heads]
+    dtypes = shapes.parse_dtypes(given.dtypes)
     rows_of_x = shapes.parse_rows(given.rows)
     if given.seconds <= 0 or given.steps < 3 or (given.threads or 1) < 1:
         raise UsageError("--seconds and --threads must be positive, --steps at least 3")
     machine.restrict(given.threads, given.isa)
 
-    from benchmarks.run import run  # after the restriction: it brings torch
+    import torch  # after the restriction
+
+    from benchmarks.run import run
     from benchmarks.settings import Settings
 
     settings = Settings(
         against,
         wanted_shapes,
         rows_of_x,
+        {short: getattr(torch, name) for short, name in dtypes.items()},
         given.seconds,
         given.steps,
         _working_set(given.working_set),
+        heads,
         given.isa,
         tell=lambda text: print(text, file=sys.stderr, flush=True),
     )
@@ -184,7 +214,19 @@ def _working_set(megabytes: float | None) -> int:
 
 def _listing() -> str:
     width = max(len(name) for name in BENCHMARKS) + 2
+    sides, working_set = 2 * len(LINEAR_SIDES), machine.working_set_bytes()
     lines = [f"{name:{width}}{about}" for name, about in BENCHMARKS.items()]
-    lines += ["", "shapes, N out features x K in features:"]
-    lines += [f"{name:{width}}{rows}x{columns}" for name, (rows, columns) in shapes.SHAPES.items()]
+    lines += [
+        "",
+        "shapes, N out features x K in features, and what codebook_linear needs of memory:",
+    ]
+    for name, (N, K) in shapes.SHAPES.items():
+        gigabytes = shapes.layers_bytes(N, K, sides, working_set) / 1e9
+        lines.append(f"{name:{width}}{f'{N}x{K}':14}{gigabytes:.0f} GB")
+    lines += ["", "heads, V words x H features:"]
+    lines += [f"{name:{width}}{V}x{H}" for name, (V, H) in shapes.HEADS.items()]
+    lines += ["", "peers (--against):"]
+    for name, about in PEERS.items():
+        reason = missing(name)
+        lines.append(f"{name:{width}}{about}" + (f"; {reason}" if reason else ""))
     return "\n".join(lines)

@@ -2,71 +2,139 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
+from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.harness import Contender, copies_for, nbytes, relative_error
+from benchmarks.layers import plain_weight
 from benchmarks.settings import Settings
 
 OPERATIONS = 1  # an element: its code's value times its block's scale
-DTYPES = {"fp32": (torch.float32, 1e-6), "bf16": (torch.bfloat16, 4e-3)}
+LIMITS = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}  # of ours
 
 
 def run(settings: Settings) -> list[dict]:
     """One case a shape and output dtype."""
     rows = []
-    for label, out_features, in_features in settings.shapes:
-        weight = torch.randn(out_features, in_features) * 0.02
-        for name, (dtype, limit) in DTYPES.items():
-            sides = [_lowrank(settings, weight, dtype, limit)]
-            if "bitsandbytes" in settings.against:
-                sides.append(_bitsandbytes(settings, weight, dtype))
+    for label, N, K in settings.shapes:
+        names = settings.sides("codebook_dequantize", label, N, K, list(SIDES))
+        if not settings.fits("codebook_dequantize", label, N, K, 2 * len(names)):
+            continue
+        peers.forget_compiled()
+        weight = torch.randn(N, K) * 0.02
+        for short, dtype in settings.dtypes.items():
+            contenders = [SIDES[name](weight, dtype, settings.working_set) for name in names]
+            case = f"{label} to {short}"
             rows += settings.compare(
-                "codebook_dequantize", f"{label} to {name}", sides, "bitsandbytes", "copy"
+                "codebook_dequantize", case, contenders, "bitsandbytes", "copy"
             )
     return rows
 
 
-def _lowrank(
-    settings: Settings, weight: torch.Tensor, dtype: torch.dtype, limit: float
-) -> Contender:
+def _lowrank(weight: Tensor, dtype: torch.dtype, working_set: int) -> Contender:
     quantizer = peers.lowrank_quantizer()
     storage = quantizer.quantize(weight)
-    count = copies_for(storage.nbytes, settings.working_set)
-    storages = [storage, *(quantizer.quantize(weight) for _ in range(count - 1))]
-    exact = peers.exact_lowrank(storage)
-    return Contender(
+    storages = [storage]
+    for _ in range(copies_for(storage.nbytes, working_set) - 1):
+        storages.append(quantizer.quantize(weight))
+    made = _contender(
         "lowrank",
         lambda i: quantizer.dequantize(storages[i], dtype),
-        count,
-        lambda dense: relative_error(dense, exact),
-        limit,
-        moved=storage.nbytes + weight.numel() * dtype.itemsize,
-        flops=OPERATIONS * weight.numel(),
-        path=peers.chosen_backend(
-            "codebook_dequantize",
-            *peers.operands(storage),
-            weight.shape[1],
-            peers.BLOCK_SIZE,
-            dtype,
-        ),
+        len(storages),
+        peers.exact_lowrank(storage),
+        dtype,
+        storage.nbytes,
+    )
+    options = (weight.shape[1], peers.BLOCK_SIZE, dtype)
+    made.limit = LIMITS[dtype]
+    made.path = peers.chosen_backend("codebook_dequantize", *peers.operands(storage), *options)
+    return made
+
+
+def _compiled(weight: Tensor, dtype: torch.dtype, working_set: int) -> Contender:
+    storage = peers.lowrank_quantizer().quantize(weight)
+    operands, plain = peers.operands(storage), peers.compiled(plain_weight)
+    copies = [operands]
+    for _ in range(copies_for(storage.nbytes, working_set) - 1):
+        copies.append(tuple(t.clone() for t in operands))
+
+    def call(i: int) -> Tensor:
+        return plain(*copies[i], dtype)
+
+    with peers.quiet():
+        call(0)  # compiling is no part of a first call's memory
+    exact = peers.exact_lowrank(storage)
+    return _contender("compile", call, len(copies), exact, dtype, storage.nbytes)
+
+
+def _copy(weight: Tensor, dtype: torch.dtype, working_set: int) -> Contender:
+    """A plain copy of a dense weight: as many bytes written, and more read."""
+    values = weight.to(dtype)
+    copies = [values.clone() for _ in range(copies_for(values.nbytes, working_set))]
+    return _contender(
+        "torch, dense copy",
+        lambda i: copies[i].clone(),
+        len(copies),
+        values.double(),
+        dtype,
+        values.nbytes,
     )
 
 
-def _bitsandbytes(settings: Settings, weight: torch.Tensor, dtype: torch.dtype) -> Contender:
+def _bitsandbytes(weight: Tensor, dtype: torch.dtype, working_set: int) -> Contender:
     functional = peers.bitsandbytes().functional
     packed, state = functional.quantize_4bit(
         weight.to(dtype), blocksize=peers.BLOCK_SIZE, quant_type="nf4", compress_statistics=True
     )
     tensors = peers.bitsandbytes_tensors(packed, state)
-    exact = peers.exact_bitsandbytes(tensors, weight.shape)
-    count = copies_for(nbytes(tensors), settings.working_set)
-    copies = [packed, *(packed.clone() for _ in range(count - 1))]
-    return Contender(
+    copies = [packed.clone() for _ in range(copies_for(nbytes(tensors), working_set))]
+    return _contender(
         "bitsandbytes",
         lambda i: functional.dequantize_4bit(copies[i], state),
-        count,
-        lambda dense: relative_error(dense, exact),
-        moved=nbytes(tensors) + weight.numel() * dtype.itemsize,
-        flops=OPERATIONS * weight.numel(),
+        len(copies),
+        peers.exact_bitsandbytes(tensors, weight.shape),
+        dtype,
+        nbytes(tensors),
     )
+
+
+def _torchao(weight: Tensor, dtype: torch.dtype, working_set: int) -> Contender:
+    held = peers.torchao_nf4(weight.to(dtype))
+    size = peers.torchao_bytes(held)
+    copies = [held.clone() for _ in range(copies_for(size, working_set))]
+    return _contender(
+        "torchao",
+        lambda i: copies[i].get_original_weight(),
+        len(copies),
+        peers.exact_torchao(held),
+        dtype,
+        size,
+    )
+
+
+def _contender(
+    name: str, call: Callable, copies: int, exact: Tensor, dtype: torch.dtype, read: int
+) -> Contender:
+    """`read` bytes in, a weight of the shape of `exact` in `dtype` out."""
+    return Contender(
+        name,
+        call,
+        copies,
+        partial(relative_error, exact=exact),
+        moved=read + exact.numel() * dtype.itemsize,
+        flops=OPERATIONS * exact.numel(),
+        dtype=str(dtype).removeprefix("torch."),
+    )
+
+
+SIDES = {
+    "lowrank": _lowrank,
+    "compile": _compiled,
+    "torch": _copy,
+    "bitsandbytes": _bitsandbytes,
+    "torchao": _torchao,
+}

@@ -15,13 +15,16 @@ NF4_ERROR = 0.11  # of normally distributed weights, blocks of 64: 0.096 and a l
 def run(settings: Settings) -> list[dict]:
     """One case a shape."""
     rows = []
-    for label, out_features, in_features in settings.shapes:
-        weight = torch.randn(out_features, in_features) * 0.02
+    for label, N, K in settings.shapes:
+        if not settings.fits("codebook_quantize", label, N, K, 8):
+            continue
+        weight = torch.randn(N, K) * 0.02
         count = copies_for(nbytes(weight), settings.working_set)
         weights = [weight, *(weight.clone() for _ in range(count - 1))]
-        sides = [_lowrank(weights)]
-        if "bitsandbytes" in settings.against:
-            sides.append(_bitsandbytes(weights))
+        sides = [
+            SIDES[name](weights)
+            for name in settings.sides("codebook_quantize", label, N, K, list(SIDES))
+        ]
         rows += settings.compare(
             "codebook_quantize", f"{label} from fp32", sides, "bitsandbytes", "read"
         )
@@ -74,3 +77,18 @@ def _bitsandbytes(weights: list[torch.Tensor]) -> Contender:
         moved=nbytes(weights[0]) + nbytes(quantize(0)),
         flops=OPERATIONS * weights[0].numel(),
     )
+
+
+def _torchao(weights: list[torch.Tensor]) -> Contender:
+    exact = weights[0].double()
+    return Contender(
+        "torchao",
+        lambda i: peers.torchao_nf4(weights[i]),
+        len(weights),
+        lambda held: relative_error(peers.exact_torchao(held), exact),
+        moved=nbytes(weights[0]) + peers.torchao_bytes(peers.torchao_nf4(weights[0])),
+        flops=OPERATIONS * weights[0].numel(),
+    )
+
+
+SIDES = {"lowrank": _lowrank, "bitsandbytes": _bitsandbytes, "torchao": _torchao}

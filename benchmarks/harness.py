@@ -22,9 +22,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.errors import ContenderError
+
 MAX_COPIES = 10_000
 MIN_CALLS, MIN_SLOW_CALLS, SLOW_SECONDS = 5, 2, 1.0
 ONCE_SECONDS = 4.0  # a contender slower than that is called once, and that is its time
+HOPELESS_SECONDS = 20.0
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
@@ -85,8 +88,9 @@ def measure(contenders: Sequence[Contender], seconds: float) -> list[Timing]:
     The next call is always that of the contender which has had the least time so far: equally fast
     ones alternate, and a slow one is called less often. Each is called five times at least,
     twice where a call takes longer than a second, and once where it takes longer than four.
+    Raises ContenderError for the first that fails.
     """
-    prepared = [_first_calls(contender) for contender in contenders]
+    prepared = [_prepare(contender) for contender in contenders]
     share = seconds / len(contenders)
     least = [MIN_CALLS if took < SLOW_SECONDS else MIN_SLOW_CALLS for took, _, _ in prepared]
     times: list[list[float]] = [[] for _ in contenders]
@@ -118,12 +122,24 @@ def measure(contenders: Sequence[Contender], seconds: float) -> list[Timing]:
     return timings
 
 
+def _prepare(contender: Contender) -> tuple[float, float, int | None]:
+    try:
+        return _first_calls(contender)
+    except Exception as error:
+        raise ContenderError(contender.name, error) from error
+
+
 def _first_calls(contender: Contender) -> tuple[float, float, int | None]:
     """Seconds of a call, the error of one whose outputs began as NaN, the memory of the first."""
     held: list[object] = []
     start = time.perf_counter()
     extra = extra_memory(lambda: held.append(contender.call(0)), lambda: nbytes(held[0]))
     took = time.perf_counter() - start
+    if ONCE_SECONDS < took < HOPELESS_SECONDS:  # was it work, or a package that loads or compiles?
+        held.clear()
+        start = time.perf_counter()
+        held.append(contender.call(1 % contender.copies))
+        took = time.perf_counter() - start
     if took > ONCE_SECONDS:
         return took, contender.error(held[0]), extra
     held.clear()

@@ -8,11 +8,11 @@ import statistics
 import subprocess
 import sys
 
-from benchmarks import peers
 from benchmarks.harness import spread
 from benchmarks.settings import Settings
 
 REPEATS = 5
+PACKAGES = ("bitsandbytes", "torchao", "peft")
 SCRIPT = """
 import logging, time
 logging.disable(logging.CRITICAL)
@@ -25,8 +25,7 @@ print(time.perf_counter() - start)
 
 def run(settings: Settings) -> list[dict]:
     """One case: every package after torch, in turn."""
-    names = ["lowrank", *(name for name in ("bitsandbytes", "peft") if name in settings.against)]
-    names = [name for name in names if name == "lowrank" or peers.missing(name) is None]
+    names = ["lowrank", *(name for name in PACKAGES if name in settings.against)]
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(REPEATS + 1):
         for name in names:

@@ -25,6 +25,7 @@ PEERS = {
     "unsloth": "its LoRA and dequantization kernels (CUDA)",
     "liger": "its fused linear and cross entropy (CUDA)",
 }
+LINEAR_SIDES = ("lowrank", "torch", "dequantize", "compile", "bitsandbytes", "torchao")
 BITSANDBYTES = (0, 50, 2)  # the first with fused 4-bit products for more than one row
 _MODULES = {"liger": "liger_kernel"}
 _ONLY_CUDA = ("unsloth", "liger")

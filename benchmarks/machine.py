@@ -25,6 +25,13 @@ ISA_VARIABLES = {
         "ONEDNN_MAX_CPU_ISA": "AVX2",
     }
 }
+UNRESTRICTED = {
+    "bitsandbytes": "bitsandbytes has no switch for its instruction set: its C++ still uses what "
+    "the CPU has beyond {isa}. Only its AVX-512 bf16 inference path is kept off, as it is on a CPU "
+    "without that.",
+    "compile": "torch.compile writes its vectors for {isa}, but its C++ compiler may use what the "
+    "CPU has beyond (-march=native).",
+}  # what the restriction to an instruction set does not reach
 FLAGS = (
     "avx",
     "avx2",
@@ -42,7 +49,17 @@ FLAGS = (
     "sve",
     "bf16",
 )
-PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "numpy")
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "torchao",
+    "unsloth",
+    "liger-kernel",
+)
 LARGEST_L3 = 256 << 20  # a cloud guest is shown the whole socket's L3, of which it has a share
 
 
@@ -62,15 +79,6 @@ def restrict(threads: int | None, isa: str | None) -> None:
         os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
         if "torch" in sys.modules:
             sys.modules["torch"].set_num_threads(threads)
-
-
-def unrestricted(isa: str) -> str:
-    """What the restriction to `isa` does not reach."""
-    return (
-        "bitsandbytes has no switch for its instruction set: its C++ still uses what the CPU has "
-        f"beyond {isa}. Only its AVX-512 bf16 inference path is kept off, as it is on a CPU "
-        "without that."
-    )
 
 
 def describe() -> dict:
@@ -123,12 +131,12 @@ def memory(field: str) -> int:
 
 
 def working_set_bytes() -> int:
-    """Bytes that each contender's inputs rotate over: 4 x min(L3, 256 MB), at most an eighth of
-    free memory.
+    """Bytes that each contender's inputs rotate over: 4 x min(L3, 256 MB), at most a
+    sixteenth of free memory.
     """
     wanted = 4 * min(l3_bytes() or 64 << 20, LARGEST_L3)
     available = memory("MemAvailable")
-    return min(wanted, available // 8) if available else wanted
+    return min(wanted, available // 16) if available else wanted
 
 
 def commit() -> str:

@@ -22,7 +22,10 @@ def decode_lowrank(
         step, offset = absmax_scale.double().split(1, dim=1)  # [N, 1] each
         scales = scales * step + offset
     values = _look_up(_nibbles(packed)[:, :columns], codebook.double())
-    return values * scales.repeat_interleave(block_size, dim=1)[:, :columns]
+    full = columns // block_size  # in place, block by block: a large weight is 2 GB in float64
+    values[:, : full * block_size].unflatten(1, (full, block_size)).mul_(scales[:, :full, None])
+    values[:, full * block_size :].mul_(scales[:, full:])
+    return values
 
 
 def decode_bitsandbytes(
@@ -41,8 +44,29 @@ def decode_bitsandbytes(
     """
     nested = nested_absmax.double().repeat_interleave(nested_block_size)[: absmax.numel()]
     scales = nested_map.double()[absmax.long()] * nested + offset.double()
-    values = code.double()[_nibbles(packed.reshape(1, -1)).long()].reshape(-1)[: shape.numel()]
-    return (values * scales.repeat_interleave(block_size)[: values.numel()]).reshape(shape)
+    values = _look_up(_nibbles(packed.reshape(1, -1)), code.double()[None])[0, : shape.numel()]
+    whole = values.numel() // block_size  # the last block may be short
+    values[: whole * block_size].view(-1, block_size).mul_(scales[:whole, None])
+    values[whole * block_size :].mul_(scales[whole:])
+    return values.reshape(shape)
+
+
+def decode_torchao(
+    packed: Tensor,
+    scales: Tensor,
+    factor: Tensor,
+    mean: Tensor,
+    code: Tensor,
+    shape: torch.Size,
+    block_size: int,
+    group: int,
+) -> Tensor:
+    """The same of torchao's: scale[b] = scales[b] / factor[b // group] + mean, over the flattened
+    weight.
+    """
+    absmax = scales.double() / factor.double().repeat_interleave(group) + mean.double()
+    values = _look_up(_nibbles(packed.reshape(1, -1)), code.double()[None])
+    return values.view(-1, block_size).mul_(absmax[:, None]).reshape(shape)
 
 
 def _nibbles(packed: Tensor) -> Tensor:
@@ -52,5 +76,5 @@ def _nibbles(packed: Tensor) -> Tensor:
 
 def _look_up(codes: Tensor, codebook: Tensor) -> Tensor:
     if codebook.shape[0] == 1:
-        return codebook[0][codes.long()]
+        return codebook[0].index_select(0, codes.reshape(-1).int()).view(codes.shape)
     return torch.gather(codebook, 1, codes.long())

@@ -1,26 +1,37 @@
-"""The sides of a comparison: lowrank, dense torch, bitsandbytes, each as its own users would call
-it.
-"""
+"""The packages of a comparison: how each is imported, and what its tensors stand for."""
 
 from __future__ import annotations
 
-import copy
+import importlib
 import logging
-import os
 import re
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.installed import missing as missing
-from benchmarks.oracle import decode_bitsandbytes, decode_lowrank
+from benchmarks.oracle import decode_bitsandbytes, decode_lowrank, decode_torchao
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK_SIZE = 64
+TORCHAO_GROUP = 256  # blocks that share a scale of scales, as in bitsandbytes
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, what packages log and warn about while they load or compile is not shown."""
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def bitsandbytes():
@@ -32,49 +43,52 @@ def bitsandbytes():
     before = list(sys.path)
     sys.path[:] = [entry for entry in before if Path(entry or ".").resolve() != ROOT]
     try:
-        import bitsandbytes as package
+        with quiet():
+            import bitsandbytes as package
     finally:
         sys.path[:] = before
     return package
 
 
-@dataclass
-class Layer:
-    """One side's linear layer over one weight: `exact` [N, K] float64 is what its stored weight
-    stands for.
-    """
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch.compile of a function, as one graph."""
+    with quiet():  # what torch deprecates of its own
+        importlib.import_module("torch._inductor.compile_fx")
+    # once for each dtype, one row, more rows, training, and memory that is poisoned or not
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(function, fullgraph=True)
 
-    name: str
-    module: nn.Module
-    dtype: torch.dtype
-    exact: Tensor
-    stored_bytes: int
-    checked: bool = (
-        False  # whether an inexact result is an error (ours) or a number to print (a peer's)
+
+def forget_compiled() -> None:
+    """Let the next weight be compiled for its own shape, not for any shape."""
+    torch.compiler.reset()
+
+
+def torchao_nf4(weight: Tensor):
+    """torchao's NF4Tensor of a weight whose blocks fill their groups."""
+    with quiet():
+        from torchao.quantization import NF4Tensor
+    return NF4Tensor.from_tensor(weight, BLOCK_SIZE, TORCHAO_GROUP)
+
+
+def torchao_bytes(held) -> int:
+    """Bytes of all tensors inside an NF4Tensor."""
+    names, _ = held.__tensor_flatten__()
+    return sum(getattr(held, name).nbytes for name in names)
+
+
+def exact_torchao(held) -> Tensor:
+    """The float64 weight [N, K] of an NF4Tensor."""
+    return decode_torchao(
+        held.quantized_data,
+        held.quantized_scalers,
+        held.quantization_factor,
+        held.scaler_mean,
+        held.nf4,
+        held.shape,
+        BLOCK_SIZE,
+        TORCHAO_GROUP,
     )
-
-    def copies(self, count: int) -> list[nn.Module]:
-        """`count` modules with memory of their own."""
-        return [self.module, *(copy.deepcopy(self.module) for _ in range(count - 1))]
-
-
-def dense_layer(weight: Tensor, dtype: torch.dtype) -> Layer:
-    """nn.Linear over the unquantized weight in `dtype`."""
-    module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=dtype)
-    module.weight = nn.Parameter(weight.to(dtype, copy=True), requires_grad=False)
-    held = module.weight
-    return Layer("torch", module, dtype, held.double(), held.numel() * held.element_size())
-
-
-def lowrank_layer(weight: Tensor, dtype: torch.dtype) -> Layer:
-    """lowrank.QuantLinear, NF4 with double quantization."""
-    import lowrank
-
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
-    module = lowrank.QuantLinear.from_linear(linear, lowrank_quantizer())
-    storage = module.storage
-    return Layer("lowrank", module, dtype, exact_lowrank(storage), storage.nbytes, checked=True)
 
 
 def chosen_backend(op: str, *args) -> str:
@@ -121,39 +135,6 @@ def exact_lowrank(storage) -> Tensor:
     )
 
 
-def bitsandbytes_layer(weight: Tensor, dtype: torch.dtype) -> Layer:
-    """bitsandbytes' Linear4bit, NF4 with double quantization (its compress_statistics)."""
-    bnb = bitsandbytes()
-    module = bnb.nn.Linear4bit(
-        weight.shape[1],
-        weight.shape[0],
-        bias=False,
-        compute_dtype=dtype,
-        quant_type="nf4",
-        compress_statistics=True,
-    )
-    module.weight = bnb.nn.Params4bit(
-        weight.to(dtype, copy=True),
-        requires_grad=False,
-        quant_type="nf4",
-        compress_statistics=True,
-        module=module,
-    ).to("cpu")
-    if os.environ.get("LOWRANK_ISA"):
-        module.support_avx512bf16_for_cpu = (
-            False  # the instruction set that everybody is restricted to lacks it
-        )
-    state = module.weight.quant_state
-    held = bitsandbytes_tensors(module.weight.data, state)
-    return Layer(
-        "bitsandbytes",
-        module,
-        dtype,
-        exact_bitsandbytes(held, weight.shape),
-        sum(t.numel() * t.element_size() for t in held),
-    )
-
-
 def bitsandbytes_tensors(packed: Tensor, state) -> tuple[Tensor, ...]:
     """The tensors of a double-quantized weight: packed, absmax, nested absmax, nested map, offset,
     code.
@@ -175,10 +156,3 @@ def exact_bitsandbytes(tensors: tuple[Tensor, ...], shape: torch.Size) -> Tensor
         BLOCK_SIZE,
         nested_block_size=256,
     )
-
-
-LAYERS: dict[str, Callable[[Tensor, torch.dtype], Layer]] = {
-    "torch": dense_layer,
-    "lowrank": lowrank_layer,
-    "bitsandbytes": bitsandbytes_layer,
-}

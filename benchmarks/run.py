@@ -23,9 +23,10 @@ def run(names: Sequence[str], settings: Settings) -> dict:
     """
     torch.manual_seed(0)
     keep_freed_memory()
-    here = [name for name in settings.against if peers.missing(name) is None]
-    absent = [name for name in settings.against if name not in here]
-    settings.against = here
+    absent = {name: reason for name in settings.against if (reason := peers.missing(name))}
+    here = settings.against = [name for name in settings.against if name not in absent]
+    dtypes = list(settings.dtypes.values())
+    settings.ceilings = ceilings(settings.working_set, dtypes)
     result: dict = {
         "machine": machine.describe(),
         "run": {
@@ -33,17 +34,21 @@ def run(names: Sequence[str], settings: Settings) -> dict:
             "isa": settings.isa,
             "working_set": settings.working_set,
             "seconds": settings.seconds,
+            "dtypes": list(settings.dtypes),
         },
-        "ceilings": ceilings(settings.working_set),
+        "ceilings": settings.ceilings,
         "rows": [],
+        "missing": absent,
         "left_out": [],
         "notes": settings.notes,
     }
     print(table.header(result), flush=True)
-    for name in absent:
-        settings.note(f"without {name}: {peers.missing(name)}")
-    if "bitsandbytes" in here and settings.isa is not None:
-        settings.note(machine.unrestricted(settings.isa))
+    for name, reason in absent.items():
+        settings.note(f"without {name}: {reason}")
+    if settings.isa is not None:
+        for name in here:
+            if name in machine.UNRESTRICTED:
+                settings.note(machine.UNRESTRICTED[name].format(isa=settings.isa))
     for name in names:
         try:
             rows = importlib.import_module(f"benchmarks.{name}").run(settings)
@@ -51,11 +56,10 @@ def run(names: Sequence[str], settings: Settings) -> dict:
             result["left_out"].append(name)
             settings.note(f"{name} was left out: {error}")
             continue
-        result["ceilings"] = better(result["ceilings"], ceilings(settings.working_set))
-        add_rates(rows, result["ceilings"])
         result["rows"] += rows
-        for case in table.cases(rows):
-            print("\n" + table.titled(case), flush=True)
+        for case in table.cases([row for row in rows if "moved" not in row]):
+            print("\n" + table.titled(case), flush=True)  # the others are printed when measured
+        settings.ceilings |= better(settings.ceilings, ceilings(settings.working_set, dtypes))
     add_rates(result["rows"], result["ceilings"])
     print("\n" + table.ceilings_line(result["ceilings"]), flush=True)
     return result

@@ -2,41 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
+from benchmarks import machine, shapes, table
 from benchmarks.ceilings import floor_seconds
+from benchmarks.errors import ContenderError
 from benchmarks.harness import Contender, measure
+from benchmarks.layers import refusal
+
+OURS = "lowrank"  # what the names of our contenders begin with
 
 
 @dataclass
 class Settings:
-    """Choices of the command line; `tell` shows progress, `notes` go with the results."""
+    """Choices of the command line; `tell` shows progress, `notes` go with the results.
+
+    `against` names the peers that are here; `shapes` are (label, N, K), `heads` (label, V,
+    H); `dtypes` are those of x and of what is dense, by their short names.
+    """
 
     against: Sequence[str]
     shapes: Sequence[tuple[str, int, int]]
     rows_of_x: Sequence[int]
+    dtypes: Mapping[str, torch.dtype]
     seconds: float
     steps: int
     working_set: int
+    heads: Sequence[tuple[str, int, int]] = ()
     isa: str | None = None
     notes: list[str] = field(default_factory=list)
     tell: Callable[[str], None] = field(default=print)
+    ceilings: dict[str, float] = field(default_factory=dict)
 
     def note(self, text: str) -> None:
         """Show a sentence that belongs to the results, and keep it with them."""
         self.notes.append(text)
         print("\n" + text, flush=True)
 
+    def fits(self, benchmark: str, label: str, N: int, K: int, sides: int) -> bool:
+        """Announce the memory of a comparison of so many layers; False if there is less."""
+        needed = shapes.layers_bytes(N, K, sides, self.working_set)
+        free = machine.memory("MemAvailable") or needed
+        need = f"{benchmark} {label} needs about {needed / 1e9:.1f} GB of memory"
+        if needed > free:
+            self.note(f"{need}, {free / 1e9:.1f} GB are free: it was left out")
+            return False
+        self.tell(need)
+        return True
+
+    def sides(self, benchmark: str, label: str, N: int, K: int, known: Sequence[str]) -> list[str]:
+        """Which of the known sides compare over a weight [N, K]; who is left out is noted."""
+        wanted = [name for name in known if name == OURS or name in self.against]
+        reasons = {name: reason for name in wanted if (reason := refusal(name, N, K))}
+        for reason in reasons.values():
+            self.note(f"{benchmark} {label}: {reason}")
+        return [name for name in wanted if name not in reasons]
+
     def compare(
         self, benchmark: str, case: str, contenders: Sequence[Contender], baseline: str, memory: str
     ) -> list[dict]:
-        """Rows of one case, a contender each, with its speed beside `baseline`.
+        """Rows of one case, a contender each, with its speed beside `baseline`; they are printed.
 
-        `memory` names the ceiling of the case's memory traffic: "copy" or "read".
+        `memory` names the ceiling of the case's memory traffic: "copy" or "read". A peer that
+        fails is left out with its error as a note; ours stops the run.
         """
-        summaries = [timing.summary() for timing in measure(contenders, self.seconds)]
-        return rows_of(benchmark, case, contenders, summaries, baseline, memory)
+        contenders = list(contenders)
+        while True:
+            try:
+                timings = measure(contenders, self.seconds)
+                break
+            except ContenderError as error:
+                if error.name.startswith(OURS):
+                    raise
+                self.note(f"{benchmark} {case}: {error}")
+                contenders = [side for side in contenders if side.name != error.name]
+        summaries = [timing.summary() for timing in timings]
+        rows = rows_of(benchmark, case, contenders, summaries, baseline, memory)
+        add_rates(rows, self.ceilings)
+        print("\n" + table.titled(rows), flush=True)
+        return rows
 
 
 def rows_of(

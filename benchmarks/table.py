@@ -14,6 +14,7 @@ OP_COLUMNS = (
     "GB/s",
     "TFLOP/s",
     "of ceiling",
+    "floor ×",
     "error",
     "extra MB",
     "path",
@@ -115,7 +116,7 @@ def table(rows: Sequence[dict]) -> str:
 
 
 def _op_cells(row: dict) -> list[str]:
-    floor = row.get("floor_ms")
+    floor, memory_floor = row.get("floor_ms"), row.get("memory_floor_ms")
     return [
         row["contender"],
         f"{row['median_ms']:.3g}",
@@ -125,6 +126,7 @@ def _op_cells(row: dict) -> list[str]:
         _rate(row.get("gbs")),
         _rate(row.get("tflops")),
         f"{100 * floor / row['median_ms']:.0f} %" if floor else "",
+        f"{row['median_ms'] / memory_floor:.2f}" if memory_floor else "",
         f"{row['error']:.1e}" if row.get("error") is not None else "",
         megabytes(row["extra_bytes"]) if row.get("extra_bytes") is not None else "",
         row.get("path", ""),

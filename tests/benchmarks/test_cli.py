@@ -60,6 +60,8 @@ def test_list_shows_benchmarks_and_shapes(capsys):
         (["--shapes", "4096by4096"], "NxK"),
         (["--shapes", "0x64"], "NxK"),
         (["--rows", "1,x"], "--rows"),
+        (["--dtypes", "fp8"], "fp16"),
+        (["--heads", "llama3-8b.q"], "llama3-8b.head"),
         (["--seconds", "0"], "--seconds"),
         (["--steps", "1"], "--steps"),
         (["--working-set", "-1"], "--working-set"),
@@ -86,10 +88,13 @@ def test_a_file_without_results_is_refused(tmp_path, capsys):
 def test_a_small_run_to_json_table_and_plot(tmp_path):
     path, png = tmp_path / "result.json", tmp_path / "linear.png"
     names = ["codebook_quantize", "codebook_dequantize", "codebook_linear", "adamw8bit"]
+    names += ["linear_cross_entropy"]
+    roofline = tmp_path / "roofline.png"
     done = run(
         *names,
         *("--shapes", "63x123", "192x576", "--rows", "1,128", "--seconds", "0.05"),
-        *("--working-set", "1", "--against", "torch", "--json", str(path), "--plot", str(png)),
+        *("--working-set", "1", "--against", "torch,unsloth", "--json", str(path)),
+        *("--heads", "300x64", "--plot", str(png), "--roofline", str(roofline)),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(path.read_text())
@@ -99,7 +104,8 @@ def test_a_small_run_to_json_table_and_plot(tmp_path):
         assert row["p10_ms"] <= row["median_ms"] <= row["p90_ms"]
         assert row["error"] < 0.12
         assert "wrong" not in row
-        assert row["gbs"] > 0 and row["floor_ms"] > 0
+        assert row["gbs"] > 0 and row["tflops"] > 0
+        assert row["floor_ms"] >= row["memory_floor_ms"] > 0
     linear = [row for row in result["rows"] if row["benchmark"] == "codebook_linear"]
     assert {row["contender"] for row in linear} == {
         *(f"{side} {dtype}" for side in ("lowrank", "torch") for dtype in ("fp32", "bf16")),
@@ -107,7 +113,12 @@ def test_a_small_run_to_json_table_and_plot(tmp_path):
     }
     assert all(row["path"] for row in linear if row["contender"].startswith("lowrank"))
     assert sum("forward + dX" in row["case"] for row in linear) == 2 * 4
-    assert png.read_bytes()[:4] == b"\x89PNG"
+    entropy = [row for row in result["rows"] if row["benchmark"] == "linear_cross_entropy"]
+    assert {row["contender"] for row in entropy} == {"lowrank", "torch", "torch, in chunks"}
+    assert sum("half labelled" in row["case"] for row in entropy) == 2 * 3
+    assert result["missing"] == {"unsloth": "it runs on CUDA devices only"}
+    assert "without unsloth: it runs on CUDA devices only" in done.stdout
+    assert png.read_bytes()[:4] == roofline.read_bytes()[:4] == b"\x89PNG"
 
     shown = run("--table", str(path))
     assert shown.returncode == 0, shown.stderr
