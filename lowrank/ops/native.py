@@ -109,9 +109,23 @@ CUDA_FUNCTIONS = {
     "lowrank_cuda_abi": (),
     "lowrank_cuda_ready": (),
     "lowrank_cuda_message": (c_int32,),
+    # weight, dtype, N, K, stride, codebook, T, block_size, packed, absmax, device, stream
+    "lowrank_cuda_codebook_quantize": (
+        c_void_p, c_int32, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p,
+        c_void_p, c_int32, c_void_p,
+    ),
     # weight, N, K, block_size, out, dtype, device, stream
     "lowrank_cuda_codebook_dequantize": (
         *_WEIGHT, c_int64, c_int64, c_int64, c_void_p, c_int32, c_int32, c_void_p,
+    ),
+    # x, dtype, M, stride, weight, N, K, block_size, bias, y, device, stream
+    "lowrank_cuda_codebook_linear": (
+        c_void_p, c_int32, c_int64, c_int64, *_WEIGHT, c_int64, c_int64, c_int64, c_void_p,
+        c_void_p, c_int32, c_void_p,
+    ),
+    # tensors, their number, m_map, v_map, coefficients, device, stream
+    "lowrank_cuda_adamw8bit_step": (
+        c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int32, c_void_p,
     ),
 }  # fmt: skip
 

@@ -1,0 +1,52 @@
+"""What the kernels cannot take, in a few words each."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowrank.ops import native
+
+from . import launch
+from .launch import Weight
+
+
+def refuse_devices(*tensors: Tensor | None) -> str | None:
+    devices = [tensor.device for tensor in tensors if tensor is not None]
+    if devices[0].type != launch.DEVICE:
+        return f"runs on {launch.DEVICE} tensors; got one on {devices[0]}"
+    if any(device != devices[0] for device in devices):
+        return f"not all tensors are on {devices[0]}"
+    return None
+
+
+def refuse_dtype(dtype: torch.dtype) -> str | None:
+    return None if dtype in native.DTYPES else f"{dtype} is not float32, float16 or bfloat16"
+
+
+def refuse_weight(weight: Weight, K: int, block_size: int) -> str | None:
+    packed, absmax, scale, codebook = weight
+    if packed.dim() != 2 or K < 1:
+        return "the weight is not [N, K] with K >= 1"
+    N = packed.shape[0]
+    reason = refuse_codebook(codebook, N, block_size) or refuse_devices(*weight)
+    if reason is not None:
+        return reason
+    if packed.dtype != torch.uint8 or packed.shape[1] != (K + 31) // 32 * 16:
+        return f"packed is not uint8 [N, {(K + 31) // 32 * 16}]"
+    expected = torch.float32 if scale is None else torch.uint8
+    if absmax.dtype != expected or absmax.shape != (N, (K + block_size - 1) // block_size):
+        return f"absmax is not {expected} [N, ceil(K / block_size)]"
+    if scale is not None and (scale.dtype != torch.float32 or scale.shape != (N, 2)):
+        return "absmax_scale is not float32 [N, 2]"
+    if packed.is_contiguous() and packed.data_ptr() % 8:
+        return "packed is not aligned to 8 bytes"
+    return None
+
+
+def refuse_codebook(codebook: Tensor, N: int, block_size: int) -> str | None:
+    if codebook.dtype != torch.float32 or codebook.shape not in ((1, 16), (N, 16)):
+        return "the codebook is not float32 [1, 16] or [N, 16]"
+    if not 32 <= block_size <= 4096 or block_size & (block_size - 1):
+        return f"block size {block_size} is not a power of two from 32 to 4096"
+    return None
