@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from lowrank import ops
 from lowrank.adapters import lora
 from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import ConfigError, TargetError
+from lowrank.nn.autocast import linear_dtype
+from lowrank.nn.fusible import NO_BASE, Base, fusible_base
 from lowrank.nn.quant_linear import QuantLinear
 from lowrank.quant import Quantizer
 
@@ -89,24 +92,30 @@ class LoRALinear(nn.Module):
         self.register_load_state_dict_pre_hook(_take_plain_keys)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.disabled or self.merged:
-            return self.unmerged_base(x) if self.disabled else self.base_layer(x)
-        branches = []
-        for name in self.active_adapters:
-            dropout, A, B = (
-                self.lora_dropout[name],
-                self.lora_A[name].weight,
-                self.lora_B[name].weight,
-            )
-            if self.training and dropout.p > 0:
-                _, h = lora.down(dropout(x), A)
-            else:
-                x, h = lora.down(x, A)
-            branches.append((h, B, self.scaling[name]))
-        y = self.base_layer(x)
-        for h, B, s in branches:
-            y = lora.up(y, h, B, s)
+        if self.disabled:
+            return self.unmerged_base(x)
+        branches = [] if self.merged else self._branches()
+        if not branches:
+            return self.base_layer(x)
+        dtype = linear_dtype(x)
+        fused = fusible_base(self.base_layer, x)
+        if fused is None:
+            y = self.base_layer(x)
+        else:
+            y = _lora_linear(x.to(dtype), fused, *branches.pop(0))
+        for branch in branches:
+            y = (y + _lora_linear(x.to(dtype), NO_BASE, *branch)).to(y.dtype)
         return y
+
+    def _branches(self) -> list[tuple[float, Tensor, Tensor, float]]:
+        """(p, A [1, R, K], B [1, N, R], s) for each p of the active adapters' dropouts."""
+        by_p: dict[float, list[tuple[Tensor, Tensor, float]]] = {}
+        for name in self.active_adapters:
+            dropout = self.lora_dropout[name]
+            p = dropout.p if dropout.training else 0.0
+            A, B = self.lora_A[name].weight, self.lora_B[name].weight
+            by_p.setdefault(p, []).append((A, B, self.scaling[name]))
+        return [(p, *lora.folded(branches)) for p, branches in by_p.items()]
 
     @property
     def merged(self) -> bool:
@@ -233,6 +242,19 @@ class LoRALinear(nn.Module):
         state = "merged" if self.merged else "disabled" if self.disabled else "active"
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{shape}, {state}={self.active_adapters}"
+
+
+def _lora_linear(x: Tensor, base: Base, p: float, A: Tensor, B: Tensor, s: float) -> Tensor:
+    """ops.lora_linear of one dropout, its seed drawn anew where p > 0.
+
+    The seed is drawn on the device of x, whose generator checkpointing puts back before it
+    computes again: both times, the mask is the same.
+    """
+    weight, bias, block_size = base
+    if A.dtype not in (x.dtype, torch.float32) or A.dtype != B.dtype:
+        A, B = A.float(), B.float()
+    seed = torch.randint(2**63 - 1, (), device=x.device) if p > 0 else None
+    return ops.lora_linear(x, *weight, bias, block_size, A, B, s, None, p, seed)
 
 
 def _linear(K: int, N: int, device: torch.device, dtype: torch.dtype) -> nn.Linear:

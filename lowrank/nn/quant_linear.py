@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lowrank import quant
 from lowrank.errors import ConfigError, DtypeError, FileFormatError, ShapeError, WeightError
+from lowrank.nn.autocast import linear_dtype
 from lowrank.quant import Quantizer, Storage, bitsandbytes
 
 # A float kept as integer bits: `.to(bf16)`, autocast and mixed precision then leave it alone.
@@ -138,7 +139,7 @@ class QuantLinear(nn.Module):
         """x [..., K] -> [..., N]."""
         if x.shape[-1:] != (self.in_features,):
             raise ShapeError(f"x: expected [..., K={self.in_features}]; got {list(x.shape)}")
-        out_dtype = _autocast_dtype(x)
+        out_dtype = linear_dtype(x)
         compute_dtype = self.compute_dtype or out_dtype
         bias = None if self.bias is None else self.bias.to(compute_dtype)
         return quant.linear(self.quantizer, x.to(compute_dtype), self.storage, bias).to(out_dtype)
@@ -234,11 +235,3 @@ def _as_bits(tensor: Tensor) -> Tensor:
     if tensor.is_floating_point():
         return tensor.detach().view(_BITS[tensor.element_size()])
     return tensor.detach()
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype nn.Linear would compute in: autocast's where it is on, but float64 stays."""
-    device_type = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return x.dtype

@@ -77,14 +77,22 @@ class CodebookQuantizer:
 
     def dequantize(self, storage: Storage, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [N, K]: one float32 product, rounded once to `dtype`."""
-        block_size = storage.options["block_size"]
-        return ops.codebook_dequantize(*_operands(storage), storage.shape[1], block_size, dtype)
+        *weight, block_size = self.codebook_operands(storage)
+        return ops.codebook_dequantize(*weight, storage.shape[1], block_size, dtype)
 
     def linear(self, x: Tensor, storage: Storage, bias: Tensor | None = None) -> Tensor:
         """y = x Wᵀ + b straight from the codes; differentiable in x and bias."""
         if x.shape[-1:] != tuple(storage.shape[1:]):  # K to within 31 has the same packed bytes
             raise ShapeError(f"x: expected [..., K={storage.shape[1]}]; got {list(x.shape)}")
-        return ops.codebook_linear(x, *_operands(storage), bias, storage.options["block_size"])
+        *weight, block_size = self.codebook_operands(storage)
+        return ops.codebook_linear(x, *weight, bias, block_size)
+
+    def codebook_operands(
+        self, storage: Storage
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, int]:
+        """packed, absmax, absmax_scale, codebook and block size, as the operators take them."""
+        scale, block_size = storage.tensors.get("absmax_scale"), storage.options["block_size"]
+        return storage["packed"], storage["absmax"], scale, storage["codebook"], block_size
 
 
 class FixedCodebook(CodebookQuantizer):
@@ -98,8 +106,3 @@ class FixedCodebook(CodebookQuantizer):
     @classmethod
     def from_storage(cls, storage: Storage) -> FixedCodebook:
         return cls(**storage.options)
-
-
-def _operands(storage: Storage) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    tensors = storage.tensors
-    return tensors["packed"], tensors["absmax"], tensors.get("absmax_scale"), tensors["codebook"]

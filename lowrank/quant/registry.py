@@ -23,6 +23,8 @@ class Quantizer(Protocol):
       a part for each row, or [1, ...], shared, and a slice of rows quantizes to that slice. Such a
       weight is dequantized some rows at a time when training, and may be sharded;
     - `linear(x, storage, bias) -> y`: a faster y = x Wᵀ + b than dequantizing;
+    - `codebook_operands(storage)`: the operands of `ops.codebook_linear`, if that is the product;
+      LoRA is then fused with it;
     - `from_storage(storage)`, a class method: an instance for that Storage, if
       `cls(**storage.options)` is none.
     """

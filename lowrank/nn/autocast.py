@@ -1,0 +1,20 @@
+"""What autocast asks of a linear layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def linear_dtype(x: Tensor) -> torch.dtype:
+    """The dtype nn.Linear would compute in: autocast's where it is on, but float64 stays."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not is_autocast_on(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
+
+
+def is_autocast_on(device_type: str) -> bool:
+    """Whether autocast is enabled; never for devices that have none, like meta."""
+    known = torch.amp.is_autocast_available(device_type)
+    return known and torch.is_autocast_enabled(device_type)

@@ -1,0 +1,52 @@
+"""Which base layers `ops.lora_linear` can compute by itself, and what it takes of them."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lowrank.nn.autocast import is_autocast_on, linear_dtype
+from lowrank.nn.quant_linear import QuantLinear
+
+# (weight, absmax, absmax_scale, codebook), bias, block size
+Base = tuple[tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None], Tensor | None, int]
+
+NO_BASE: Base = ((None, None, None, None), None, 64)
+
+
+def fusible_base(base: nn.Module, x: Tensor) -> Base | None:
+    """The operands of y = x Wᵀ + b, or None where calling `base` may be anything else.
+
+    That is a subclass, a parametrized, hooked or patched layer, a weight that is trained, or a
+    quantizer that is not over a codebook, or computes in another dtype than x has.
+    """
+    if _is_called_otherwise(base):
+        return None
+    if type(base) is nn.Linear:
+        return None if base.weight.requires_grad else _dense(base, x)
+    if type(base) is QuantLinear:
+        return _quantized(base, x)
+    return None
+
+
+def _dense(base: nn.Linear, x: Tensor) -> Base:
+    weight, bias = base.weight, base.bias
+    if is_autocast_on(x.device.type):  # else another dtype is the caller's mistake
+        dtype = linear_dtype(x)
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    return (weight, None, None, None), bias, 64
+
+
+def _quantized(base: QuantLinear, x: Tensor) -> Base | None:
+    dtype = linear_dtype(x)
+    operands = getattr(base.quantizer, "codebook_operands", None)
+    if operands is None or base.compute_dtype not in (None, dtype):
+        return None
+    *weight, block_size = operands(base.storage)
+    return tuple(weight), None if base.bias is None else base.bias.to(dtype), block_size
+
+
+def _is_called_otherwise(base: nn.Module) -> bool:
+    hooks = (
+        base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks
+    )  # fmt: skip
+    return any(hooks) or "forward" in base.__dict__
