@@ -1,6 +1,6 @@
 // y = x w^T + bias for few rows of x, straight from packed codes; codebook_impl.h comes before it.
 //
-// One or two rows of x: each 32 weights are decoded into registers and used at once. More rows:
+// Up to four rows of x: a span of weights is looked up into registers and used at once. More rows:
 // four rows of the weight are decoded into the first-level cache, a stretch of K at a time, and
 // multiplied there in tiles of 4 x TILE_M accumulators: decoding is paid once for all rows of x.
 #pragma once
@@ -9,14 +9,18 @@
 
 namespace {
 
-constexpr int MAX_DIRECT = 2;   // rows of x for which decoded weights are used from registers
+constexpr int MAX_DIRECT = 4;   // rows of x for which weights are used from registers
 constexpr int MAX_M = 16;       // rows of x in one pass over the weight
+constexpr int SPAN = 8 * W;     // weights that are decoded at once
+constexpr int SPANS = 32;       // whose scales are decoded at once
 constexpr int TILE_N = 4;
 constexpr int STRETCH = 512;    // of K: 8 KB of decoded weights, 32 KB of x
 
+inline int64_t spans_of(int64_t K) { return (K + SPAN - 1) / SPAN; }
+
 template <class T>
 struct Product {
-  const float* x;  // [M, Kp], zeros beyond K
+  const float* x;  // [M, Kp], zeros beyond K; for direct_row [M, spans, SPAN]
   int64_t M;
   const CodebookWeight& w;
   const float* bias;
@@ -27,30 +31,62 @@ struct Product {
   }
 };
 
+// The rows of x laid out in the order of span_place, with zeros to whole spans.
+template <class T>
+void lay_out(const T* x, int64_t M, int64_t K, float* to) {
+  const int64_t whole = K / SPAN * SPAN, width = spans_of(K) * SPAN;
+  for (int64_t m = 0; m < M; ++m, x += K, to += width) {
+    for (int64_t k = 0; k < whole; k += SPAN)
+      for (int i = 0; i < SPAN; ++i) to[k + span_place(i)] = to_float(x[k + i]);
+    if (whole == width) continue;
+    memset(to + whole, 0, SPAN * sizeof(float));
+    for (int i = 0; i < K - whole; ++i) to[whole + span_place(i)] = to_float(x[whole + i]);
+  }
+}
+
+// The entries of the codebook are multiplied and summed up, then the sums by absmax: four lanes sum
+// up 8 products or fewer of one block each, so that a product for each weight is saved.
 template <int M, class T>
 void direct_row(const Product<T>& p, int64_t n, const Table& table) {
-  constexpr int SUMS = M == 1 && VECTORS >= 4 ? 4 : 2;  // independent, to hide the latency of fma
-  const int64_t Kp = padded(p.w.K);
-  const uint8_t* packed = p.w.packed + n * (Kp / 2);
-  RowScales scales(p.w, n);
-  Vec sums[M][SUMS];
-  for (int m = 0; m < M; ++m)
-    for (int i = 0; i < SUMS; ++i) sums[m][i] = set1(0);
-  for (int64_t k = 0, b = 0; k < Kp; ++b) {
-    const BlockTable block(table, scales[b]);
-    for (const int64_t end = smaller(k + p.w.block_size, Kp); k < end; k += CHUNK) {
-      prefetch(packed + k / 2, AHEAD);
-      Vec v[VECTORS];
-      decode32(packed + k / 2, block, v);
-      for (int m = 0; m < M; ++m)
-        for (int i = 0; i < VECTORS; ++i)
-          sums[m][i % SUMS] = fma(v[i], load(p.x + m * Kp + k + i * W), sums[m][i % SUMS]);
+  const int64_t spans = spans_of(p.w.K), whole = padded(p.w.K) / SPAN;
+  const uint8_t* packed = p.w.packed + n * (padded(p.w.K) / 2);
+  const RowScales absmax(p.w, n);
+  const Spread spread(p.w.block_size);
+  float scales[SPANS * SPAN / CHUNK + W];
+  Vec sums[M][2];
+  for (int m = 0; m < M; ++m) sums[m][0] = sums[m][1] = set1(0);
+  for (int64_t s0 = 0; s0 < spans; s0 += SPANS) {
+    const int64_t count = smaller(SPANS, spans - s0), full = smaller(count, whole - s0);
+    const int64_t b0 = block_of(p.w, s0 * SPAN);
+    const int64_t b1 = smaller(block_of(p.w, (s0 + count) * SPAN - 1) + 1, absmax.blocks);
+    absmax.range(b0, b1 - b0, scales);
+    for (int i = 0; i < W; ++i) scales[b1 - b0 + i] = 0;  // no blocks: they meet zeros of x
+    const auto multiply_span = [&](const uint8_t* from, int64_t i, int which) {
+      const Entries entries(from, table);
+      const Vec scale = spread.of(scales + block_of(p.w, (s0 + i) * SPAN) - b0);
+      for (int m = 0; m < M; ++m) {
+        const float* x = p.x + (m * spans + s0 + i) * SPAN;
+        Vec products = mul(entries.v[0], load(x));
+        for (int j = 1; j < 8; ++j) products = fma(entries.v[j], load(x + j * W), products);
+        sums[m][which] = fma(products, scale, sums[m][which]);
+      }
+    };
+    const uint8_t* from = packed + s0 * SPAN / 2;
+    int64_t i = 0;
+    for (; i + 2 <= full; i += 2, from += SPAN) {
+      prefetch(from, AHEAD);
+      if (SPAN > 64) prefetch(from, AHEAD + 64);
+      multiply_span(from, i, 0);
+      multiply_span(from + SPAN / 2, i + 1, 1);
+    }
+    if (i < full) multiply_span(from, i, 0);
+    if (full < count) {  // a row ends within a span
+      uint8_t rest[SPAN / 2] = {};
+      memcpy(rest, packed + whole * SPAN / 2, size_t(padded(p.w.K) / 2 - whole * SPAN / 2));
+      multiply_span(rest, full, 1);
     }
   }
-  for (int m = 0; m < M; ++m) {
-    for (int i = 1; i < SUMS; ++i) sums[m][0] = add(sums[m][0], sums[m][i]);
-    p.put(m, n, sum(sums[m][0]));
-  }
+  for (int m = 0; m < M; ++m) p.put(m, n, sum(add(sums[m][0], sums[m][1])));
 }
 
 // sums[m][j] += w[j] . x[m] over `length` of K, for the M rows of x of one tile.
@@ -119,6 +155,8 @@ void multiply(const Product<T>& p, int32_t threads) {
       const Table table = p.w.codebook_rows == 1 ? shared : Table(codebook_of(p.w, n));
       if (p.M == 1) direct_row<1>(p, n, table);
       if (p.M == 2) direct_row<2>(p, n, table);
+      if (p.M == 3) direct_row<3>(p, n, table);
+      if (p.M == 4) direct_row<4>(p, n, table);
     }
   }
 }
@@ -139,14 +177,19 @@ template <class T>
 int32_t linear_of(const T* x, int64_t M, const CodebookWeight& w, const float* bias, T* y,
                   int32_t threads) {
   float* room = nullptr;
-  if (sizeof(T) != sizeof(float) || w.K % CHUNK != 0) {
-    const size_t bytes = size_t(smaller(M, MAX_M) * padded(w.K)) * sizeof(float);
+  if ((M - 1) % MAX_M < MAX_DIRECT || sizeof(T) != sizeof(float) || w.K % CHUNK != 0) {
+    const size_t bytes = size_t(smaller(M, MAX_M) * spans_of(w.K) * SPAN) * sizeof(float);
     room = static_cast<float*>(aligned_alloc(64, bytes ? bytes : 64));
     if (!room) return LOWRANK_OUT_OF_MEMORY;
   }
   for (int64_t m = 0; m < M; m += MAX_M) {
     const int64_t rows = smaller(MAX_M, M - m);
-    const float* some = padded_rows(x + m * w.K, rows, w.K, room);
+    const float* some = room;
+    if (rows <= MAX_DIRECT) {
+      lay_out(x + m * w.K, rows, w.K, room);
+    } else {
+      some = padded_rows(x + m * w.K, rows, w.K, room);
+    }
     multiply(Product<T>{some, rows, w, bias, y + m * w.N}, threads);
   }
   free(room);

@@ -102,24 +102,54 @@ inline __m256i codes32(const uint8_t* packed, __m256i pick) {
   return _mm256_or_si256(high, _mm256_and_si256(v, _mm256_set1_epi16(0x0F00)));
 }
 
+// The floats whose byte planes are looked up by 32 codes: 0-3 and 16-19, 4-7 and 20-23, ...
+inline void look_up32(const Table& table, __m256i codes, Vec* out) {
+  const __m256i b0 = _mm256_shuffle_epi8(table.plane[0], codes);
+  const __m256i b1 = _mm256_shuffle_epi8(table.plane[1], codes);
+  const __m256i b2 = _mm256_shuffle_epi8(table.plane[2], codes);
+  const __m256i b3 = _mm256_shuffle_epi8(table.plane[3], codes);
+  const __m256i low0 = _mm256_unpacklo_epi8(b0, b1), low1 = _mm256_unpackhi_epi8(b0, b1);
+  const __m256i high0 = _mm256_unpacklo_epi8(b2, b3), high1 = _mm256_unpackhi_epi8(b2, b3);
+  out[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low0, high0));
+  out[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low0, high0));
+  out[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low1, high1));
+  out[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low1, high1));
+}
+
 // 16 packed bytes -> 32 weights.
 inline void decode32(const uint8_t* packed, const BlockTable& block, Vec (&out)[4]) {
   // Unpacking works in each half by itself: the lower half takes elements 0-3 of every eight.
   const __m256i pick = _mm256_setr_epi8(
       0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13,
       2, 2, 3, 3, 6, 6, 7, 7, 10, 10, 11, 11, 14, 14, 15, 15);
-  const __m256i codes = codes32(packed, pick);
-  const __m256i* plane = block.table.plane;
-  const __m256i b0 = _mm256_shuffle_epi8(plane[0], codes);
-  const __m256i b1 = _mm256_shuffle_epi8(plane[1], codes);
-  const __m256i b2 = _mm256_shuffle_epi8(plane[2], codes);
-  const __m256i b3 = _mm256_shuffle_epi8(plane[3], codes);
-  const __m256i low0 = _mm256_unpacklo_epi8(b0, b1), low1 = _mm256_unpackhi_epi8(b0, b1);
-  const __m256i high0 = _mm256_unpacklo_epi8(b2, b3), high1 = _mm256_unpackhi_epi8(b2, b3);
-  const __m256i bits[4] = {_mm256_unpacklo_epi16(low0, high0), _mm256_unpackhi_epi16(low0, high0),
-                           _mm256_unpacklo_epi16(low1, high1), _mm256_unpackhi_epi16(low1, high1)};
-  for (int i = 0; i < 4; ++i) out[i] = mul(_mm256_castsi256_ps(bits[i]), block.absmax);
+  look_up32(block.table, codes32(packed, pick), out);
+  for (int i = 0; i < 4; ++i) out[i] = mul(out[i], block.absmax);
 }
+
+// 64 entries of the codebook, of 32 packed bytes: all even ones, then all odd, so that nothing is
+// rearranged but x. The lower four lanes are the first 32 of them.
+struct Entries {
+  Vec v[8];
+  Entries(const uint8_t* packed, const Table& table) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
+    const __m256i nibble = _mm256_set1_epi8(0x0F);
+    look_up32(table, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble), v);
+    look_up32(table, _mm256_and_si256(bytes, nibble), v + 4);
+  }
+};
+// Where in a span of x the element that meets entry i is.
+inline int span_place(int i) {
+  const int byte = i / 2;
+  return i % 2 * 32 + byte % 16 / 4 * 8 + byte / 16 * 4 + byte % 4;
+}
+// The scales of a span of blocks of G, a block's in the lanes of its weights.
+struct Spread {
+  bool two;
+  explicit Spread(int64_t G) : two(G == 32) {}
+  Vec of(const float* absmax) const {
+    return _mm256_set_m128(_mm_set1_ps(absmax[two]), _mm_set1_ps(absmax[0]));
+  }
+};
 
 // Two byte planes of the block's sixteen weights, already scaled and rounded to 16 bits.
 struct BlockTable16 {

@@ -93,6 +93,28 @@ inline void decode32(const uint8_t* packed, const BlockTable& table, Vec (&out)[
   out[1] = _mm512_permutexvar_ps(second, table.values);
 }
 
+// 128 entries of the codebook, of 64 packed bytes: the i-th code of each of sixteen dwords at once,
+// so that nothing is rearranged but x. Lanes 4q to 4q + 3 are the q-th 32 of them.
+struct Entries {
+  Vec v[8];
+  Entries(const uint8_t* packed, const Table& table) {
+    const __m512i bytes = _mm512_loadu_si512(packed);
+    for (int i = 0; i < 8; ++i)
+      v[i] = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4 * (i ^ 1)), table.values);
+  }
+};
+// Where in a span of x the element that meets entry i is.
+inline int span_place(int i) { return i % 8 * 16 + i / 8; }
+// The scales of a span of blocks of G, a block's in the lanes of its weights; reads 16 floats.
+struct Spread {
+  __m512i block;  // of each lane
+  explicit Spread(int64_t G) {
+    const __m512i part = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    block = G == 32 ? part : G == 64 ? _mm512_srli_epi32(part, 1) : _mm512_setzero_si512();
+  }
+  Vec of(const float* absmax) const { return _mm512_permutexvar_ps(block, load(absmax)); }
+};
+
 // The block's sixteen weights, rounded to 16 bits, twice over: vpermw looks at five bits of a code.
 struct BlockTable16 {
   __m512i values;

@@ -103,6 +103,19 @@ inline void decode32(const uint8_t* packed, const BlockTable& table, Vec (&out)[
   }
 }
 
+// 32 entries of the codebook, of 16 packed bytes.
+struct Entries {
+  Vec v[8];
+  Entries(const uint8_t* packed, const Table& table) { decode32(packed, BlockTable(table, 1), v); }
+};
+// Where in a span of x the element that meets entry i is.
+inline int span_place(int i) { return i; }
+// The scale of a span, which is in one block.
+struct Spread {
+  explicit Spread(int64_t) {}
+  Vec of(const float* absmax) const { return set1(absmax[0]); }
+};
+
 // The low and the high bytes of sixteen 16-bit values.
 struct Planes {
   uint8x16_t low, high;
