@@ -11,16 +11,16 @@ namespace {
 
 constexpr int MAX_DIRECT = 4;   // rows of x for which weights are used from registers
 constexpr int MAX_M = 16;       // rows of x in one pass over the weight
-constexpr int SPAN = 8 * W;     // weights that are decoded at once
-constexpr int SPANS = 32;       // whose scales are decoded at once
+constexpr int LOOKUP = 8 * W;   // weights that are decoded at once
+constexpr int LOOKUPS = 32;     // whose scales are decoded at once
 constexpr int TILE_N = 4;
 constexpr int STRETCH = 512;    // of K: 8 KB of decoded weights, 32 KB of x
 
-inline int64_t spans_of(int64_t K) { return (K + SPAN - 1) / SPAN; }
+inline int64_t spans_of(int64_t K) { return (K + LOOKUP - 1) / LOOKUP; }
 
 template <class T>
 struct Product {
-  const float* x;  // [M, Kp], zeros beyond K; for direct_row [M, spans, SPAN]
+  const float* x;  // [M, Kp], zeros beyond K; for direct_row [M, spans, LOOKUP]
   int64_t M;
   const CodebookWeight& w;
   const float* bias;
@@ -34,12 +34,12 @@ struct Product {
 // The rows of x laid out in the order of span_place, with zeros to whole spans.
 template <class T>
 void lay_out(const T* x, int64_t M, int64_t K, float* to) {
-  const int64_t whole = K / SPAN * SPAN, width = spans_of(K) * SPAN;
+  const int64_t whole = K / LOOKUP * LOOKUP, width = spans_of(K) * LOOKUP;
   for (int64_t m = 0; m < M; ++m, x += K, to += width) {
-    for (int64_t k = 0; k < whole; k += SPAN)
-      for (int i = 0; i < SPAN; ++i) to[k + span_place(i)] = to_float(x[k + i]);
+    for (int64_t k = 0; k < whole; k += LOOKUP)
+      for (int i = 0; i < LOOKUP; ++i) to[k + span_place(i)] = to_float(x[k + i]);
     if (whole == width) continue;
-    memset(to + whole, 0, SPAN * sizeof(float));
+    memset(to + whole, 0, LOOKUP * sizeof(float));
     for (int i = 0; i < K - whole; ++i) to[whole + span_place(i)] = to_float(x[whole + i]);
   }
 }
@@ -48,41 +48,41 @@ void lay_out(const T* x, int64_t M, int64_t K, float* to) {
 // up 8 products or fewer of one block each, so that a product for each weight is saved.
 template <int M, class T>
 void direct_row(const Product<T>& p, int64_t n, const Table& table) {
-  const int64_t spans = spans_of(p.w.K), whole = padded(p.w.K) / SPAN;
+  const int64_t spans = spans_of(p.w.K), whole = padded(p.w.K) / LOOKUP;
   const uint8_t* packed = p.w.packed + n * (padded(p.w.K) / 2);
   const RowScales absmax(p.w, n);
   const Spread spread(p.w.block_size);
-  float scales[SPANS * SPAN / CHUNK + W];
+  float scales[LOOKUPS * LOOKUP / CHUNK + W];
   Vec sums[M][2];
   for (int m = 0; m < M; ++m) sums[m][0] = sums[m][1] = set1(0);
-  for (int64_t s0 = 0; s0 < spans; s0 += SPANS) {
-    const int64_t count = smaller(SPANS, spans - s0), full = smaller(count, whole - s0);
-    const int64_t b0 = block_of(p.w, s0 * SPAN);
-    const int64_t b1 = smaller(block_of(p.w, (s0 + count) * SPAN - 1) + 1, absmax.blocks);
+  for (int64_t s0 = 0; s0 < spans; s0 += LOOKUPS) {
+    const int64_t count = smaller(LOOKUPS, spans - s0), full = smaller(count, whole - s0);
+    const int64_t b0 = block_of(p.w, s0 * LOOKUP);
+    const int64_t b1 = smaller(block_of(p.w, (s0 + count) * LOOKUP - 1) + 1, absmax.blocks);
     absmax.range(b0, b1 - b0, scales);
     for (int i = 0; i < W; ++i) scales[b1 - b0 + i] = 0;  // no blocks: they meet zeros of x
     const auto multiply_span = [&](const uint8_t* from, int64_t i, int which) {
       const Entries entries(from, table);
-      const Vec scale = spread.of(scales + block_of(p.w, (s0 + i) * SPAN) - b0);
+      const Vec scale = spread.of(scales + block_of(p.w, (s0 + i) * LOOKUP) - b0);
       for (int m = 0; m < M; ++m) {
-        const float* x = p.x + (m * spans + s0 + i) * SPAN;
+        const float* x = p.x + (m * spans + s0 + i) * LOOKUP;
         Vec products = mul(entries.v[0], load(x));
         for (int j = 1; j < 8; ++j) products = fma(entries.v[j], load(x + j * W), products);
         sums[m][which] = fma(products, scale, sums[m][which]);
       }
     };
-    const uint8_t* from = packed + s0 * SPAN / 2;
+    const uint8_t* from = packed + s0 * LOOKUP / 2;
     int64_t i = 0;
-    for (; i + 2 <= full; i += 2, from += SPAN) {
+    for (; i + 2 <= full; i += 2, from += LOOKUP) {
       prefetch(from, AHEAD);
-      if (SPAN > 64) prefetch(from, AHEAD + 64);
+      if (LOOKUP > 64) prefetch(from, AHEAD + 64);
       multiply_span(from, i, 0);
-      multiply_span(from + SPAN / 2, i + 1, 1);
+      multiply_span(from + LOOKUP / 2, i + 1, 1);
     }
     if (i < full) multiply_span(from, i, 0);
     if (full < count) {  // a row ends within a span
-      uint8_t rest[SPAN / 2] = {};
-      memcpy(rest, packed + whole * SPAN / 2, size_t(padded(p.w.K) / 2 - whole * SPAN / 2));
+      uint8_t rest[LOOKUP / 2] = {};
+      memcpy(rest, packed + whole * LOOKUP / 2, size_t(padded(p.w.K) / 2 - whole * LOOKUP / 2));
       multiply_span(rest, full, 1);
     }
   }
@@ -178,7 +178,7 @@ int32_t linear_of(const T* x, int64_t M, const CodebookWeight& w, const float* b
                   int32_t threads) {
   float* room = nullptr;
   if ((M - 1) % MAX_M < MAX_DIRECT || sizeof(T) != sizeof(float) || w.K % CHUNK != 0) {
-    const size_t bytes = size_t(smaller(M, MAX_M) * spans_of(w.K) * SPAN) * sizeof(float);
+    const size_t bytes = size_t(smaller(M, MAX_M) * spans_of(w.K) * LOOKUP) * sizeof(float);
     room = static_cast<float*>(aligned_alloc(64, bytes ? bytes : 64));
     if (!room) return LOWRANK_OUT_OF_MEMORY;
   }
