@@ -14,6 +14,7 @@ BENCHMARKS = {
     "codebook_quantize": "dense float32 weights to NF4 with double quantization",
     "codebook_dequantize": "NF4 with double quantization back to float32 and bfloat16",
     "codebook_linear": "forward, and forward with dX, of a linear layer over an NF4 weight",
+    "lora_linear": "a linear layer with a LoRA adapter, beside the same one frozen and bare",
     "linear_cross_entropy": "a language model's head and its loss, forward and dX",
     "adamw8bit": "a step of AdamW with 8-bit moments, over one float32 parameter",
     "training_step": "QLoRA steps of SmolLM2-135M (its GGUF file is named by LOWRANK_SMOLLM2)",

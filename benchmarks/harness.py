@@ -39,7 +39,8 @@ class Contender:
     `error(outputs)` is their distance to float64, relative; `limit` is the largest that counts as
     right (None: any that is finite). `moved` and `flops` are the bytes and floating-point
     operations that the task needs at least, `dtype` that of its result; `path` is what was chosen
-    to do it.
+    to do it. `bare` names the contender whose time this one's is also compared with: the same
+    without what this one adds.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Contender:
     flops: int = 0
     path: str = ""
     dtype: str = "float32"
+    bare: str = ""
 
 
 @dataclass

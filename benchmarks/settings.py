@@ -104,6 +104,9 @@ def rows_of(
     for row in rows:
         row["baseline"] = baseline if baseline in by_name else rows[0]["contender"]
         row["speed"] = by_name[row["baseline"]] / row["median_ms"]
+    for row, contender in zip(rows, contenders, strict=True):
+        if contender.bare in by_name:
+            row["over_bare"] = row["median_ms"] / by_name[contender.bare]
     return rows
 
 

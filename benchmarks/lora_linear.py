@@ -1,0 +1,213 @@
+"""A linear layer with a LoRA adapter, beside the same layer frozen and without one.
+
+Over a dense base and over NF4, each M has a case of the forward and one of forward and backward:
+dX, dA and dB. `over bare` is the time over that of the frozen layer of the same package in the same
+case, which has a forward and dX alone: what the adapter costs.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import peers
+from benchmarks.codebook_linear import LIMITS
+from benchmarks.harness import Contender, copies_for, relative_error
+from benchmarks.layers import LAYERS, Layer
+from benchmarks.probe import Probe
+from benchmarks.settings import OURS, Settings
+
+RANK, ALPHA = 16, 32
+SCALE = ALPHA / RANK
+TRAINING_ROWS = 128  # below, nobody trains
+BASES = {"dense": ("torch",), "NF4": ("lowrank", "bitsandbytes")}
+
+
+@dataclass
+class Adapter:
+    """A [R, K] and B [N, R] in float32, the same on every side; B is no longer zero."""
+
+    A: Tensor
+    B: Tensor
+
+    @classmethod
+    def of(cls, N: int, K: int) -> Adapter:
+        return cls(torch.randn(RANK, K) * K**-0.5, torch.randn(N, RANK) * 0.1)
+
+
+@dataclass
+class Side:
+    """Copies of a layer, and the bare one of its package: itself, where it has no adapter."""
+
+    name: str
+    modules: list[nn.Module]
+    layer: Layer
+    probe: Probe
+    bare: str
+
+    @property
+    def adapted(self) -> bool:
+        return self.name != self.bare
+
+
+def run(settings: Settings) -> list[dict]:
+    """Cases of every shape, base, dtype, M and direction."""
+    rows = []
+    wanted = [M for M in sorted(settings.rows_of_x) if M >= TRAINING_ROWS]
+    for label, N, K in settings.shapes if wanted else ():
+        if not settings.fits("lora_linear", label, N, K, 4):
+            continue
+        weight, adapter = torch.randn(N, K) * 0.02, Adapter.of(N, K)
+        for base, packages in BASES.items():
+            for short, dtype in settings.dtypes.items():
+                sides = []
+                for package in packages:
+                    sides += _sides(settings, package, weight, dtype, adapter)
+                for M in wanted:
+                    for backward in (False, True) if sides else ():
+                        direction = "forward + backward" if backward else "forward"
+                        case = f"{label} M={M} over {base} {short}, {direction}"
+                        contenders = [_contender(side, adapter, M, backward) for side in sides]
+                        rows += settings.compare(
+                            "lora_linear", case, contenders, sides[0].name, "read"
+                        )
+    return rows
+
+
+def _sides(
+    settings: Settings, package: str, weight: Tensor, dtype: torch.dtype, adapter: Adapter
+) -> list[Side]:
+    """The bare layer over a package's base, ours with an adapter if we have it, and peft's."""
+    if package != "lowrank" and package not in settings.against:
+        return []
+    layer = LAYERS[package](weight, dtype)
+    probe = Probe.of(layer.exact(), dtype)
+    count = copies_for(layer.stored_bytes, settings.working_set)
+
+    def side(name: str, wrap: Callable[[nn.Module], nn.Module] | None) -> Side:
+        modules = [copy.deepcopy(layer.module) for _ in range(count)]
+        if wrap is not None:
+            modules = [wrap(module) for module in modules]
+            for module in modules:
+                fill(module, adapter)
+        return Side(name, modules, layer, probe, bare)
+
+    bare = f"{package}, frozen"
+    made = [side(bare, None)]
+    if package in ("torch", "lowrank"):
+        made.append(side("lowrank", with_lowrank))
+    if "peft" in settings.against and package in ("torch", "bitsandbytes"):
+        made.append(side("peft" if package == "torch" else "peft + bitsandbytes", with_peft))
+    return made
+
+
+def with_lowrank(base: nn.Module) -> nn.Module:
+    """lowrank's LoRALinear around a layer."""
+    import lowrank
+
+    config = lowrank.LoRAConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0)
+    return lowrank.LoRALinear.wrap(base, config)
+
+
+def with_peft(base: nn.Module) -> nn.Module:
+    """The layer that peft puts in the place of `base` in a model."""
+    if peers.missing("bitsandbytes") is None:
+        peers.bitsandbytes()  # peft would import it, from the wrong place
+    with peers.quiet():
+        import peft
+
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=["projection"]
+    )
+    model = peft.get_peft_model(nn.ModuleDict({"projection": base}), config)
+    return model.base_model.model["projection"]
+
+
+@torch.no_grad()
+def fill(module: nn.Module, adapter: Adapter) -> None:
+    """Give a layer of ours or peft's the values of the adapter."""
+    module.lora_A["default"].weight.copy_(adapter.A)
+    module.lora_B["default"].weight.copy_(adapter.B)
+
+
+def _contender(side: Side, adapter: Adapter, M: int, backward: bool) -> Contender:
+    x, dy = side.probe.inputs(M)
+    exact_dA, exact_dB = _exact_gradients(x, dy, adapter) if side.adapted else (None, None)
+    probe = _adapted(side.probe, adapter) if side.adapted else side.probe
+
+    def call(i: int) -> tuple[Tensor, ...]:
+        leaf, module = x.detach().requires_grad_(), side.modules[i]
+        y = module(leaf)
+        if not backward:
+            return (y.detach(),)
+        y.backward(dy)
+        outputs = (y.detach(), leaf.grad)
+        if side.adapted:
+            factors = (module.lora_A["default"].weight, module.lora_B["default"].weight)
+            outputs += tuple(factor.grad for factor in factors)
+            for factor in factors:
+                factor.grad = None
+        return outputs
+
+    def error(outputs: tuple[Tensor, ...]) -> float:
+        errors = [probe.error(*outputs[:2])]
+        if len(outputs) == 4:
+            errors.append(relative_error(outputs[2], exact_dA))
+            errors.append(relative_error(outputs[3], exact_dB))
+        return math.nan if any(map(math.isnan, errors)) else max(errors)
+
+    for module in side.modules:
+        module.train()
+    (N, K), rank, itemsize = side.layer.shape, RANK if side.adapted else 0, x.element_size()
+    passes = 2 if backward else 1
+    factors = 4 * rank * (N + K)  # bytes of A and B, and as many of their gradients
+    moved = passes * (side.layer.stored_bytes + M * (K + N) * itemsize + factors)
+    if backward and side.adapted:
+        moved += M * K * itemsize + factors  # x once more, for dA
+    return Contender(
+        side.name,
+        call,
+        len(side.modules),
+        error,
+        LIMITS[x.dtype] if side.name.startswith(OURS) else None,
+        moved=moved,
+        flops=passes * 2 * M * N * K + (6 if backward else 2) * M * rank * (N + K),
+        path=_path(side, x) if side.name.startswith(OURS) else "",
+        dtype=str(x.dtype).removeprefix("torch."),
+        bare=side.bare if side.adapted else "",
+    )
+
+
+def _adapted(probe: Probe, adapter: Adapter) -> Probe:
+    """The same known rows through base and adapter: y and dX are sums over rows of their own."""
+    A, B = adapter.A.double(), adapter.B.double()
+    return replace(
+        probe,
+        exact_y=probe.exact_y + SCALE * (probe.x.double() @ A.T) @ B.T,
+        exact_dx=probe.exact_dx + SCALE * (probe.dy.double() @ B) @ A,
+    )
+
+
+def _exact_gradients(x: Tensor, dy: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor]:
+    """dA = s (dy B)ᵀ x and dB = s dyᵀ (x Aᵀ), over all rows, in float64."""
+    x, dy, A, B = x.double(), dy.double(), adapter.A.double(), adapter.B.double()
+    return SCALE * (dy @ B).T @ x, SCALE * dy.T @ (x @ A.T)
+
+
+def _path(side: Side, x: Tensor) -> str:
+    module = side.modules[0]
+    base = module.base_layer if side.adapted else module
+    if isinstance(base, nn.Linear):
+        weight = (base.weight, None, None, None)
+    else:
+        weight = peers.operands(base.storage)
+    if not side.adapted:
+        return peers.chosen_backend("codebook_linear", x, *weight, None, peers.BLOCK_SIZE)
+    A, B = (part["default"].weight[None] for part in (module.lora_A, module.lora_B))
+    rest = (None, peers.BLOCK_SIZE, A, B, SCALE, None, None, 0.0, None)
+    return peers.chosen_backend("lora_linear", x, *weight, *rest)
