@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import triton
@@ -24,10 +24,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lowrank.kernels import configs
+from lowrank.kernels.adamw8bit import adamw8bit_kernel
 from lowrank.kernels.codebook_dequantize import codebook_dequantize_kernel
 from lowrank.kernels.codebook_linear import codebook_linear_kernel, codebook_linear_row_kernel
 from lowrank.kernels.codebook_linear_dx import codebook_linear_dx_kernel, sum_parts_kernel
 from lowrank.kernels.codebook_quantize import codebook_quantize_kernel
+from lowrank.kernels.softmax_cross_entropy import softmax_cross_entropy_kernel
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 TABLE = Path(__file__).parent / "results" / "kernels.md"
@@ -44,6 +46,7 @@ FIXED_TYPES = {
     "order_ptr": "*i32",
     "parts_ptr": "*fp32",
 }
+NOT_DIVISIBLE = {"M", "tensors"}  # by 16: as many as there happen to be
 
 
 @dataclass
@@ -57,6 +60,7 @@ class Case:
     constants: dict
     aligned: bool = True  # 16 divides the pointers, K and the strides, as in every real model
     tensor_cores: bool = False
+    types: dict = field(default_factory=dict)  # of arguments that are not what they mostly are
 
     def source(self) -> ASTSource:
         """What the launcher's call would compile."""
@@ -68,7 +72,8 @@ class Case:
         divisible = [
             name
             for name, type_ in signature.items()
-            if name == "row_bytes" or (self.aligned and type_ != "constexpr" and name != "M")
+            if name == "row_bytes"
+            or (self.aligned and type_[0] in "*i" and name not in NOT_DIVISIBLE)
         ]
         return ASTSource(
             fn=self.kernel,
@@ -78,6 +83,8 @@ class Case:
         )
 
     def _type(self, name: str) -> str:
+        if name in self.types:
+            return self.types[name]
         if not name.endswith("_ptr"):
             return "i32"
         if name == "absmax_ptr":
@@ -119,6 +126,11 @@ def cases() -> Iterator[Case]:
             yield _linear_dx(M, "bf16", G=G)
         yield _linear_dx(M, "bf16", per_row=True)
         yield _linear_dx(M, "bf16", aligned=False)
+    yield _adamw8bit()
+    for dtype in DTYPES:
+        yield _softmax_cross_entropy(dtype, 128256)
+    yield _softmax_cross_entropy("bf16", 50257)
+    yield _softmax_cross_entropy("fp32", 128256, gradient=False)
     yield Case("sum_parts", sum_parts_kernel, "bf16", False, {"PARTS": 8, "BLOCK": 1024})
 
 
@@ -162,6 +174,22 @@ def _linear_dx(
     constants = configs.linear_dx(M, G, not on_tensor_cores)
     constants |= {"PART": 512, "PER_ROW": per_row, "DOT": DTYPES[dtype]}
     return Case(name, codebook_linear_dx_kernel, dtype, True, constants, aligned, on_tensor_cores)
+
+
+def _adamw8bit() -> Case:
+    """The parameters of a model with LoRA, of all dtypes."""
+    types = {"table_ptr": "*i64", "maps_ptr": "*i32"} | dict.fromkeys(
+        ("beta1", "rest1", "beta2", "rest2", "decay", "rate", "root2", "eps", "below"), "fp32"
+    )
+    return Case("adamw8bit", adamw8bit_kernel, "all", False, configs.adamw8bit(448), types=types)
+
+
+def _softmax_cross_entropy(dtype: str, V: int, gradient: bool = True) -> Case:
+    types = {"logits_ptr": "*fp32", "labels_ptr": "*i64", "losses_ptr": "*fp32", "scale": "fp32"}
+    constants = configs.softmax_cross_entropy(V) | {"GRADIENT": gradient}
+    name = f"softmax_cross_entropy V={V}" + ("" if gradient else ", the loss alone")
+    kernel = softmax_cross_entropy_kernel
+    return Case(name, kernel, dtype, False, constants, aligned=V % 16 == 0, types=types)
 
 
 def _suffix(G: int, double_quant: bool, per_row: bool = False, aligned: bool = True) -> str:

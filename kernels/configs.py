@@ -56,6 +56,25 @@ def dx_parts(N: int) -> int:
     return min(8, triton.cdiv(N, 512))
 
 
+def adamw8bit(tensors: int) -> dict:
+    """adamw8bit_kernel: 8 elements for each of 128 threads, four times."""
+    search = {"SEARCH": 512, "SEARCHES": triton.cdiv(tensors, 512)}
+    return {"TILE": 1024, "TILES": 4, "num_warps": 4} | search | ROUNDED
+
+
+def adamw8bit_width(columns: int, aligned: bool) -> int:
+    """The tile's elements of a row, among those that adamw8bit_kernel has code for."""
+    if columns <= 16:
+        return 16
+    return 64 if columns <= 64 and aligned else 256
+
+
+def softmax_cross_entropy(V: int) -> dict:
+    """softmax_cross_entropy_kernel: 8 logits, two 16-byte loads, for each of 512 threads."""
+    tile = {"LANES": 512, "EACH": 8, "V_TILES": triton.cdiv(V, 4096)}
+    return tile | {"num_warps": 16} | ROUNDED
+
+
 def _rows(M: int) -> int:
     """What holds M rows: tensor cores take 16 at least."""
     return 16 if M <= 16 else 32 if M <= 32 else 64

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 256
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ZERO_OF_M, ZERO_OF_V = 127, 0  # the codes of 0
 
 
@@ -47,6 +48,32 @@ def scale_shape(shape: torch.Size) -> tuple[int, int]:
     """The shape of the scales of a moment of this shape: [N, ceil(C / 256)]."""
     rows, columns = rows_and_columns(shape)
     return rows, -(-columns // BLOCK)
+
+
+def misfit(
+    params: list[Tensor],
+    grads: list[Tensor],
+    m: list[Tensor],
+    m_scale: list[Tensor],
+    v: list[Tensor],
+    v_scale: list[Tensor],
+) -> str | None:
+    """Why kernels that take addresses cannot take these, or None if they can."""
+    if len({len(tensors) for tensors in (params, grads, m, m_scale, v, v_scale)}) > 1:
+        return "the lists are not of one length"
+    for p, g, *state in zip(params, grads, m, v, m_scale, v_scale, strict=True):
+        shape, blocks = p.shape, scale_shape(p.shape)
+        if g.shape != shape or g.dtype != p.dtype:
+            return "a gradient has not the shape and dtype of its parameter"
+        if any(t.shape != shape or t.dtype != torch.uint8 for t in state[:2]):
+            return "the codes of a moment are not uint8 in the shape of the parameter"
+        if any(t.shape != blocks or t.dtype != torch.float32 for t in state[2:]):
+            return f"the scales of a moment are not float32 {list(blocks)}"
+        if not (p.is_contiguous() and all(t.is_contiguous() for t in state)):
+            return "a parameter or its state is not contiguous"
+        if p.dtype not in _DTYPES:
+            return f"{p.dtype} is not float32, float16 or bfloat16"
+    return None
 
 
 class Coefficients(NamedTuple):

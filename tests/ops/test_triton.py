@@ -40,6 +40,14 @@ def test_interpreted_products_are_near_float64(seed):
     assert interpreted("linear", seed) == "30 cases right\n"
 
 
+def test_interpreted_adamw8bit_equals_the_reference(seed):
+    assert interpreted("adamw8bit", seed) == "all steps equal\n"
+
+
+def test_interpreted_cross_entropy_is_near_float64(seed):
+    assert interpreted("cross_entropy", seed) == "all right\n"
+
+
 def test_the_interpreter_still_needs_what_works_around_it():
     """The day this fails, DOT can go from the kernels, and bfloat16 have its real tolerance."""
     assert interpreted("bfloat16") == "dot: wrong\ncast: wrong\n"

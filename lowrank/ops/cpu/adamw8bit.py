@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 
 import torch
 from torch import Tensor
 
 from lowrank.ops import adamw8bit, native
 
-from .refusals import refuse_devices, refuse_dtype
+from .refusals import refuse_devices
 
 
 def adamw8bit_step(
@@ -51,23 +52,9 @@ def adamw8bit_step(
     torch.autograd.graph.increment_version((*params, *m, *m_scale, *v, *v_scale))
 
 
-def _refuse_adamw8bit(params, grads, m, m_scale, v, v_scale, *numbers) -> str | None:
-    if len({len(tensors) for tensors in (params, grads, m, m_scale, v, v_scale)}) > 1:
-        return "the lists are not of one length"
-    for p, g, *state in zip(params, grads, m, v, m_scale, v_scale, strict=True):
-        shape, scale_shape = p.shape, adamw8bit.scale_shape(p.shape)
-        if g.shape != shape or g.dtype != p.dtype:
-            return "a gradient has not the shape and dtype of its parameter"
-        if any(t.shape != shape or t.dtype != torch.uint8 for t in state[:2]):
-            return "the codes of a moment are not uint8 in the shape of the parameter"
-        if any(t.shape != scale_shape or t.dtype != torch.float32 for t in state[2:]):
-            return f"the scales of a moment are not float32 {list(scale_shape)}"
-        if not (p.is_contiguous() and all(t.is_contiguous() for t in state)):
-            return "a parameter or its state is not contiguous"
-        reason = refuse_dtype(p.dtype) or refuse_devices(p, g, *state)
-        if reason is not None:
-            return reason
-    return None
+def _refuse_adamw8bit(*lists_and_numbers) -> str | None:
+    lists = lists_and_numbers[:6]
+    return adamw8bit.misfit(*lists) or refuse_devices(*itertools.chain(*lists))
 
 
 REFUSALS = {"adamw8bit_step": _refuse_adamw8bit}

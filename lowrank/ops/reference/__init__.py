@@ -13,6 +13,8 @@ from .codebook import codebook_linear_dx as codebook_linear_dx
 from .codebook import codebook_quantize as codebook_quantize
 from .cross_entropy import labelled_rows as labelled_rows
 from .cross_entropy import linear_cross_entropy as linear_cross_entropy
+from .cross_entropy import logits_of as logits_of
+from .cross_entropy import times_weight as times_weight
 from .lora import adapter_bounds as adapter_bounds
 from .lora import lora_linear as lora_linear
 from .lora import lora_linear_backward as lora_linear_backward

@@ -33,7 +33,7 @@ def linear_cross_entropy(
     for start in range(0, kept.numel(), chunk):
         span = slice(start, start + chunk)
         inputs, targets = x[kept[span]], labels[span]  # [m, H], [m]
-        logits = _logits(inputs, weight, dtype)  # [m, V]
+        logits = logits_of(inputs, weight, dtype)  # [m, V]
         target_logits = logits.gather(1, targets[:, None])
         largest = logits.amax(1, keepdim=True)
         # exp(-80) is nothing to a sum >= 1; subnormals would make the product 20 times slower
@@ -41,7 +41,7 @@ def linear_cross_entropy(
         sums = exps.sum(1, keepdim=True)
         losses[span] = (sums.log() + largest - target_logits)[:, 0]
         if with_dx:
-            grad = _times_weight(exps, weight, inputs.dtype).div_(sums).sub_(weight[targets])
+            grad = times_weight(exps, weight, inputs.dtype).div_(sums).sub_(weight[targets])
             dx[kept[span]] = grad.to(x.dtype)
     return losses.sum(), dx
 
@@ -59,7 +59,7 @@ def labelled_rows(labels: Tensor, V: int) -> tuple[Tensor, Tensor]:
     return rows, labels
 
 
-def _logits(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+def logits_of(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """x Wᵀ accumulated and kept in `dtype`: [m, V]."""
     if _on_tensor_cores(x.dtype, weight):
         return torch.mm(x, weight.T, out_dtype=dtype)
@@ -69,7 +69,7 @@ def _logits(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _times_weight(exps: Tensor, weight: Tensor, x_dtype: torch.dtype) -> Tensor:
+def times_weight(exps: Tensor, weight: Tensor, x_dtype: torch.dtype) -> Tensor:
     """e W for e [m, V], accumulated and kept in the dtype of e: [m, H]."""
     if _on_tensor_cores(x_dtype, weight):
         return torch.mm(exps.to(x_dtype), weight, out_dtype=exps.dtype)

@@ -1,0 +1,130 @@
+"""AdamW over moments of 8 bits: all tensors, whatever their dtypes and shapes, in one launch."""
+
+from __future__ import annotations
+
+import itertools
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+
+from lowrank.kernels import configs
+from lowrank.kernels.adamw8bit import HIGHEST, LOWEST, adamw8bit_kernel
+from lowrank.ops import adamw8bit
+
+from .launch import on
+
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def adamw8bit_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    m: list[Tensor],
+    m_scale: list[Tensor],
+    v: list[Tensor],
+    v_scale: list[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> None:
+    """Step number `step` of AdamW in place."""
+    dense = [g.contiguous() for g in grads]  # held until the launch; then the stream keeps order
+    config = configs.adamw8bit(len(params))
+    entries, programs = [], 0
+    for tensors in zip(params, dense, m, v, m_scale, v_scale, strict=True):
+        entry, taken = _entry(tensors, programs, config)
+        if taken:
+            entries.append(entry)
+            programs += taken
+    if not entries:
+        return
+    device = params[0].device
+    by = adamw8bit.coefficients(lr, beta1, beta2, eps, weight_decay, step)
+    with on(device):
+        adamw8bit_kernel[(programs,)](
+            _on_device(entries, device), len(entries), _maps(device),
+            *by, _below(), **config,
+        )  # fmt: skip
+    # Written through pointers: autograd must hear of it from us.
+    torch.autograd.graph.increment_version((*params, *m, *m_scale, *v, *v_scale))
+
+
+def _entry(tensors: tuple[Tensor, ...], first: int, config: dict) -> tuple[list[int], int]:
+    """The column of the kernel's table for (p, g, m, v, m_scale, v_scale), and its programs."""
+    p, *_, m_scale, _ = tensors
+    columns = adamw8bit.rows_and_columns(p.shape)[1]
+    if columns == 0:
+        return [], 0
+    blocks = m_scale.numel()
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    aligned = columns % 8 == 0 and not any(address % 16 for address in addresses[:4])
+    width = configs.adamw8bit_width(columns, aligned)
+    programs = triton.cdiv(blocks, config["TILES"] * config["TILE"] // width)
+    return [first, *addresses, blocks, columns, _DTYPES[p.dtype], width, aligned], programs
+
+
+def _on_device(entries: list[list[int]], device: torch.device) -> Tensor:
+    """The table, a row a field. From pinned memory the copy waits for nothing that runs there."""
+    table = torch.tensor(entries, dtype=torch.int64, device="cpu").T.contiguous()
+    if device.type != "cuda":
+        return table
+    return table.pin_memory().to(device, non_blocking=True)
+
+
+@cache
+def _maps(device: torch.device) -> Tensor:
+    """Of m, then of v: the values of the codes, the lines and the midpoints, int32 [6, 256]."""
+    m_map, v_map = adamw8bit.dynamic_map(True), adamw8bit.dynamic_map(False)
+    tables = (m_map.view(torch.int32), *_search(m_map[adamw8bit.ZERO_OF_M :]))
+    tables += (v_map.view(torch.int32), *_search(v_map[1:]))
+    return torch.stack(tables).to(device)
+
+
+def _search(entries: Tensor) -> tuple[Tensor, Tensor]:
+    """(lines, mids) for the kernel's `nearest` among ascending entries, int32 [256] each.
+
+    mids are the bits of the midpoints, rounded down: what is above one is above the other. In an
+    eighth of an octave they are nearly equally spaced, so their number below s is nearly a line:
+    of those that are less than 1 above it and not below, the one with the most to spare.
+    """
+    exact = (entries[:-1].double() + entries[1:].double()) / 2
+    mids = exact.float()
+    lower = torch.nextafter(mids, torch.zeros_like(mids))
+    mids = torch.where(mids.double() > exact, lower, mids).view(torch.int32)
+    rises = torch.arange(1024, dtype=torch.float64, device="cpu")[:, None]  # in 64ths
+    lines = mids.new_zeros(256)
+    for i, start in enumerate(range(LOWEST.value, HIGHEST.value + 1, 1 << 20)):
+        first, inside = int((mids < start).sum()), (mids >= start) & (mids < start + (1 << 20))
+        count = int(inside.sum())
+        x = rises.new_tensor([0, *(mids[inside] - start).tolist(), 1 << 20]) / (1 << 20)
+        least = rises.new_tensor([-1, *range(count), count - 1]) - rises / 64 * x
+        most = rises.new_tensor([1, *range(1, count + 1), count + 1]) - rises / 64 * x
+        least, most = least.amax(1), most.amin(1)
+        best = (most - least).argmax()
+        height = first + (most + least)[best] / 2
+        lines[i] = int(height * 64) << 16 | int(best)
+    return lines, torch.cat([mids, mids.new_full((256 - len(mids),), 2**31 - 1)])
+
+
+@cache
+def _below() -> float:
+    return adamw8bit.dynamic_map(True)[0].reciprocal().item()
+
+
+def _refuse_adamw8bit(*lists_and_numbers) -> str | None:
+    lists = lists_and_numbers[:6]
+    devices = {tensor.device for tensor in itertools.chain(*lists)}
+    if len(devices) > 1:
+        return "not all tensors are on one device"
+    on_gpu = any(device.type == "cuda" for device in devices)
+    if on_gpu and torch.cuda.is_current_stream_capturing():
+        return "a CUDA graph would repeat the numbers and the addresses of one step"
+    return adamw8bit.misfit(*lists)
+
+
+REFUSALS = {"adamw8bit_step": _refuse_adamw8bit}
