@@ -40,10 +40,9 @@ class _DequantizedLinear(torch.autograd.Function):
         dtype, (N, K) = _compute_dtype(x), storage.shape
         rows_of_x = x.reshape(-1, K).to(dtype)  # [M, K]
         y = rows_of_x.new_empty(rows_of_x.shape[0], N)
+        bias = y.new_zeros(N) if bias is None else bias.to(dtype)
         for start, stop, w in _panels(quantizer, storage, dtype):
-            torch.mm(rows_of_x, w.T, out=y[:, start:stop])
-        if bias is not None:
-            y += bias
+            torch.addmm(bias[start:stop], rows_of_x, w.T, out=y[:, start:stop])
         return y.to(x.dtype).view(*x.shape[:-1], N)
 
     @staticmethod
@@ -54,9 +53,14 @@ class _DequantizedLinear(torch.autograd.Function):
             storage = replace(ctx.storage, tensors=tensors)
             dtype, (N, K) = _compute_dtype(dy), storage.shape
             rows_of_dy = dy.reshape(-1, N).to(dtype)  # [M, N]
-            dx = rows_of_dy.new_zeros(rows_of_dy.shape[0], K)
+            # summed in float32: a 16-bit sum would be rounded at each panel
+            wide = torch.promote_types(dtype, torch.float32)
+            dx = rows_of_dy.new_zeros(rows_of_dy.shape[0], K, dtype=wide)
             for start, stop, w in _panels(ctx.quantizer, storage, dtype):
-                dx.addmm_(rows_of_dy[:, start:stop], w)
+                if wide == dtype:
+                    dx.addmm_(rows_of_dy[:, start:stop], w)
+                else:
+                    dx += rows_of_dy[:, start:stop] @ w
             dx = dx.to(dy.dtype).view(*dy.shape[:-1], K)
         if ctx.needs_input_grad[1]:
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0)

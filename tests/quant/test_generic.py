@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank import QuantLinear, quant
-from lowrank.errors import ConfigError
+from lowrank.errors import ConfigError, ShapeError
 
 
 class RowInt8:
@@ -81,3 +82,81 @@ def test_register_gives_the_name_and_refuses_a_second_owner():
     quant.register("test-row-int8")(Named)
     with pytest.raises(ConfigError, match="'test-row-int8' is registered"):
         quant.register("test-row-int8")(type("Other", (RowInt8,), {}))
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest piece of memory that an operator returns, of those not known."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known = {t.untyped_storage().data_ptr() for t in known}
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in self.known:
+                self.bytes = max(self.bytes, t.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("name", ["nf3", "int4_affine", "hqq", "int8", "int8_blockwise", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_dense_weight_exists_in_training(dtype, name):
+    N, K, panel = 700, 3000, 1 << 20
+    quantizer = quant.get(name)
+    storage = quantizer.quantize(torch.randn(N, K))
+    x = torch.randn(7, K, dtype=dtype, requires_grad=True)
+    dy = torch.randn(7, N, dtype=dtype)
+    with Largest(storage.tensors.values()) as seen:
+        quant.linear(quantizer, x, storage).backward(dy)
+    assert 0 < seen.bytes <= 4 * 1.05 * panel  # indices of int32, or the float32 weights
+    with Largest(storage.tensors.values()) as dense:
+        W = quantizer.dequantize(storage)
+    assert dense.bytes == 4 * N * K  # so that the test would see one
+    expected = (dy.double() @ W.double(), x.detach().double() @ W.double().T)
+    got = (x.grad, quant.linear(quantizer, x, storage))
+    for a, b in zip(got, expected, strict=True):
+        assert (a.double() - b).norm() < (1e-5 if dtype == torch.float32 else 4e-3) * b.norm()
+
+
+def test_a_scheme_that_is_not_row_local_is_dequantized_whole():
+    calls = []
+
+    class Whole(RowInt8):
+        def dequantize(self, storage, dtype=torch.float32):
+            calls.append(storage.shape)
+            return super().dequantize(storage, dtype)
+
+    class Local(Whole):
+        row_local = True
+
+    weight, x = torch.randn(40, 1 << 16), torch.randn(2, 1 << 16, requires_grad=True)
+    results = []
+    for quantizer in (Whole(), Local()):
+        calls.clear()
+        y = quant.linear(quantizer, x, quantizer.quantize(weight))
+        (dx,) = torch.autograd.grad(y.square().sum(), x)
+        results.append((y.detach(), dx))
+        parts = [(16, 1 << 16), (16, 1 << 16), (8, 1 << 16)]
+        assert calls == 2 * (parts if isinstance(quantizer, Local) else [(40, 1 << 16)])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-2)
+
+
+def test_double_backward_in_float64():
+    quantizer = quant.get("int8")
+    storage = quantizer.quantize(torch.randn(6, 33))
+    x = torch.randn(2, 33, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(6, dtype=torch.float64, requires_grad=True)
+
+    def f(x, bias):
+        return quant.linear(quantizer, x, storage, bias)
+
+    assert torch.autograd.gradcheck(f, (x, bias)) and torch.autograd.gradgradcheck(f, (x, bias))
+
+
+def test_rows_of_what_has_none_are_refused():
+    tensors = {"codes": torch.zeros(4, 8), "table": torch.zeros(16)}
+    storage = quant.Storage("own", (4, 8), torch.float32, tensors)
+    with pytest.raises(ShapeError, match=r"table: expected \[N=4, ...\] or \[1, ...\].*got \[16\]"):
+        storage.rows(0, 2)
