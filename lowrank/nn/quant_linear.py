@@ -119,10 +119,12 @@ class QuantLinear(nn.Module):
             raise ShapeError(
                 f"storage: expected a weight of shape {list(expected)}; got {list(storage.shape)}"
             )
-        if {"weight", "bias"} & storage.tensors.keys():
-            raise ConfigError(
-                f"storage: expected tensors not named weight or bias; got {list(storage.tensors)}"
-            )
+        for name in storage.tensors.keys() - self._tensor_dtypes.keys():
+            if name in ("weight", "bias") or hasattr(self, name):
+                raise ConfigError(
+                    "storage: expected tensors not named weight or bias, nor as an attribute of a "
+                    f"module is; got {name!r}; choose another name"
+                )
         for name in self._tensor_dtypes:
             del self._parameters[name]
         self._tensor_dtypes = {name: tensor.dtype for name, tensor in storage.tensors.items()}

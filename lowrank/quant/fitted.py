@@ -28,8 +28,9 @@ _VALUE, _WEIGHT = 1 << 22, 1 << 16  # units of the integer sums: no order of add
 class Fitted(CodebookQuantizer):
     """16 values of least Σ absmax² (s - value)², that is of least squared error of the weights.
 
-    s are the weights over the absmax of their blocks. From NF4's values, until nothing moves: each
-    value becomes the mean, weighted by absmax², of the s nearest to it, so the error never grows.
+    s are the weights over the absmax of their blocks. From NF4's values, and from quantiles of the
+    weights, until nothing moves: each value becomes the mean, weighted by absmax², of the s nearest
+    to it. The error never grows, so it ends at NF4's or below.
     `per` = "tensor" fits one table to all rows, or to evenly spaced ones of a large weight; "row"
     fits one to each, 512 / K bits a weight more.
     """
@@ -89,24 +90,39 @@ class Fitted(CodebookQuantizer):
 def lloyd(values: Tensor, weights: Tensor, start: Tensor) -> Tensor:
     """Ascending tables [n, 16] of least Σ w (v - table[nearest])², locally, one for each row.
 
-    values in [-1, 1] and weights in [0, 1] are float32 [n, m], start [1, 16] ascends. The sums are
-    of integers, 22 and 16 bits a factor, so that every device finds the same means.
+    values in [-1, 1] and weights in [0, 1] are float32 [n, m]; start [1, 16] ascends. Of this start
+    and the quantiles of a row, what ends with less is taken. The sums are of integers, 22 and 16
+    bits a factor, so that every device finds the same means.
     """
     values, order = values.sort(dim=1)
     weights = weights.gather(1, order).mul_(_WEIGHT).round_().long()
     moments = (values * _VALUE).round_().long() * weights
     # sums over the first i values, for i = 0 to m
     mass, moment = (torch.nn.functional.pad(t.cumsum(dim=1), (1, 0)) for t in (weights, moments))
-    table = start.expand(values.shape[0], 16).contiguous()
+    shares = torch.arange(1, 32, 2, device=values.device)  # of 32
+    quantiles = torch.searchsorted(mass, mass[:, -1:] * shares // 32)
+    starts = start.expand(values.shape[0], 16), values.gather(1, (quantiles - 1).clamp(min=0))
+    (a, gain_a), (b, gain_b) = (_descend(values, mass, moment, t.contiguous()) for t in starts)
+    return torch.where(gain_b > gain_a, b, a)
+
+
+def _descend(values: Tensor, mass: Tensor, moment: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """The tables [n, 16] that the iteration ends with, and Σ w v² less their error [n, 1]."""
     for _ in range(_STEPS):
-        middles = (table[:, :-1] + table[:, 1:]) / 2
-        edges = torch.searchsorted(values, middles, right=True)  # a tie goes to the lower value
-        edges = torch.nn.functional.pad(edges, (1, 0))
-        edges = torch.nn.functional.pad(edges, (0, 1), value=values.shape[1])
-        count, total = (t.gather(1, edges).diff(dim=1) for t in (mass, moment))
-        means = (total.double() / count.clamp(min=1) / _VALUE).float()
-        moved = torch.where(count > 0, means, table)
+        count, mean = _cells(values, mass, moment, table)
+        moved = torch.where(count > 0, mean, table)
         if torch.equal(moved, table):
             break
         table = moved
-    return table
+    count, mean = _cells(values, mass, moment, table)
+    table = table.double()
+    return table.float(), (count * table * (2 * mean - table)).sum(dim=1, keepdim=True)
+
+
+def _cells(values: Tensor, mass: Tensor, moment: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight of what is nearest to each entry of the table, and its mean: [n, 16]."""
+    edges = torch.searchsorted(values, (table[:, :-1] + table[:, 1:]) / 2, right=True)
+    edges = torch.nn.functional.pad(edges, (1, 0))  # a tie went to the lower value
+    edges = torch.nn.functional.pad(edges, (0, 1), value=values.shape[1])
+    count, total = (t.gather(1, edges).diff(dim=1) for t in (mass, moment))
+    return count, (total.double() / count.clamp(min=1) / _VALUE).float()
