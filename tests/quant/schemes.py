@@ -10,6 +10,7 @@ import torch
 from lowrank import quant
 
 TABLE = torch.tensor([0.9, -1, -0.5, 0.5, 0.1, -0.1, 0, 1, 0.3, -0.3, 0.3, 0.7, -0.7, 0.2, -0.2, 0])
+NAMES = quant.names()  # before any test registers one of its own
 CHOICES = {
     "double_quant": [False, True],
     "per": ["tensor", "row"],
@@ -20,7 +21,7 @@ CHOICES = {
 def variants(**fixed) -> list:
     """(name, options) for each scheme and each combination of its choices and of `fixed`."""
     found = []
-    for name in quant.names():
+    for name in NAMES:
         parameters = inspect.signature(type(quant.get(name, **required(name)))).parameters
         choices = {k: v for k, v in CHOICES.items() if k in parameters}
         choices |= {k: [v] for k, v in fixed.items() if k in parameters}
