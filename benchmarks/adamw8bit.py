@@ -27,8 +27,8 @@ def run(settings: Settings) -> list[dict]:
     """One case a shape."""
     rows = []
     for label, out_features, in_features in settings.shapes:
-        start = torch.randn(out_features, in_features) * 0.02
-        grad = torch.randn(out_features, in_features) * 1e-3
+        start = torch.randn(out_features, in_features, device=settings.device) * 0.02
+        grad = torch.randn_like(start) * 1e-3
         count = copies_for(int(start.numel() * BYTES_8BIT), settings.working_set)
         sides = [_lowrank(start, grad, count)]
         if "torch" in settings.against:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -25,7 +26,7 @@ def run(settings: Settings) -> list[dict]:
         if not settings.fits("codebook_dequantize", label, N, K, 2 * len(names)):
             continue
         peers.forget_compiled()
-        weight = torch.randn(N, K) * 0.02
+        weight = torch.randn(N, K, device=settings.device) * 0.02
         for short, dtype in settings.dtypes.items():
             contenders = [SIDES[name](weight, dtype, settings.working_set) for name in names]
             case = f"{label} to {short}"
@@ -85,8 +86,11 @@ def _copy(weight: Tensor, dtype: torch.dtype, working_set: int) -> Contender:
     )
 
 
-def _bitsandbytes(weight: Tensor, dtype: torch.dtype, working_set: int) -> Contender:
+def _bitsandbytes(
+    weight: Tensor, dtype: torch.dtype, working_set: int, decode: Callable | None = None
+) -> Contender:
     functional = peers.bitsandbytes().functional
+    decode = decode or functional.dequantize_4bit
     packed, state = functional.quantize_4bit(
         weight.to(dtype), blocksize=peers.BLOCK_SIZE, quant_type="nf4", compress_statistics=True
     )
@@ -94,12 +98,20 @@ def _bitsandbytes(weight: Tensor, dtype: torch.dtype, working_set: int) -> Conte
     copies = [packed.clone() for _ in range(copies_for(nbytes(tensors), working_set))]
     return _contender(
         "bitsandbytes",
-        lambda i: functional.dequantize_4bit(copies[i], state),
+        lambda i: decode(copies[i], state),
         len(copies),
         peers.exact_bitsandbytes(tensors, weight.shape),
         dtype,
         nbytes(tensors),
     )
+
+
+def _unsloth(weight: Tensor, dtype: torch.dtype, working_set: int) -> Contender:
+    """unsloth's decoding of bitsandbytes' tensors."""
+    with peers.quiet():
+        from unsloth.kernels.utils import fast_dequantize
+    theirs = _bitsandbytes(weight, dtype, working_set, fast_dequantize)
+    return replace(theirs, name="unsloth")
 
 
 def _torchao(weight: Tensor, dtype: torch.dtype, working_set: int) -> Contender:
@@ -136,5 +148,6 @@ SIDES = {
     "compile": _compiled,
     "torch": _copy,
     "bitsandbytes": _bitsandbytes,
+    "unsloth": _unsloth,
     "torchao": _torchao,
 }

@@ -18,7 +18,7 @@ def run(settings: Settings) -> list[dict]:
     for label, N, K in settings.shapes:
         if not settings.fits("codebook_quantize", label, N, K, 8):
             continue
-        weight = torch.randn(N, K) * 0.02
+        weight = torch.randn(N, K, device=settings.device) * 0.02
         count = copies_for(nbytes(weight), settings.working_set)
         weights = [weight, *(weight.clone() for _ in range(count - 1))]
         sides = [

@@ -19,11 +19,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from benchmarks.errors import ContenderError
 
+T = TypeVar("T")
 MAX_COPIES = 10_000
 MIN_CALLS, MIN_SLOW_CALLS, SLOW_SECONDS = 5, 2, 1.0
 ONCE_SECONDS = 4.0  # a contender slower than that is called once, and that is its time
@@ -92,7 +94,7 @@ def measure(contenders: Sequence[Contender], seconds: float) -> list[Timing]:
     twice where a call takes longer than a second, and once where it takes longer than four.
     Raises ContenderError for the first that fails.
     """
-    prepared = [_prepare(contender) for contender in contenders]
+    prepared = [prepare(contender, _first_calls) for contender in contenders]
     share = seconds / len(contenders)
     least = [MIN_CALLS if took < SLOW_SECONDS else MIN_SLOW_CALLS for took, _, _ in prepared]
     times: list[list[float]] = [[] for _ in contenders]
@@ -124,9 +126,10 @@ def measure(contenders: Sequence[Contender], seconds: float) -> list[Timing]:
     return timings
 
 
-def _prepare(contender: Contender) -> tuple[float, float, int | None]:
+def prepare(contender: Contender, first_calls: Callable[[Contender], T]) -> T:
+    """What `first_calls` returns. Raises ContenderError where it fails."""
     try:
-        return _first_calls(contender)
+        return first_calls(contender)
     except Exception as error:
         raise ContenderError(contender.name, error) from error
 

@@ -131,7 +131,7 @@ def bitsandbytes_layer(weight: Tensor, dtype: torch.dtype) -> Layer:
     module = bnb.nn.Linear4bit(K, N, bias=False, compute_dtype=dtype, **options)
     module.weight = bnb.nn.Params4bit(
         weight.to(dtype, copy=True), requires_grad=False, **options, module=module
-    ).to("cpu")
+    ).to(weight.device)
     if os.environ.get("LOWRANK_ISA"):
         # the instruction set that everybody is restricted to lacks it
         module.support_avx512bf16_for_cpu = False

@@ -33,13 +33,15 @@ def run(settings: Settings) -> list[dict]:
         if not settings.fits("linear_cross_entropy", label, V, H, len(names)):
             continue
         for short, dtype in settings.dtypes.items():
-            head = (torch.randn(V, H) * H**-0.5).to(dtype)
+            device = settings.device
+            head = (torch.randn(V, H, device=device) * H**-0.5).to(dtype)
             for T in sorted(settings.rows_of_x):
                 for masked in (False, True) if T >= TRAINING_ROWS else ():
                     peers.forget_compiled()
-                    x, labels = torch.randn(T, H).to(dtype), torch.randint(V, (T,))
+                    x = torch.randn(T, H, device=device).to(dtype)
+                    labels = torch.randint(V, (T,), device=device)
                     if masked:
-                        labels[torch.randperm(T)[: T // 2]] = IGNORED
+                        labels[torch.randperm(T, device=device)[: T // 2]] = IGNORED
                     case = f"{label} {short} T={T}, {'half' if masked else 'all'} labelled"
                     rows += settings.compare(
                         "linear_cross_entropy",
@@ -98,7 +100,7 @@ def exact_loss(x: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]
         logits = torch.cat([inputs @ part.double().T for part in head.split(8192)], dim=1)
         total += F.cross_entropy(logits, targets, reduction="sum")
         gradient = logits.softmax(1)
-        gradient[torch.arange(len(rows)), targets] -= 1
+        gradient[torch.arange(len(rows), device=x.device), targets] -= 1
         for part, columns in zip(head.split(8192), gradient.split(8192, dim=1), strict=True):
             dx[rows] += columns @ part.double()
     return total, dx

@@ -36,8 +36,9 @@ class Adapter:
     B: Tensor
 
     @classmethod
-    def of(cls, N: int, K: int) -> Adapter:
-        return cls(torch.randn(RANK, K) * K**-0.5, torch.randn(N, RANK) * 0.1)
+    def of(cls, N: int, K: int, device: torch.device) -> Adapter:
+        A, B = torch.randn(RANK, K, device=device), torch.randn(N, RANK, device=device)
+        return cls(A * K**-0.5, B * 0.1)
 
 
 @dataclass
@@ -62,7 +63,8 @@ def run(settings: Settings) -> list[dict]:
     for label, N, K in settings.shapes if wanted else ():
         if not settings.fits("lora_linear", label, N, K, 4):
             continue
-        weight, adapter = torch.randn(N, K) * 0.02, Adapter.of(N, K)
+        weight = torch.randn(N, K, device=settings.device) * 0.02
+        adapter = Adapter.of(N, K, settings.device)
         for base, packages in BASES.items():
             for short, dtype in settings.dtypes.items():
                 sides = []
@@ -103,6 +105,8 @@ def _sides(
         made.append(side("lowrank", with_lowrank))
     if "peft" in settings.against and package in ("torch", "bitsandbytes"):
         made.append(side("peft" if package == "torch" else "peft + bitsandbytes", with_peft))
+    if "unsloth" in settings.against and package == "bitsandbytes":
+        made.append(side("unsloth", with_unsloth))
     return made
 
 
@@ -126,6 +130,28 @@ def with_peft(base: nn.Module) -> nn.Module:
     )
     model = peft.get_peft_model(nn.ModuleDict({"projection": base}), config)
     return model.base_model.model["projection"]
+
+
+class UnslothLinear(nn.Module):
+    """unsloth's LoRA kernels over the tensors of peft's layer, as its models call them."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        with peers.quiet():
+            from unsloth.kernels.fast_lora import LoRA_W
+        self.product = LoRA_W.apply
+        self.base_layer, self.scale = layer.base_layer, layer.scaling["default"]
+        self.lora_A, self.lora_B = layer.lora_A, layer.lora_B
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.base_layer.weight
+        A, B = (part["default"].weight for part in (self.lora_A, self.lora_B))
+        return self.product(x[None], weight, weight.quant_state, A, B, self.scale)[0]
+
+
+def with_unsloth(base: nn.Module) -> nn.Module:
+    """unsloth's kernels over a bitsandbytes layer."""
+    return UnslothLinear(with_peft(base))
 
 
 @torch.no_grad()

@@ -31,15 +31,15 @@ class Probe:
         """Rows from `seed`, the same for every layer of a comparison; `weight` is float64."""
         generator = torch.Generator().manual_seed(seed)
         N, K = weight.shape
-        x = torch.randn(CHECKED_ROWS, K, generator=generator).to(dtype)
-        dy = torch.randn(CHECKED_ROWS, N, generator=generator).to(dtype)
+        x = torch.randn(CHECKED_ROWS, K, generator=generator).to(weight.device, dtype)
+        dy = torch.randn(CHECKED_ROWS, N, generator=generator).to(weight.device, dtype)
         return cls(x, dy, x.double() @ weight.T, dy.double() @ weight)
 
     def inputs(self, M: int) -> tuple[Tensor, Tensor]:
         """x [M, K] and dy [M, N]: fresh random rows, the known ones among them."""
         made = []
         for known in (self.x, self.dy):
-            rows = torch.randn(M, known.shape[1]).to(known.dtype)
+            rows = torch.randn(M, known.shape[1], device=known.device).to(known.dtype)
             rows[places(M)] = known[: len(places(M))]
             made.append(rows)
         return made[0], made[1]

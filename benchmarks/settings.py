@@ -32,6 +32,7 @@ class Settings:
     steps: int
     working_set: int
     heads: Sequence[tuple[str, int, int]] = ()
+    device: torch.device = torch.device("cpu")
     isa: str | None = None
     notes: list[str] = field(default_factory=list)
     tell: Callable[[str], None] = field(default=print)
@@ -45,13 +46,21 @@ class Settings:
     def fits(self, benchmark: str, label: str, N: int, K: int, sides: int) -> bool:
         """Announce the memory of a comparison of so many layers; False if there is less."""
         needed = shapes.layers_bytes(N, K, sides, self.working_set)
-        free = machine.memory("MemAvailable") or needed
+        free = self.free_bytes() or needed
         need = f"{benchmark} {label} needs about {needed / 1e9:.1f} GB of memory"
         if needed > free:
             self.note(f"{need}, {free / 1e9:.1f} GB are free: it was left out")
             return False
         self.tell(need)
         return True
+
+    def free_bytes(self) -> int:
+        """Memory of the device that is free, 0 where that is not known."""
+        return machine.memory("MemAvailable")
+
+    def measure(self, contenders: Sequence[Contender]) -> list[dict]:
+        """Spread, error and extra memory of each. Raises ContenderError."""
+        return [timing.summary() for timing in measure(contenders, self.seconds)]
 
     def sides(self, benchmark: str, label: str, N: int, K: int, known: Sequence[str]) -> list[str]:
         """Which of the known sides compare over a weight [N, K]; who is left out is noted."""
@@ -72,14 +81,13 @@ class Settings:
         contenders = list(contenders)
         while True:
             try:
-                timings = measure(contenders, self.seconds)
+                summaries = self.measure(contenders)
                 break
             except ContenderError as error:
                 if error.name.startswith(OURS):
                     raise
                 self.note(f"{benchmark} {case}: {error}")
                 contenders = [side for side in contenders if side.name != error.name]
-        summaries = [timing.summary() for timing in timings]
         rows = rows_of(benchmark, case, contenders, summaries, baseline, memory)
         add_rates(rows, self.ceilings)
         print("\n" + table.titled(rows), flush=True)

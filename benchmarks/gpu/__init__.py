@@ -1,5 +1,5 @@
-"""`python -m benchmarks.gpu`: the operators on a CUDA device, a file for each.
+"""`python -m benchmarks.gpu`: the benchmarks of operators and layers on a CUDA device.
 
-A benchmark is a module here with `run(session)`, and a line in `cli.BENCHMARKS`. It forms the
-contenders of a case and hands them to `session.compare`, which times them and keeps the rows.
+They are those of the CPU, with tensors on the device and times between its events; a benchmark that
+has more to say about a GPU is a module here, with the same `run(session)`.
 """

@@ -16,15 +16,18 @@ from benchmarks import installed, results, shapes, table
 from benchmarks.errors import UsageError
 from benchmarks.gpu import timing
 from benchmarks.gpu.session import Session
-from benchmarks.settings import add_rates
 
 BENCHMARKS = {
-    "codebook_quantize": "dense weights to NF4 with double quantization",
-    "codebook_dequantize": "NF4 with double quantization back to dense weights",
-    "codebook_linear": "y = x Wᵀ and dx = dy W over an NF4 weight",
+    "codebook_quantize": "benchmarks.codebook_quantize",
+    "codebook_dequantize": "benchmarks.codebook_dequantize",
+    "codebook_linear": "benchmarks.gpu.codebook_linear",
+    "lora_linear": "benchmarks.lora_linear",
+    "linear_cross_entropy": "benchmarks.linear_cross_entropy",
+    "adamw8bit": "benchmarks.adamw8bit",
 }
 SHAPES = ("llama3-8b.k", "llama3-8b.q", "llama3-8b.down", "llama3-8b.gate", "llama3-70b.down")
 ROWS = "1,2,4,8,16,32,64,128,512,2048,8192"
+HEADS = ("llama3-8b.head",)
 DTYPES = ("bfloat16", "float16", "float32")
 USAGE_ERROR, WRONG_RESULT = 2, 1
 
@@ -63,6 +66,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--rows", metavar="M,...", default=ROWS, help="rows of x (default: %(default)s)"
     )
+    made.add_argument(
+        "--heads",
+        metavar="HEAD",
+        nargs="+",
+        default=list(HEADS),
+        help="of linear_cross_entropy: names from --list, or VxH (default: %(default)s)",
+    )
     made.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of x and of dense sides")
     made.add_argument(
         "--seconds", type=float, default=1.0, help="time for each case (default: %(default)s)"
@@ -85,6 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         names = installed.chosen("benchmark", given.names or list(BENCHMARKS), BENCHMARKS)
         against = installed.chosen_peers(given.against)
         wanted = [shapes.parse(text) for text in given.shapes]
+        heads = [shapes.parse(text, shapes.HEADS) for text in given.heads]
         counts = shapes.parse_rows(given.rows)
         if given.seconds <= 0:
             raise UsageError(f"--seconds: expected a positive number; got {given.seconds:g}")
@@ -95,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         return USAGE_ERROR
     device = torch.device("cuda", torch.cuda.current_device())
     dtype = getattr(torch, given.dtype)
-    result = run(names, against, device, wanted, counts, dtype, given.seconds)
+    result = run(names, against, device, wanted, heads, counts, dtype, given.seconds)
     if given.json is not None:
         path = results.write(result, given.json, timing.slug(result["machine"]))
         print(f"\nwritten: {path}")
@@ -107,6 +118,7 @@ def run(
     against: Sequence[str],
     device: torch.device,
     wanted: Sequence[tuple[str, int, int]],
+    heads: Sequence[tuple[str, int, int]],
     rows_of_x: Sequence[int],
     dtype: torch.dtype,
     seconds: float,
@@ -118,14 +130,18 @@ def run(
     """
     torch.manual_seed(0)
     missing = {name: reason for name in against if (reason := installed.missing(name, device.type))}
+    short = {long: short for short, long in shapes.DTYPES.items()}
     session = Session(
-        device,
-        dtype,
-        wanted,
-        rows_of_x,
-        seconds,
-        [name for name in against if name not in missing],
-        timing.ceilings(device, dtype, scale),
+        against=[name for name in against if name not in missing],
+        shapes=wanted,
+        rows_of_x=rows_of_x,
+        dtypes={short[str(dtype).removeprefix("torch.")]: dtype},
+        seconds=seconds,
+        steps=0,
+        working_set=timing.working_set_bytes(device),
+        heads=heads,
+        device=device,
+        ceilings=timing.ceilings(device, dtype, scale),
     )
     result: dict = {
         "machine": timing.describe(device),
@@ -133,19 +149,18 @@ def run(
             "date": datetime.date.today().isoformat(),
             "isa": None,
             "dtype": str(dtype).removeprefix("torch."),
-            "working_set": timing.working_set_bytes(device),
+            "working_set": session.working_set,
             "seconds": seconds,
         },
         "ceilings": session.ceilings,
-        "rows": session.rows,
+        "rows": [],
         "missing": missing,
         "left_out": [],
-        "notes": [f"without {name}: {reason}" for name, reason in missing.items()],
+        "notes": session.notes,
     }
     print(table.header(result), flush=True)
-    for note in result["notes"]:
-        print("\n" + note, flush=True)
+    for name, reason in missing.items():
+        session.note(f"without {name}: {reason}")
     for name in names:
-        importlib.import_module(f"benchmarks.gpu.{name}").run(session)
-    add_rates(session.rows, session.ceilings)
+        result["rows"] += importlib.import_module(BENCHMARKS[name]).run(session)
     return result

@@ -23,14 +23,17 @@ MOST_GRAPHED_ROWS = 16  # above, a launch is hidden behind the kernel before it
 G = peers.BLOCK_SIZE
 
 
-def run(session: Session) -> None:
+def run(session: Session) -> list[dict]:
     """Two cases a shape and M."""
+    rows = []
     for label, N, K in session.shapes:
         dense = torch.randn(N, K, device=session.device) * 0.02
         for M in session.rows_of_x:
             for transposed, direction in ((False, "forward"), (True, "dX")):
                 contenders = _products(session, dense, M, transposed)
-                session.compare("codebook_linear", f"{label} M={M} {direction}", contenders, "read")
+                case = f"{label} M={M} {direction}"
+                rows += session.compare("codebook_linear", case, contenders, "torch", "read")
+    return rows
 
 
 def _products(session: Session, dense: Tensor, M: int, transposed: bool) -> list[Contender]:
@@ -49,9 +52,11 @@ def _products(session: Session, dense: Tensor, M: int, transposed: bool) -> list
     matrices = [exact.to(dtype) for _ in range(dense_copies)]
     error = functools.partial(relative_error, exact=product)
 
+    kind = str(dtype).removeprefix("torch.")
+
     def contender(name: str, call: Callable, copies: int, stored: int, path: str = "") -> Contender:
         moved = stored + streamed
-        return Contender(name, call, copies, error, session.limit, moved, flops, path)
+        return Contender(name, call, copies, error, session.limit, moved, flops, path, kind)
 
     def by_torch(i: int) -> Tensor:
         return x @ matrices[i] if transposed else F.linear(x, matrices[i])
@@ -118,5 +123,11 @@ def _bitsandbytes(
 
     error = functools.partial(relative_error, exact=product)
     return Contender(
-        "bitsandbytes", call, len(layers), error, None, nbytes(tensors) + streamed, flops
+        "bitsandbytes",
+        call,
+        len(layers),
+        error,
+        moved=nbytes(tensors) + streamed,
+        flops=flops,
+        dtype=str(x.dtype).removeprefix("torch."),
     )

@@ -1,17 +1,17 @@
-"""A run on a device: what was asked for, and the rows that it makes."""
+"""A run on a CUDA device: the settings of any run, timed by events, copies past the L2 cache."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from benchmarks import peers, table
+from benchmarks import machine, peers
 from benchmarks.gpu import timing
-from benchmarks.harness import Contender, nbytes
-from benchmarks.settings import add_rates, rows_of
+from benchmarks.harness import Contender, copies_for, nbytes
+from benchmarks.settings import Settings
 
 LIMITS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}  # of a product's error
 
@@ -19,46 +19,30 @@ Weight = tuple[Tensor, Tensor, Tensor, Tensor]  # packed, absmax, absmax_scale, 
 
 
 @dataclass
-class Session:
-    """Choices of the command line, the measured ceilings, and the rows so far.
+class Session(Settings):
+    """`dtypes` has one entry; on a CPU everything runs too, by the clock, as the tests do."""
 
-    `shapes` are (label, N, K); `against` names the peers that are here; `dtype` is that of x and
-    of what is dense.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    shapes: Sequence[tuple[str, int, int]]
-    rows_of_x: Sequence[int]
-    seconds: float
-    against: Sequence[str]
-    ceilings: dict[str, float]
-    rows: list[dict] = field(default_factory=list)
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of x and of what is dense."""
+        return next(iter(self.dtypes.values()))
 
     @property
     def limit(self) -> float:
         """The largest relative error of a product in the run's dtype."""
         return LIMITS[self.dtype]
 
-    def compare(
-        self, benchmark: str, case: str, contenders: Sequence[Contender], memory: str
-    ) -> None:
-        """Time the contenders of a case in turn, keep their rows, print them.
+    def free_bytes(self) -> int:
+        if self.device.type != "cuda":
+            return machine.memory("MemAvailable")
+        return torch.cuda.mem_get_info(self.device)[0]
 
-        Speeds are relative to the first contender; `memory` names the ceiling of the memory
-        traffic, "copy" or "read".
-        """
-        dtype = str(self.dtype).removeprefix("torch.")
-        contenders = [replace(contender, dtype=dtype) for contender in contenders]
-        summaries = timing.measure(contenders, self.seconds, self.device)
-        rows = rows_of(benchmark, case, contenders, summaries, contenders[0].name, memory)
-        add_rates(rows, self.ceilings)
-        self.rows += rows
-        print("\n" + table.titled(rows), flush=True)
+    def measure(self, contenders: Sequence[Contender]) -> list[dict]:
+        return timing.measure(contenders, self.seconds, self.device)
 
     def copies(self, size: int) -> int:
         """How many copies of inputs of `size` bytes are past the cache."""
-        return timing.copies_past_cache(size, self.device)
+        return copies_for(size, self.working_set)
 
     def quantized(self, dense: Tensor) -> tuple[list[Weight], Tensor]:
         """Copies past the cache of `dense` [N, K] in NF4 with double quantization, and what they

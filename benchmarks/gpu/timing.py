@@ -16,10 +16,9 @@ import torch
 
 from benchmarks import machine
 from benchmarks.ceilings import matmul_key
-from benchmarks.harness import Contender, Timing, poisoned
+from benchmarks.harness import Contender, Timing, poisoned, prepare
 
 WARM_UP = 10
-MOST_COPIES = 64
 
 
 def measure(contenders: Sequence[Contender], seconds: float, device: torch.device) -> list[dict]:
@@ -27,15 +26,11 @@ def measure(contenders: Sequence[Contender], seconds: float, device: torch.devic
 
     The next call is that of the contender which has had the least time so far, on the next of its
     copies. Its outputs begin as NaN where they are first compared with float64; the last are
-    compared too.
+    compared too. Raises ContenderError for the first that fails.
     """
-    errors, extras = [], []
-    for contender in contenders:
-        extras.append(_extra_memory(partial(contender.call, 0), device))
-        for i in range(WARM_UP):
-            contender.call(i % contender.copies)
-        with poisoned():
-            errors.append(contender.error(contender.call(0)))
+    prepared = [
+        prepare(contender, partial(_first_calls, device=device)) for contender in contenders
+    ]
     times: list[list[float]] = [[] for _ in contenders]
     share, pending = seconds / len(contenders), list(range(len(contenders)))
     while pending:
@@ -46,11 +41,20 @@ def measure(contenders: Sequence[Contender], seconds: float, device: torch.devic
         if sum(times[which]) >= share and len(times[which]) >= 10:
             pending.remove(which)
     timings = []
-    for contender, taken, first, extra in zip(contenders, times, errors, extras, strict=True):
+    for contender, taken, (first, extra) in zip(contenders, times, prepared, strict=True):
         both = (first, contender.error(contender.call(0)))
         worst = math.nan if any(map(math.isnan, both)) else max(both)
         timings.append(Timing(taken, worst, extra, contender.limit).summary())
     return timings
+
+
+def _first_calls(contender: Contender, device: torch.device) -> tuple[float, int | None]:
+    """The error of a call whose outputs began as NaN, and the memory of the first."""
+    extra = _extra_memory(partial(contender.call, 0), device)
+    for i in range(WARM_UP):
+        contender.call(i % contender.copies)
+    with poisoned():
+        return contender.error(contender.call(0)), extra
 
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
@@ -109,11 +113,6 @@ def ceilings(device: torch.device, dtype: torch.dtype, scale: float = 1.0) -> di
         rate = 2 * size**3 / best(partial(torch.mm, left, right)) * 1e-12
         limits[matmul_key(kind)] = rate
     return limits
-
-
-def copies_past_cache(nbytes: int, device: torch.device) -> int:
-    """How many copies of inputs of `nbytes` are four times what the L2 cache holds."""
-    return max(2, min(MOST_COPIES, -(-working_set_bytes(device) // max(nbytes, 1))))
 
 
 def working_set_bytes(device: torch.device) -> int:

@@ -13,23 +13,37 @@ from benchmarks.gpu import cli, timing
 
 def test_every_case_has_its_rows_and_is_right(capsys):
     cpu = torch.device("cpu")
-    shapes, rows_of_x = [("64x96", 64, 96)], [1, 3]
+    shapes, rows_of_x = [("64x96", 64, 96)], [3, 128]
+    heads, names = [("90x32", 90, 32)], list(cli.BENCHMARKS)
     result = cli.run(
-        list(cli.BENCHMARKS), [], cpu, shapes, rows_of_x, torch.float32, seconds=0.01, scale=1e-4
+        names, ["torch"], cpu, shapes, heads, rows_of_x, torch.float32, seconds=0.01, scale=1e-4
     )
     assert json.loads(json.dumps(result)) == result
     rows = result["rows"]
     assert not [row["wrong"] for row in rows if "wrong" in row]
-    assert {(row["benchmark"], row["case"], row["contender"]) for row in rows} == {
-        ("codebook_quantize", "64x96", "lowrank"),
-        ("codebook_dequantize", "64x96", "torch copy"),
-        ("codebook_dequantize", "64x96", "lowrank"),
-        *(
-            ("codebook_linear", f"64x96 M={M} {direction}", contender)
-            for M in (1, 3)
+    sides: dict[tuple[str, str], set[str]] = {}
+    for row in rows:
+        sides.setdefault((row["benchmark"], row["case"]), set()).add(row["contender"])
+    both, chunked = {"torch", "lowrank"}, {"torch", "torch, in chunks", "lowrank"}
+    adapted = {"torch, frozen", "lowrank"}, {"lowrank, frozen", "lowrank"}
+    assert sides == {
+        ("codebook_quantize", "64x96 from fp32"): {"lowrank"},
+        ("codebook_dequantize", "64x96 to fp32"): {"lowrank", "torch, dense copy"},
+        **{
+            ("codebook_linear", f"64x96 M={M} {direction}"): both
+            for M in rows_of_x
             for direction in ("forward", "dX")
-            for contender in ("torch", "lowrank")
-        ),
+        },
+        **{
+            ("lora_linear", f"64x96 M=128 over {base} fp32, {direction}"): names
+            for base, names in zip(("dense", "NF4"), adapted, strict=True)
+            for direction in ("forward", "forward + backward")
+        },
+        **{
+            ("linear_cross_entropy", f"90x32 fp32 T=128, {share} labelled forward + dX"): chunked
+            for share in ("all", "half")
+        },
+        ("adamw8bit", "64x96 fp32"): {"lowrank", "torch fused fp32"},
     }
     for row in rows:
         assert row["n"] >= 10 and row["moved"] > 0 and row["floor_ms"] > 0

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from benchmarks.harness import relative_error
 from benchmarks.linear_cross_entropy import InChunks, all_logits, exact_loss, loss_and_gradient
 from benchmarks.probe import CHECKED_ROWS, Probe, places
 
@@ -44,8 +45,8 @@ def test_every_side_is_asked_the_same():
 
 @pytest.mark.parametrize("loss", [all_logits, InChunks.apply])
 def test_losses_and_gradients_of_a_head(loss):
-    x, head = torch.randn(70, 16), torch.randn(90_000, 16)  # 93 rows of it are a chunk
-    labels = torch.randint(90_000, (70,))
+    x, head = torch.randn(120, 16), torch.randn(90_000, 16)  # 93 rows of it are a chunk
+    labels = torch.randint(90_000, (120,))
     labels[::3] = -100
     exact, exact_dx = exact_loss(x, head, labels)
     direct = torch.nn.functional.cross_entropy(
@@ -54,5 +55,5 @@ def test_losses_and_gradients_of_a_head(loss):
     assert float(exact) == pytest.approx(float(direct), rel=1e-12)
     value, dx = loss_and_gradient(loss, x, head, labels)
     assert float(value) == pytest.approx(float(exact), rel=1e-6)
-    torch.testing.assert_close(dx.double(), exact_dx, rtol=1e-4, atol=1e-5)
+    assert relative_error(dx, exact_dx) < 2e-6  # of the whole: one element may have cancelled
     assert (dx[::3] == 0).all()
