@@ -55,5 +55,5 @@ def test_losses_and_gradients_of_a_head(loss):
     assert float(exact) == pytest.approx(float(direct), rel=1e-12)
     value, dx = loss_and_gradient(loss, x, head, labels)
     assert float(value) == pytest.approx(float(exact), rel=1e-6)
-    assert relative_error(dx, exact_dx) < 2e-6  # of the whole: one element may have cancelled
+    assert relative_error(dx, exact_dx) < 1e-5  # float32: exp of a logsumexp near 20
     assert (dx[::3] == 0).all()
