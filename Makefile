@@ -11,7 +11,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q -c constra
 
 export LOWRANK_TEST_DATA ?= ../shared/data
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*)
-GPU_TESTS := tests/ops/test_triton_gpu.py tests/ops/test_cuda.py
+GPU_TESTS := $(wildcard tests/ops/test_triton*_gpu.py) tests/ops/test_cuda.py
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: demo smollm2 test test-slow sanitize bench gpu compile-all lint clean

@@ -62,14 +62,14 @@ def hard_logits(g: torch.Generator) -> tuple[Tensor, Tensor]:
     return z, torch.tensor([1, 4199, 7, 3, 3, 3])
 
 
-def launched(z: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Losses and the gradient of each logit, in `dtype`, from the kernel itself."""
+def launched(logits: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Losses, and each logit's gradient in `dtype` in its place, from the kernel itself."""
     from lowrank.kernels import configs
     from lowrank.kernels.softmax_cross_entropy import softmax_cross_entropy_kernel
 
-    logits, losses = z.clone(), torch.empty(len(z), device=z.device)
-    gradient, V = logits.view(dtype), z.shape[1]
-    softmax_cross_entropy_kernel[(len(z),)](
+    (M, V), gradient = logits.shape, logits.view(dtype)
+    losses = torch.empty(M, device=logits.device)
+    softmax_cross_entropy_kernel[(M,)](
         logits, labels, losses, gradient, V, gradient.stride(0), 1.0,
         GRADIENT=True, **configs.softmax_cross_entropy(V),
     )  # fmt: skip
@@ -113,7 +113,7 @@ def main(seed: int) -> None:
     z, labels = hard_logits(g)
     want = F.cross_entropy(z.double(), labels, reduction="none")
     for dtype in TOLERANCE:
-        losses, gradient = launched(z, labels, dtype)
+        losses, gradient = launched(z.clone(), labels, dtype)
         torch.testing.assert_close(losses.double(), want, rtol=1e-6, atol=1e-6, equal_nan=True)
         expected = z.double().softmax(1)
         expected[torch.arange(6), labels] -= 1
