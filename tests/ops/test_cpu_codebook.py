@@ -169,9 +169,9 @@ def test_linear_and_dx(N, K, dtype, double_quant, table_per_row):
         assert error_of_either(dx, dy, W) < EPS[dtype], M
 
 
-@pytest.mark.parametrize("M", [1, 2, 16, 33])
+@pytest.mark.parametrize("M", [1, 2, 16, 33, 130])
 def test_linear_and_dx_of_several_panels(M, threads):
-    N, K = 700, 2080  # 1.4 panels of 2^20 weights
+    N, K = 1400, 2080  # 1.4 panels of 2^21 weights
     weight = random_weight(N, K, 64, double_quant=True)
     W = dense(*weight, K, 64)
     x, dy = torch.randn(M, K), torch.randn(M, N)

@@ -9,7 +9,6 @@ from lowrank.ops import native
 
 from .matrix_units import multiplies_bfloat16
 from .panels import (
-    PANEL,
     Weight,
     bfloat16_columns,
     bfloat16_panels,
@@ -21,6 +20,7 @@ from .panels import (
 from .refusals import refuse_codebook, refuse_devices, refuse_dtype, refuse_weight
 
 _DIRECT_M = 16  # rows of x up to which decoding inside the product beats a panel and BLAS
+_WIDE_M = 128  # and up to which BLAS is faster at w xᵀ than at x wᵀ
 
 
 def codebook_quantize(weight: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -69,11 +69,15 @@ def codebook_linear(
     if multiplies_bfloat16(x.dtype):
         return _bfloat16_linear(x, weight, bias, block_size)
     rows = x.reshape(-1, K).float()  # [M, K]
-    y = empty(rows.shape[0], N)
-    # For each panel BLAS rearranges x anew: the larger x is, the fewer panels.
-    size = min(max(PANEL, 2 * rows.numel()), 4 * PANEL)
-    for n0, n1, w in panels(weight, K, block_size, size):
-        torch.mm(rows, w.T, out=y[:, n0:n1])
+    if rows.shape[0] <= _WIDE_M:
+        y_t = empty(N, rows.shape[0])
+        for n0, n1, w in panels(weight, K, block_size):
+            torch.mm(w, rows.T, out=y_t[n0:n1])
+        y = y_t.T.contiguous()
+    else:
+        y = empty(rows.shape[0], N)
+        for n0, n1, w in panels(weight, K, block_size):
+            torch.mm(rows, w.T, out=y[:, n0:n1])
     if bias is not None:
         y += bias
     return y.to(x.dtype).view(*x.shape[:-1], N)
@@ -94,7 +98,7 @@ def codebook_linear_dx(
         return _bfloat16_dx(dy, weight, K, block_size)
     rows = dy.reshape(-1, packed.shape[0]).float()  # [M, N]
     dx = empty(rows.shape[0], K)
-    for n0, n1, w in panels(weight, K, block_size, PANEL):
+    for n0, n1, w in panels(weight, K, block_size):
         dx.addmm_(rows[:, n0:n1], w, beta=0 if n0 == 0 else 1)
     return dx.to(dy.dtype).view(*dy.shape[:-1], K)
 

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from lowrank.ops import native
 
-PANEL = 1 << 20  # weights decoded at once: 4 MB of float32
+# Weights decoded at once, 8 MB of float32: smaller panels are nearer in the caches, but BLAS
+# rearranges x anew for each.
+_PANEL = 1 << 21
 # Rows or columns of a bfloat16 panel: of 512 and fewer, oneDNN takes up to twice as long.
 _BFLOAT16_WIDTH = 1024
 
@@ -19,10 +21,9 @@ _thread = threading.local()
 Weight = tuple[Tensor, Tensor, Tensor | None, Tensor]  # packed, absmax, absmax_scale, codebook
 
 
-def panels(weight: Weight, K: int, block_size: int, size: int) -> Iterator[tuple[int, int, Tensor]]:
-    """(n0, n1, w [n1 - n0, K] float32) over all rows, `size` weights at once, in one scratch."""
-    N = weight[0].shape[0]
-    for n0, n1 in _parts(N, max(1, size // K)):
+def panels(weight: Weight, K: int, block_size: int) -> Iterator[tuple[int, int, Tensor]]:
+    """(n0, n1, w [n1 - n0, K] float32) over all rows."""
+    for n0, n1 in _parts(weight[0].shape[0], max(1, _PANEL // K)):
         w = scratch(n1 - n0, K)
         dequantize_rows(weight, K, block_size, n0, n1, w)
         yield n0, n1, w
@@ -55,7 +56,7 @@ def dense_panels(weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
     if weight.dtype == torch.float32:
         yield 0, V, weight
         return
-    for v0, v1 in _parts(V, max(1, PANEL // max(1, H))):
+    for v0, v1 in _parts(V, max(1, _PANEL // max(1, H))):
         yield v0, v1, scratch(v1 - v0, H).copy_(weight[v0:v1])
 
 
@@ -69,7 +70,7 @@ def dequantize_rows(weight: Weight, K: int, block_size: int, n0: int, n1: int, o
 
 
 def scratch(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """This thread's scratch, at most 16 MB but for longer rows, kept from call to call.
+    """This thread's scratch, 8 MB where rows are not very long, kept from call to call.
 
     A forward keeps its outputs, so fresh memory would lie elsewhere in every layer, and be cold.
     """
