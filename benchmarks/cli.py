@@ -12,7 +12,7 @@ from benchmarks.installed import LINEAR_SIDES, PEERS, chosen, chosen_peers, miss
 
 BENCHMARKS = {
     "codebook_quantize": "dense float32 weights to NF4 with double quantization",
-    "codebook_dequantize": "NF4 with double quantization back to float32 and bfloat16",
+    "codebook_dequantize": "NF4 with double quantization back to dense weights",
     "codebook_linear": "forward, and forward with dX, of a linear layer over an NF4 weight",
     "lora_linear": "a linear layer with a LoRA adapter, beside the same one frozen and bare",
     "linear_cross_entropy": "a language model's head and its loss, forward and dX",

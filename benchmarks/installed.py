@@ -31,7 +31,7 @@ _MODULES = {"liger": "liger_kernel"}
 _ONLY_CUDA = ("unsloth", "liger")
 _INSTALL = {
     "bitsandbytes": "pip install 'bitsandbytes>=0.50.2'",
-    "torchao": "pip install --no-deps torchao==0.18.0",
+    "torchao": "pip install torchao",
     "peft": "pip install peft",
     "unsloth": "pip install unsloth",
     "liger": "pip install --no-deps liger-kernel",

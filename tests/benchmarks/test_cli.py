@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import pytest
 
 from benchmarks import shapes
 from benchmarks.cli import BENCHMARKS, EXAMPLES, main, parser
+from benchmarks.gpu import cli as gpu
+from benchmarks.installed import PEERS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,10 +49,27 @@ def test_every_example_of_the_help_parses():
         assert all(name in BENCHMARKS for name in given.names)
 
 
+def test_every_command_of_the_documentation_parses():
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    commands = re.findall(r"python -m benchmarks(\.gpu)?((?: [^`#\n]*)?)[`#\n]", text)
+    assert len(commands) >= 15
+    for module, arguments in commands:
+        parse, known = (gpu.parser, gpu.BENCHMARKS) if module else (parser, BENCHMARKS)
+        given = parse().parse_args(shlex.split(arguments))
+        assert all(name in known for name in given.names)
+
+
+def test_every_benchmark_and_peer_is_documented():
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert all(f"| `{name}` |" in text for name in BENCHMARKS)
+    assert all(f"`{name}`" in text for name in PEERS)
+
+
 def test_list_shows_benchmarks_and_shapes(capsys):
     assert main(["--list"]) == 0
     text = capsys.readouterr().out
-    assert all(name in text for name in (*BENCHMARKS, *shapes.SHAPES))
+    assert all(name in text for name in (*BENCHMARKS, *shapes.SHAPES, *shapes.HEADS, *PEERS))
+    assert re.search(r"llama3-70b.down +8192x28672 +\d+ GB", text)
 
 
 @pytest.mark.parametrize(
