@@ -9,47 +9,45 @@
 
 namespace {
 
-constexpr int QUADS = 16;             // counters at once: the compiler makes vectors of them
-constexpr int SPAN = 4 * QUADS;       // elements of a row at once
+constexpr int SPAN = 64;                        // elements of a row at once
+constexpr int CHAINS = 2;                       // vectors of counters at once, to hide latency
 constexpr int64_t WORTH_ROW_THREADS = 1 << 14;  // elements; below, waking threads costs more
 
-// The words of counters q, ..., q + QUADS - 1, each counter's four beside one another.
+// The 4 * CHAINS * W / 2 words of the counters from q on, each counter's four beside one another.
 inline void random_words(uint64_t q, uint64_t seed, uint32_t* words) {
-  uint32_t c0[QUADS], c1[QUADS], c2[QUADS], c3[QUADS];
-  const uint32_t low = uint32_t(q), high = uint32_t(q >> 32);
-  for (uint32_t i = 0; i < QUADS; ++i) {
-    c0[i] = low + i;
-    c1[i] = high + (low + i < low);
-    c2[i] = c3[i] = 0;
+  constexpr int COUNTERS = W / 2;  // of a vector
+  Wide c0[CHAINS], c1[CHAINS], c2[CHAINS], c3[CHAINS];
+  for (int i = 0; i < CHAINS; ++i) {
+    c0[i] = ascending(q + uint64_t(i * COUNTERS));
+    c1[i] = upper_half(c0[i]);
+    c2[i] = c3[i] = wide(0);
   }
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
   for (int round = 0; round < 7; ++round) {
-    for (int i = 0; i < QUADS; ++i) {
-      const uint64_t even = uint64_t(c0[i]) * 0xD2511F53u, odd = uint64_t(c2[i]) * 0xCD9E8D57u;
-      c0[i] = uint32_t(odd >> 32) ^ c1[i] ^ k0;
-      c2[i] = uint32_t(even >> 32) ^ c3[i] ^ k1;
-      c1[i] = uint32_t(odd);
-      c3[i] = uint32_t(even);
+    for (int i = 0; i < CHAINS; ++i) {  // what is in the upper halves, no product ever sees
+      const Wide even = product(c0[i], 0xD2511F53u), odd = product(c2[i], 0xCD9E8D57u);
+      c0[i] = exclusive_or(exclusive_or(upper_half(odd), c1[i]), wide(k0));
+      c2[i] = exclusive_or(exclusive_or(upper_half(even), c3[i]), wide(k1));
+      c1[i] = odd;
+      c3[i] = even;
     }
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  for (int i = 0; i < QUADS; ++i) {
-    words[4 * i] = c0[i];
-    words[4 * i + 1] = c1[i];
-    words[4 * i + 2] = c2[i];
-    words[4 * i + 3] = c3[i];
-  }
+  for (int i = 0; i < CHAINS; ++i) store_words(words + 4 * COUNTERS * i, c0[i], c1[i], c2[i], c3[i]);
 }
 
-// Row m from element k on, `count` <= SPAN of them: v / (1 - p) where kept, else 0.
+// SPAN elements of row m from k on: v / (1 - p) where kept, else 0.
 inline void drop_out(const lowrank_dropout* dropout, int64_t m, int64_t k, int64_t K, float* v) {
+  constexpr int STEP = 2 * CHAINS * W;
   uint32_t words[SPAN];
-  random_words(uint64_t(m) * uint64_t((K + 3) / 4) + uint64_t(k / 4), uint64_t(dropout->seed),
-               words);
-  const uint32_t threshold = dropout->threshold;
-  const float inverse = dropout->inverse;
-  for (int i = 0; i < SPAN; ++i) v[i] = words[i] >= threshold ? v[i] * inverse : 0.0f;
+  const uint64_t q = uint64_t(m) * uint64_t((K + 3) / 4) + uint64_t(k / 4);
+  for (int i = 0; i < SPAN; i += STEP)
+    random_words(q + uint64_t(i / 4), uint64_t(dropout->seed), words + i);
+  for (int i = 0; i < SPAN; i += W) {
+    const Vec scaled = mul(load(v + i), set1(dropout->inverse));
+    store(v + i, where_at_least(words + i, dropout->threshold, scaled));
+  }
 }
 
 inline int64_t row_of(const lowrank_rows& rows, int64_t i) {

@@ -265,6 +265,32 @@ inline void store_codes(uint8_t* to, __m256i codes) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(words, words));
 }
 
+// Lanes of 64 bits of which products take the lower halves; store_words stores those of four
+// vectors, lane by lane.
+using Wide = __m256i;
+inline Wide ascending(uint64_t q) {
+  return _mm256_add_epi64(_mm256_set1_epi64x(int64_t(q)), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+inline Wide wide(uint32_t v) { return _mm256_set1_epi64x(v); }
+inline Wide product(Wide a, uint32_t b) { return _mm256_mul_epu32(a, wide(b)); }
+inline Wide upper_half(Wide a) { return _mm256_srli_epi64(a, 32); }
+inline Wide exclusive_or(Wide a, Wide b) { return _mm256_xor_si256(a, b); }
+inline void store_words(uint32_t* to, Wide c0, Wide c1, Wide c2, Wide c3) {
+  const __m256i first = _mm256_blend_epi32(c0, _mm256_slli_epi64(c1, 32), 0xAA);
+  const __m256i second = _mm256_blend_epi32(c2, _mm256_slli_epi64(c3, 32), 0xAA);
+  const __m256i even = _mm256_unpacklo_epi64(first, second);
+  const __m256i odd = _mm256_unpackhi_epi64(first, second);
+  __m256i* at = reinterpret_cast<__m256i*>(to);
+  _mm256_storeu_si256(at, _mm256_permute2x128_si256(even, odd, 0x20));
+  _mm256_storeu_si256(at + 1, _mm256_permute2x128_si256(even, odd, 0x31));
+}
+// v where the word is at least `least`, else 0.
+inline Vec where_at_least(const uint32_t* words, uint32_t least, Vec v) {
+  const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
+  const __m256i largest = _mm256_max_epu32(w, _mm256_set1_epi32(int32_t(least)));
+  return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(w, largest)));
+}
+
 // 32 scaled weights -> 16 packed bytes: four steps down the tree of midpoints, then the nibbles.
 struct Encoder {
   Vec level[4];

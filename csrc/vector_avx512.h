@@ -200,6 +200,30 @@ inline void store_codes(uint8_t* to, __m512i codes) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(codes));
 }
 
+// Lanes of 64 bits of which products take the lower halves; store_words stores those of four
+// vectors, lane by lane.
+using Wide = __m512i;
+inline Wide ascending(uint64_t q) {
+  return _mm512_add_epi64(_mm512_set1_epi64(int64_t(q)), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline Wide wide(uint32_t v) { return _mm512_set1_epi64(v); }
+inline Wide product(Wide a, uint32_t b) { return _mm512_mul_epu32(a, wide(b)); }
+inline Wide upper_half(Wide a) { return _mm512_srli_epi64(a, 32); }
+inline Wide exclusive_or(Wide a, Wide b) { return _mm512_xor_si512(a, b); }
+inline void store_words(uint32_t* to, Wide c0, Wide c1, Wide c2, Wide c3) {
+  const __m512i first = _mm512_mask_blend_epi32(0xAAAA, c0, _mm512_slli_epi64(c1, 32));
+  const __m512i second = _mm512_mask_blend_epi32(0xAAAA, c2, _mm512_slli_epi64(c3, 32));
+  const __m512i low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+  const __m512i high = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+  _mm512_storeu_si512(to, _mm512_permutex2var_epi64(first, low, second));
+  _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi64(first, high, second));
+}
+// v where the word is at least `least`, else 0.
+inline Vec where_at_least(const uint32_t* words, uint32_t least, Vec v) {
+  const __m512i bound = _mm512_set1_epi32(int32_t(least));
+  return _mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(_mm512_loadu_si512(words), bound), v);
+}
+
 // 32 scaled weights -> 16 packed bytes: four steps down the tree of midpoints, then the nibbles.
 struct Encoder {
   __m512 level[4];

@@ -169,6 +169,27 @@ inline void decode32(const uint8_t* packed, const BlockTable16& table, T* out) {
   }
 }
 
+// Lanes of 64 bits of which products take the lower halves; store_words stores those of four
+// vectors, lane by lane.
+typedef uint64_t Wide __attribute__((vector_size(16)));
+inline Wide ascending(uint64_t q) { return Wide{q, q + 1}; }
+inline Wide wide(uint32_t v) { return Wide{v, v}; }
+inline Wide product(Wide a, uint32_t b) { return (a & 0xFFFFFFFF) * wide(b); }
+inline Wide upper_half(Wide a) { return a >> 32; }
+inline Wide exclusive_or(Wide a, Wide b) { return a ^ b; }
+inline void store_words(uint32_t* to, Wide c0, Wide c1, Wide c2, Wide c3) {
+  for (int i = 0; i < 2; ++i) {
+    const Wide lanes[4] = {c0, c1, c2, c3};
+    for (int j = 0; j < 4; ++j) to[4 * i + j] = uint32_t(lanes[j][i]);
+  }
+}
+// v where the word is at least `least`, else 0.
+inline Vec where_at_least(const uint32_t* words, uint32_t least, Vec v) {
+  const Bits kept = {-(words[0] >= least), -(words[1] >= least), -(words[2] >= least),
+                     -(words[3] >= least)};
+  return reinterpret_cast<Vec>(kept & reinterpret_cast<Bits>(v));
+}
+
 // 32 scaled weights -> 16 packed bytes: four steps down the tree of midpoints, then the nibbles.
 struct Encoder {
   const Levels& levels;

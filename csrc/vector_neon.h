@@ -215,6 +215,23 @@ inline void store_codes(uint8_t* to, int32x4_t codes) {
   for (int i = 0; i < W; ++i) to[i] = uint8_t(codes[i]);
 }
 
+// Lanes of 64 bits of which products take the lower halves; store_words stores those of four
+// vectors, lane by lane.
+using Wide = uint64x2_t;
+inline Wide ascending(uint64_t q) { return Wide{q, q + 1}; }
+inline Wide wide(uint32_t v) { return vdupq_n_u64(v); }
+inline Wide product(Wide a, uint32_t b) { return vmull_n_u32(vmovn_u64(a), b); }
+inline Wide upper_half(Wide a) { return vshrq_n_u64(a, 32); }
+inline Wide exclusive_or(Wide a, Wide b) { return veorq_u64(a, b); }
+inline void store_words(uint32_t* to, Wide c0, Wide c1, Wide c2, Wide c3) {
+  vst4_u32(to, (uint32x2x4_t{{vmovn_u64(c0), vmovn_u64(c1), vmovn_u64(c2), vmovn_u64(c3)}}));
+}
+// v where the word is at least `least`, else 0.
+inline Vec where_at_least(const uint32_t* words, uint32_t least, Vec v) {
+  const uint32x4_t kept = vcgeq_u32(vld1q_u32(words), vdupq_n_u32(least));
+  return vreinterpretq_f32_u32(vandq_u32(kept, vreinterpretq_u32_f32(v)));
+}
+
 // 32 scaled weights -> 16 packed bytes: four steps down the tree of midpoints, then the nibbles.
 struct Encoder {
   uint8x16x2_t level[4];
