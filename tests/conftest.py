@@ -58,6 +58,15 @@ def smollm2() -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The weights of all-MiniLM-L6-v2, true float32, which `make minilm` gets."""
+    path = Path(os.environ.get("LOWRANK_MINILM", ROOT / ".cache" / "all-MiniLM-L6-v2.safetensors"))
+    if not path.is_file():
+        pytest.skip(f"no MiniLM in {path}: run `make minilm` or set LOWRANK_MINILM")
+    return path
+
+
 @pytest.fixture(autouse=True)
 def seed(request) -> int:
     """Seeds torch and random; LOWRANK_TEST_SEED repeats a run, and a failing test reports it."""
