@@ -53,6 +53,22 @@ def test_the_interpreter_still_needs_what_works_around_it():
     assert interpreted("bfloat16") == "dot: wrong\ncast: wrong\n"
 
 
+@pytest.mark.parametrize("op", ["codebook_linear", "adamw8bit_step", "linear_cross_entropy"])
+def test_explain_names_triton_for_all_of_a_training_step(op):
+    from lowrank import ops
+
+    assert "triton: has no" not in ops.explain(op) and "\n  triton: " in ops.explain(op)
+
+
+def test_refuses_what_is_not_on_one_gpu():
+    from lowrank.ops import triton as backend
+
+    p = torch.zeros(1)
+    lists = [[tensor] for tensor in (p, p, p, p, p, p)]
+    assert "on cpu" in backend.refuse("adamw8bit_step", *lists, 1e-3, 0.9, 0.999, 1e-8, 0.0, 1)
+    assert "on cpu" in backend.refuse("linear_cross_entropy", p[None], p[None], p.long(), True)
+
+
 def test_refuses_a_cpu_tensor_with_a_reason():
     from lowrank.ops import triton as backend
 
