@@ -20,10 +20,13 @@ def check_weight(
     K: int,
     block_size: int,
 ) -> None:
+    check_tensors(packed=packed, absmax=absmax, codebook=codebook)
     check_block_size(block_size)
-    if packed.dim() != 2 or packed.shape[1] != (K + 31) // 32 * 16:
+    check_int("K", K)
+    if packed.dim() != 2 or packed.shape[1] != (K + 31) // 32 * 16 or 0 in (K, packed.shape[0]):
         raise ShapeError(
-            f"packed: expected [N, {(K + 31) // 32 * 16}] for K={K}; got {shape_of(packed)}"
+            f"packed: expected [N, {(K + 31) // 32 * 16}] with N, K >= 1, for K={K}; "
+            f"got {shape_of(packed)}"
         )
     N, blocks, device = packed.shape[0], -(-K // block_size), packed.device
     if absmax.shape != (N, blocks):
@@ -38,6 +41,7 @@ def check_weight(
                 f"absmax: expected float32, or uint8 with absmax_scale; got {absmax.dtype} alone"
             )
     else:
+        check_tensors(absmax_scale=absmax_scale)
         if absmax_scale.shape != (N, 2):
             raise ShapeError(f"absmax_scale: expected [N={N}, 2]; got {shape_of(absmax_scale)}")
         check_dtype("absmax", absmax, (torch.uint8,))
@@ -62,6 +66,28 @@ def check_activation(name: str, x: Tensor, packed: Tensor) -> None:
     check_device(name, x, packed.device)
 
 
+def check_tensors(**tensors: Tensor) -> None:
+    """Every one is a tensor of rows and columns in memory: not None, a list, sparse or nested."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise DtypeError(f"{name}: expected a tensor; got {type(tensor).__name__}")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            kind = "nested" if tensor.is_nested else tensor.layout
+            raise DtypeError(
+                f"{name}: expected a dense tensor; got a {kind} one; use .to_dense()"
+            )
+
+
+def check_int(name: str, value: int, least: int = 0) -> None:
+    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name}: expected a whole number >= {least}; got {value_of(value)}")
+
+
+def check_number(name: str, value: float) -> None:
+    if not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
+        raise ConfigError(f"{name}: expected a number; got {value_of(value)}")
+
+
 def check_constant(name: str, tensor: Tensor) -> None:
     if tensor.requires_grad:
         raise ConfigError(
@@ -82,14 +108,20 @@ def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
 
 
 def check_block_size(block_size: int) -> None:
-    if block_size not in BLOCK_SIZES:
+    if not isinstance(block_size, int | torch.SymInt) or block_size not in BLOCK_SIZES:
         raise ConfigError(
-            f"block_size: expected a power of two from 32 to 4096; got {block_size!r}"
+            f"block_size: expected a power of two from 32 to 4096; got {value_of(block_size)}"
         )
 
 
 def names_of(dtypes: tuple[torch.dtype, ...]) -> str:
     return " or ".join(str(d) for d in dtypes)
+
+
+def value_of(value: object) -> str:
+    """What was given where a number was asked for, in one line."""
+    plain = isinstance(value, int | float | str | torch.dtype) or value is None
+    return repr(value) if plain else f"a {type(value).__name__}"
 
 
 def shape_of(tensor: Tensor) -> str:

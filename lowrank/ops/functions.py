@@ -22,9 +22,13 @@ from .checks import (
     check_codebook,
     check_device,
     check_dtype,
+    check_int,
+    check_number,
+    check_tensors,
     check_weight,
     names_of,
     shape_of,
+    value_of,
 )
 
 
@@ -35,6 +39,7 @@ def codebook_quantize(
 
     NaN or inf in a block makes its absmax NaN or inf: `quant` refuses such a weight.
     """
+    check_tensors(weight=weight, codebook=codebook)
     if weight.dim() != 2 or weight.numel() == 0:
         raise ShapeError(f"weight: expected [N, K] with N, K >= 1; got {shape_of(weight)}")
     check_dtype("weight", weight, WEIGHTS)
@@ -53,8 +58,8 @@ def codebook_dequantize(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The weight [N, K] in `dtype`: one float32 product, rounded once."""
-    if dtype not in ACTIVATIONS:
-        raise DtypeError(f"dtype: expected {names_of(ACTIVATIONS)}; got {dtype}")
+    if not isinstance(dtype, torch.dtype) or dtype not in ACTIVATIONS:
+        raise DtypeError(f"dtype: expected {names_of(ACTIVATIONS)}; got {value_of(dtype)}")
     check_weight(packed, absmax, absmax_scale, codebook, K, block_size)
     return torch.ops.lowrank.codebook_dequantize(
         packed, absmax, absmax_scale, codebook, K, block_size, dtype
@@ -74,11 +79,13 @@ def codebook_linear(
 
     Differentiable, twice too, in x and bias; `bias` [N] has the dtype of x.
     """
+    check_tensors(x=x)
     if x.dim() == 0:
         raise ShapeError("x: expected [..., K]; got a scalar")
     check_weight(packed, absmax, absmax_scale, codebook, x.shape[-1], block_size)
     check_activation("x", x, packed)
     if bias is not None:
+        check_tensors(bias=bias)
         if bias.shape != packed.shape[:1]:
             raise ShapeError(f"bias: expected [N={packed.shape[0]}]; got {shape_of(bias)}")
         if bias.dtype != x.dtype:
@@ -101,6 +108,7 @@ def codebook_linear_dx(
     block_size: int = 64,
 ) -> Tensor:
     """dx = dy W: [..., N] -> [..., K] in the dtype of dy, accumulated in float32."""
+    check_tensors(dy=dy)
     check_weight(packed, absmax, absmax_scale, codebook, K, block_size)
     if dy.dim() == 0 or dy.shape[-1] != packed.shape[0]:
         raise ShapeError(f"dy: expected [..., N={packed.shape[0]}]; got {shape_of(dy)}")
@@ -116,9 +124,11 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     x [..., H], frozen weight [V, H], labels int64 [...] with -100 where nothing is to be predicted.
     Returns a float32 scalar, differentiable once in x; the gradient is formed in the forward.
     """
-    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+    check_tensors(x=x, weight=weight, labels=labels)
+    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1] or 0 in weight.shape:
         raise ShapeError(
-            f"x, weight: expected [..., H] and [V, H]; got {shape_of(x)} and {shape_of(weight)}"
+            "x, weight: expected [..., H] and [V, H] with V, H >= 1; "
+            f"got {shape_of(x)} and {shape_of(weight)}"
         )
     if labels.shape != x.shape[:-1]:
         raise ShapeError(
@@ -162,7 +172,11 @@ def adamw8bit_step(
     block of the state not finite too. The parameters move in float32 whatever their dtype.
     """
     lists = {"grads": grads, "m": m, "m_scale": m_scale, "v": v, "v_scale": v_scale}
-    for name, tensors in lists.items():
+    for name, tensors in {"params": params, **lists}.items():
+        if not isinstance(tensors, list | tuple):
+            raise ConfigError(f"{name}: expected a list of tensors; got {value_of(tensors)}")
+        for i, tensor in enumerate(tensors):
+            check_tensors(**{f"{name}[{i}]": tensor})
         if len(tensors) != len(params):
             raise ShapeError(
                 f"{name}: expected {len(params)} tensors, one a parameter; got {len(tensors)}"
@@ -185,11 +199,15 @@ def adamw8bit_step(
                 )
             check_dtype(f"{name}[{i}]", tensor, (dtype,))
             check_device(f"{name}[{i}]", tensor, p.device)
+    numbers = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+    for name, number in numbers.items():
+        check_number(name, number)
     if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and 0 <= beta1 < 1 and 0 <= beta2 < 1):
         raise ConfigError(
             "lr, eps, weight_decay, betas: expected >= 0, and betas below 1; "
             f"got {lr}, {eps}, {weight_decay}, {(beta1, beta2)}"
         )
+    check_int("step", step)
     if step < 1:
         raise ConfigError(f"step: expected 1 for the first step, then 2, ...; got {step}")
     with torch.no_grad():
@@ -201,6 +219,8 @@ def adamw8bit_step(
 
 def adamw8bit_state(p: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(m, m_scale, v, v_scale) of a parameter before its first step: all of it stands for zero."""
+    check_tensors(p=p)
+    check_dtype("p", p, WEIGHTS)
     m, v = (
         torch.full(p.shape, code_of_zero, dtype=torch.uint8, device=p.device)
         for code_of_zero in (ZERO_OF_M, ZERO_OF_V)

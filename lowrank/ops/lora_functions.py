@@ -17,9 +17,13 @@ from .checks import (
     check_constant,
     check_device,
     check_dtype,
+    check_int,
+    check_number,
+    check_tensors,
     check_weight,
     names_of,
     shape_of,
+    value_of,
 )
 
 Groups = tuple[Tensor, Tensor]  # order, offsets: as group_rows makes them
@@ -49,6 +53,7 @@ def lora_linear(
     device of x, None iff p = 0; the same seed makes the same mask.
     Differentiable once in x, bias, A and B; x is kept for the backward only if A is trained.
     """
+    check_tensors(x=x, A=A, B=B)
     if x.dim() == 0:
         raise ShapeError("x: expected [..., K]; got a scalar")
     check_dtype("x", x, ACTIVATIONS)
@@ -57,12 +62,14 @@ def lora_linear(
         raise ShapeError(f"x: expected [..., K={K}], as A has it; got {shape_of(x)}")
     _check_base(x, weight, absmax, absmax_scale, codebook, block_size, N, K)
     if bias is not None:
+        check_tensors(bias=bias)
         if weight is None:
             raise ConfigError("bias: expected None without a weight; got one; add it to the base")
         if bias.shape != (N,):
             raise ShapeError(f"bias: expected [N={N}]; got {shape_of(bias)}")
         check_dtype("bias", bias, (x.dtype,))
         check_device("bias", bias, x.device)
+    check_number("scale", scale)
     order, offsets = _check_groups(groups, A.shape[0], M, x.device)
     _check_dropout(p, seed, x.device)
     return torch.ops.lowrank.lora_linear(
@@ -92,14 +99,14 @@ def lora_linear_backward(
 
     x [..., K] is looked at for dA alone and h [M, R], the operator's second result, for dB alone.
     """
+    check_tensors(dy=dy, x=x, h=h, A=A, B=B)
     check_dtype("dy", dy, ACTIVATIONS)
     N, K = _check_adapters(A, B, dy)
     if dy.dim() == 0 or dy.shape[-1] != N:
         raise ShapeError(f"dy: expected [..., N={N}]; got {shape_of(dy)}")
     M = dy.shape[:-1].numel()
-    needs = [bool(need) for need in needs]
-    if len(needs) != 3:
-        raise ConfigError(f"needs: expected three, for dx, dA and dB; got {len(needs)}")
+    if not isinstance(needs, list | tuple) or [type(need) for need in needs] != [bool] * 3:
+        raise ConfigError(f"needs: expected three booleans, for dx, dA and dB; got {needs!r:.80}")
     if needs[1] and x.shape != (*dy.shape[:-1], K):
         raise ShapeError(f"x: expected {[*dy.shape[:-1], K]}, as dy has it; got {shape_of(x)}")
     if needs[2] and h.shape != (M, A.shape[1]):
@@ -110,11 +117,12 @@ def lora_linear_backward(
             check_dtype(name, tensor, (dtype,))
         check_device(name, tensor, dy.device)
     _check_base(dy, weight, absmax, absmax_scale, codebook, block_size, N, K)
+    check_number("scale", scale)
     order, offsets = _check_groups(groups, A.shape[0], M, dy.device)
     _check_dropout(p, seed, dy.device)
     return torch.ops.lowrank.lora_linear_backward(
         dy, x, h, weight, absmax, absmax_scale, codebook, block_size, A, B, scale, order, offsets,
-        p, seed, needs,
+        p, seed, list(needs),
     )  # fmt: skip
 
 
@@ -125,11 +133,11 @@ def group_rows(adapter_ids: Tensor, E: int) -> Groups:
     adapter's begin. Nothing waits for the device: only on a CPU is a number that is no adapter's
     an error, elsewhere its row has none.
     """
+    check_tensors(adapter_ids=adapter_ids)
+    check_int("E", E, least=1)
     if adapter_ids.dim() != 1:
         raise ShapeError(f"adapter_ids: expected [M]; got {shape_of(adapter_ids)}")
     check_dtype("adapter_ids", adapter_ids, (torch.int64, torch.int32))
-    if E < 1:
-        raise ConfigError(f"E: expected at least one adapter; got {E}")
     wrong = (adapter_ids < -1) | (adapter_ids >= E)
     if adapter_ids.device.type == "cpu" and not torch.compiler.is_compiling() and wrong.any():
         raise DataError(
@@ -167,16 +175,19 @@ def _check_base(
     K: int,
 ) -> None:
     """What is multiplied beside the branch; `x` is x, or dy of its dtype."""
+    check_int("block_size", block_size)
     if weight is None or codebook is None or absmax is None:
         given = {"absmax": absmax, "absmax_scale": absmax_scale, "codebook": codebook}
         for name, tensor in given.items():
             if tensor is not None:
+                check_tensors(**{name: tensor})
                 raise ConfigError(
                     f"{name}: expected None without packed codes and all that belongs to them; "
                     f"got a tensor of {shape_of(tensor)}"
                 )
     if weight is None:
         return
+    check_tensors(weight=weight)
     if codebook is not None and absmax is not None:
         check_weight(weight, absmax, absmax_scale, codebook, K, block_size)
         if weight.shape[0] != N:
@@ -196,15 +207,20 @@ def _check_groups(
         if E != 1:
             raise ConfigError(f"groups: expected them for E={E} adapters; got None; see group_rows")
         return None, None
-    for name, tensor, length in zip(("order", "offsets"), groups, (M, E + 1), strict=True):
+    if not isinstance(groups, list | tuple) or len(groups) != 2:
+        raise ConfigError(f"groups: expected (order, offsets); got {value_of(groups)}")
+    order, offsets = groups
+    check_tensors(order=order, offsets=offsets)
+    for name, tensor, length in (("order", order, M), ("offsets", offsets, E + 1)):
         if tensor.shape != (length,):
             raise ShapeError(f"{name}: expected [{length}]; got {shape_of(tensor)}")
         check_dtype(name, tensor, (torch.int32,))
         check_device(name, tensor, device)
-    return groups
+    return order, offsets
 
 
 def _check_dropout(p: float, seed: Tensor | None, device: torch.device) -> None:
+    check_number("p", p)
     if not 0 <= p < 1:
         raise ConfigError(f"p: expected a probability in [0, 1); got {p}")
     if (seed is None) != (p == 0):
@@ -213,6 +229,7 @@ def _check_dropout(p: float, seed: Tensor | None, device: torch.device) -> None:
             f"got {'None' if seed is None else 'a tensor'}"
         )
     if seed is not None:
+        check_tensors(seed=seed)
         if seed.dim() != 0:
             raise ShapeError(f"seed: expected a scalar; got {shape_of(seed)}")
         check_dtype("seed", seed, (torch.int64,))

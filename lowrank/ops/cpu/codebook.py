@@ -168,8 +168,8 @@ def _refuse_linear(x, packed, absmax, absmax_scale, codebook, bias, block_size) 
     weight = (packed, absmax, absmax_scale, codebook)
     if x.dim() == 0:
         return "x is not [..., K]"
-    if bias is not None and (bias.shape != packed.shape[:1] or bias.device.type != "cpu"):
-        return "the bias is not [N] on the CPU"
+    if bias is not None and (bias.shape != packed.shape[:1] or refuse_devices(bias)):
+        return "the bias is not [N] on the CPU, or not aligned to its elements"
     return (
         refuse_dtype(x.dtype) or refuse_devices(x) or refuse_weight(weight, x.shape[-1], block_size)
     )
