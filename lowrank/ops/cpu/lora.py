@@ -109,7 +109,8 @@ def lora_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx [..., K], dA, dB; with g = scale * dy B[e], each panel of dy serves g and dB at once."""
     (E, N, R), K = B.shape, A.shape[2]
-    dropout, rows_of_dy, rows_of_x = _dropout(p, seed), _matrix(dy, N), _matrix(x, K)
+    dropout, rows_of_dy = _dropout(p, seed), _matrix(dy, N)
+    rows_of_x = _matrix(x, K) if needs[1] else x
     M = rows_of_dy.shape[0]
     wide_A, wide_B = A.float(), B.float()
     dA = torch.zeros((E, R, K) if needs[1] else (0,), dtype=torch.float32, device="cpu")

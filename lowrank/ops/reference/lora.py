@@ -80,7 +80,8 @@ def lora_linear_backward(
     operands are not looked at: x serves dA only, h dB only, the weight dx only.
     """
     N, K, dtype = B.shape[1], A.shape[2], compute_dtype(dy)
-    rows_of_dy, rows_of_x = dy.reshape(-1, N).to(dtype), x.reshape(-1, K)  # [M, N], [M, K]
+    rows_of_dy = dy.reshape(-1, N).to(dtype)  # [M, N]
+    rows_of_x = x.reshape(-1, K) if needs[1] else x  # [M, K]
     M = rows_of_dy.shape[0]
     dx = rows_of_dy.new_zeros((M, K) if needs[0] else 0)
     dA = rows_of_dy.new_zeros(A.shape if needs[1] else 0)
