@@ -73,9 +73,7 @@ def check_tensors(**tensors: Tensor) -> None:
             raise DtypeError(f"{name}: expected a tensor; got {type(tensor).__name__}")
         if tensor.layout != torch.strided or tensor.is_nested:
             kind = "nested" if tensor.is_nested else tensor.layout
-            raise DtypeError(
-                f"{name}: expected a dense tensor; got a {kind} one; use .to_dense()"
-            )
+            raise DtypeError(f"{name}: expected a dense tensor; got a {kind} one; use .to_dense()")
 
 
 def check_int(name: str, value: int, least: int = 0) -> None:

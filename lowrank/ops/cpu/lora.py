@@ -142,7 +142,7 @@ def _rows_of_adapters(
 ) -> Iterator[tuple[int, _Rows]]:
     """(adapter, rows), as many at once as are a panel of this width."""
     height = max(1, _PANEL // width)
-    bounds = adapter_bounds(offsets, M)
+    bounds = adapter_bounds(order, offsets, M)
     for e, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
         among = order
         if order is not None and last > first:

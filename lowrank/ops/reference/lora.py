@@ -103,9 +103,14 @@ def lora_linear_backward(
     return dx, dA.to(A.dtype), dB.to(B.dtype)
 
 
-def adapter_bounds(offsets: Tensor | None, M: int) -> list[int]:
+def adapter_bounds(order: Tensor | None, offsets: Tensor | None, M: int) -> list[int]:
     """Where in `order` the rows of each adapter begin and end; DataError if in no order of M."""
-    bounds = [0, M] if offsets is None else offsets.tolist()
+    if order is None or offsets is None:
+        return [0, M]
+    rows = torch.arange(M, dtype=order.dtype, device=order.device)
+    if not torch.equal(order.sort().values, rows):
+        raise DataError(f"order: expected each of the M={M} rows of x once; see group_rows")
+    bounds = offsets.tolist()
     if bounds != sorted(bounds) or bounds[0] < 0 or bounds[-1] > M:
         raise DataError(
             f"offsets: expected ascending numbers from 0 to M={M}; got {bounds}; see group_rows"
@@ -127,7 +132,7 @@ def _rows_of_adapters(
     """(adapter, row numbers of x), a panel of rows at a time; rows of no adapter do not come."""
     if order is None:
         order = torch.arange(M, device=device)
-    bounds = adapter_bounds(offsets, M)
+    bounds = adapter_bounds(order, offsets, M)
     for e, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
         rows = order[first:last].long()
         for some in panels(rows.numel(), K):
