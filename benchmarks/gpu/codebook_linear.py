@@ -2,7 +2,8 @@
 bitsandbytes.
 
 Each M has a case of the forward and one of dX. `from codes` and `through scratch` are the two ways
-that the dispatch chooses from, whatever it chose: they tell where its table should change.
+that the dispatch chooses from, whatever it chose: they tell where its table should change, and
+`CUDA C++` whether the decode kernel of that backend should come before Triton's.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from benchmarks.gpu.session import Session, Weight
 from benchmarks.harness import Contender, nbytes, relative_error
 
 MOST_GRAPHED_ROWS = 16  # above, a launch is hidden behind the kernel before it
+CUDA_CPP = "lowrank, CUDA C++"
 G = peers.BLOCK_SIZE
 
 
@@ -72,14 +74,19 @@ def _products(session: Session, dense: Tensor, M: int, transposed: bool) -> list
     ]
     if device.type != "cuda":
         return made
-    for name, call in _named_paths(x, weights, last, transposed).items():
+    named = _named_paths(x, weights, last, transposed)
+    for name, call in named.items():
         made.append(contender(name, call, copies, held))
     if M <= MOST_GRAPHED_ROWS:
-        for name, call, count, stored in (
-            ("torch, CUDA graph", by_torch, dense_copies, matrices[0].nbytes),
-            ("lowrank, CUDA graph", by_lowrank, copies, held),
-        ):
-            made.append(contender(name, timing.graphed(call, count), count, stored))
+        graphs = [
+            ("torch", by_torch, dense_copies, matrices[0].nbytes),
+            ("lowrank", by_lowrank, copies, held),
+        ]
+        if CUDA_CPP in named:
+            graphs.append((CUDA_CPP, named[CUDA_CPP], copies, held))
+        for name, call, count, stored in graphs:
+            graph = timing.graphed(call, count)
+            made.append(contender(f"{name}, CUDA graph", graph, count, stored))
     if not transposed and "bitsandbytes" in session.against:
         made.append(_bitsandbytes(session, dense, x, flops, streamed))
     return made
@@ -88,7 +95,8 @@ def _products(session: Session, dense: Tensor, M: int, transposed: bool) -> list
 def _named_paths(
     x: Tensor, weights: list[Weight], last: tuple, transposed: bool
 ) -> dict[str, Callable[[int], Tensor]]:
-    """The two ways of the Triton backend; from codes only as far as its tiles go."""
+    """The two ways of the Triton backend; from codes as far as its tiles go; and CUDA C++."""
+    from lowrank.ops import cuda
     from lowrank.ops import triton as backend
 
     direct = backend.dx_from_codes if transposed else backend.linear_from_codes
@@ -96,6 +104,9 @@ def _named_paths(
     ways = {"lowrank, through scratch": lambda i: scratch(x, *weights[i], *last)}
     if x.shape[0] <= backend.fused_rows(x.device, x.dtype):
         ways["lowrank, from codes"] = lambda i: direct(x, *weights[i], *last)
+    few = x.shape[0] <= cuda.most_fused_rows(x.device, x.dtype)
+    if few and not transposed and cuda.missing() is None:
+        ways[CUDA_CPP] = lambda i: cuda.linear_from_codes(x, *weights[i], *last)
     return ways
 
 

@@ -46,13 +46,14 @@ struct Reader {
     const int last = static_cast<int>(w.blocks) - 1, found = k >> w.log2_block;
     const uint32_t block = static_cast<uint32_t>(found < last ? found : last);
     const bool inside = k < static_cast<int>(w.K);
+    const uint32_t at = block << (w.absmax_scale ? 0 : 2);
 #pragma unroll
     for (int row = 0; row < ROWS; ++row) {
       // Evicted first: a weight is read once, x by every thread block.
       if (inside) part->codes[row] = __ldcs(reinterpret_cast<const uint2*>(codes[row] + ahead / 2));
-      part->scale[row] = w.absmax_scale
-                             ? __uint_as_float(scales[row][block])
-                             : reinterpret_cast<const float*>(scales[row])[block];
+      const uint8_t* const scale = scales[row] + at;
+      part->scale[row] = w.absmax_scale ? __uint_as_float(*scale)
+                                        : *reinterpret_cast<const float*>(scale);
     }
   }
 
@@ -99,7 +100,7 @@ __global__ void __launch_bounds__(kThreads, Products::kResident)
   for (int row = 0; row < kLaneRows; ++row) place[row] = table.place(lane / 4 + 8 * row, per_row);
   __syncthreads();
 
-  Products products;
+  Products products(input, first);
   const bool split = w.log2_block == 5;
   for (int start = first; start - part < K; start += kAhead * kSpan) {
 #pragma unroll
@@ -107,10 +108,11 @@ __global__ void __launch_bounds__(kThreads, Products::kResident)
       const int k = start + i * kSpan;
       if (k - part >= K) break;
       reader.decode_scales(w, parts + i);
-      products.add(parts[i], place, input, k, split);
+      products.add(parts[i], place, i * kSpan, split);
       reader.fetch(w, k + kAhead * kSpan, (kAhead + i) * kSpan, parts + i);
     }
     reader.advance(kAhead * kSpan);
+    products.advance(kAhead * kSpan);
   }
 
   __syncthreads();  // the table has served
@@ -123,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, Products::kResident)
     float sum = 0;
 #pragma unroll
     for (int from = 0; from < kWarps; ++from) sum += sums[from * Products::kMostM * kRows + i];
-    sum = __fmul_rn(sum, books.units[i % kRows]);
+    sum = __fmul_rn(sum, books.units[per_row ? i % kRows : 0]);
     if (bias) sum = __fadd_rn(sum, lowrank_cuda::to_float(bias[n]));
     lowrank_cuda::from_float(sum, y + i / kRows * w.N + n);
   }
@@ -145,17 +147,20 @@ struct Call {
                                 static_cast<T*>(y));
   }
 
-  // The more rows x has, the more rows of W share a reading of it.
+  // More rows of W a thread block read x less often and build fewer tables: where x is large, or
+  // where there are thread blocks enough all the same, two for each multiprocessor.
   template <class T>
   int32_t on_tensor_cores() const {
-    int major = 0;
-    const cudaError_t error =
-        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    int major = 0, processors = 0;
+    cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (error == cudaSuccess) {
+      error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    }
     if (error != cudaSuccess) return lowrank_cuda::status_of(error);
     if (major < 8) return LOWRANK_UNSUPPORTED_ISA;
-    if (input.M <= 4) return run<T, TensorCores<T, 1, 1>>();
-    if (input.M <= 8) return run<T, TensorCores<T, 1, 2>>();
-    return run<T, TensorCores<T, 2, 2>>();
+    if (input.M > 8) return run<T, TensorCores<T, 2, 2>>();
+    if (input.M > 4 || w.N >= int64_t(processors) * 2 * 32) return run<T, TensorCores<T, 1, 2>>();
+    return run<T, TensorCores<T, 1, 1>>();
   }
 
   int32_t in_float32() const {

@@ -38,19 +38,34 @@ struct TensorCores {
   using Lookup = Table<Pair, kRows>;
 
   float sums[TILES][COLUMNS][4] = {};
-  uint4 b[COLUMNS][2] = {};  // the lane's part of row g of x; stays 0 where there is no such row
+  uint4 b[COLUMNS][2] = {};  // the lane's part of rows g, g + 8; stays 0 where there is no such row
+  bool present[COLUMNS];     // that row
+  const T* x[COLUMNS];       // it, for the next chunk
 
-  // `split`: the halves of the chunk are blocks of 32, to be scaled apart. `k`: the lane's part.
-  __device__ void add(const Part<kLaneRows>& part, const SharedAddress (&place)[kLaneRows],
-                      const Input& input, int k, bool split) {
-    const int g = threadIdx.x % 32 / 4;
+  // `k`: of the lane's part of its first chunk.
+  __device__ TensorCores(const Input& input, int k) {
 #pragma unroll
     for (int column = 0; column < COLUMNS; ++column) {
-      const int m = 8 * column + g;
-      if (m < input.M) {
-        const T* const x = static_cast<const T*>(input.x) + m * input.stride + k;
-        b[column][0] = reinterpret_cast<const uint4*>(x)[0];
-        b[column][1] = reinterpret_cast<const uint4*>(x)[1];
+      const int m = 8 * column + static_cast<int>(threadIdx.x % 32 / 4);
+      present[column] = m < input.M;
+      x[column] = static_cast<const T*>(input.x) + (present[column] ? m * input.stride : 0) + k;
+    }
+  }
+
+  __device__ void advance(int columns) {
+#pragma unroll
+    for (int column = 0; column < COLUMNS; ++column) x[column] += columns;
+  }
+
+  // The chunk `ahead` columns after the next. `split`: its halves are blocks of 32, to be scaled
+  // apart.
+  __device__ void add(const Part<kLaneRows>& part, const SharedAddress (&place)[kLaneRows],
+                      int ahead, bool split) {
+#pragma unroll
+    for (int column = 0; column < COLUMNS; ++column) {
+      if (present[column]) {
+        b[column][0] = reinterpret_cast<const uint4*>(x[column] + ahead)[0];
+        b[column][1] = reinterpret_cast<const uint4*>(x[column] + ahead)[1];
       }
     }
 #pragma unroll
@@ -90,11 +105,11 @@ struct TensorCores {
 #pragma unroll
     for (int column = 0; column < COLUMNS; ++column) {
       const uint4 first = b[column][0], last = b[column][1];
-      const uint32_t x[8] = {first.x, first.y, first.z, first.w, last.x, last.y, last.z, last.w};
+      const uint32_t all[8] = {first.x, first.y, first.z, first.w, last.x, last.y, last.z, last.w};
       float d[4] = {};
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
-        mma(d, a[step], kept ? x[2 * step] : 0, kept ? x[2 * step + 1] : 0, d, T());
+        mma(d, a[step], kept ? all[2 * step] : 0, kept ? all[2 * step + 1] : 0, d, T());
       }
       float(&sum)[4] = sums[tile][column];
       sum[0] = __fmaf_rn(upper, d[0], sum[0]);
@@ -133,9 +148,17 @@ struct Float32 {
   using Lookup = Table<Pair, kRows>;
 
   float sums[MOST_M][kLaneRows] = {};
+  const float* x;  // of row 0, for the next chunk
+  int64_t stride;
+  int M;
+
+  __device__ Float32(const Input& input, int k)
+      : x(static_cast<const float*>(input.x) + k), stride(input.stride), M(input.M) {}
+
+  __device__ void advance(int columns) { x += columns; }
 
   __device__ void add(const Part<kLaneRows>& part, const SharedAddress (&place)[kLaneRows],
-                      const Input& input, int k, bool) {
+                      int ahead, bool) {
     float2 w[kLaneRows][kPart / 2];
 #pragma unroll
     for (int row = 0; row < kLaneRows; ++row) {
@@ -149,14 +172,14 @@ struct Float32 {
       w[row][6] = Lookup::template look_up<2>(codes.y, place[row]);
       w[row][7] = Lookup::template look_up<3>(codes.y, place[row]);
     }
-    const float* x = static_cast<const float*>(input.x) + k;
+    const float* row_of_x = x + ahead;
 #pragma unroll
-    for (int m = 0; m < MOST_M; ++m, x += input.stride) {
-      if (m >= input.M) break;
+    for (int m = 0; m < MOST_M; ++m, row_of_x += stride) {
+      if (m >= M) break;
       float products[kLaneRows] = {};
 #pragma unroll
       for (int i = 0; i < kPart / 4; ++i) {
-        const float4 v = reinterpret_cast<const float4*>(x)[i];
+        const float4 v = reinterpret_cast<const float4*>(row_of_x)[i];
 #pragma unroll
         for (int row = 0; row < kLaneRows; ++row) {
           float& product = products[row];

@@ -41,14 +41,16 @@ struct Pair32 {
 // The codebooks of a thread block's rows, divided by powers of two where `kNormalized`.
 template <int ROWS>
 struct Codebooks {
-  float values[ROWS][16];
+  alignas(16) float values[ROWS][16];
   float units[ROWS];  // what they were divided by
 
-  // By all threads. Sixteen lanes share a row; rows beyond N repeat the last.
+  // By all threads. Sixteen lanes share a row; rows beyond N repeat the last. If all rows have one
+  // codebook, it is only in the first.
   template <class Pair>
   __device__ void load(const Weight& w, int64_t n0) {
-#pragma unroll
-    for (int i = threadIdx.x; i < 16 * ROWS; i += kThreads) {
+    static_assert(ROWS % 2 == 0, "whole warps");
+    const int used = w.codebook_stride ? 16 * ROWS : 32;
+    for (int i = threadIdx.x; i < used; i += kThreads) {
       const int row = i / 16;
       const int64_t n = n0 + row < w.N ? n0 + row : w.N - 1;
       const float value = w.codebook[n * w.codebook_stride + i % 16];
@@ -77,13 +79,21 @@ struct Table {
   // By all threads: a warp writes whole lines.
   __device__ void make(const Codebooks<ROWS>& books, bool per_row) {
     const int slot = threadIdx.x % kSlots, row = per_row ? slot / (kSlots / ROWS) : 0;
+    float odd[16];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float4 four = reinterpret_cast<const float4*>(books.values[row])[i];
+      odd[4 * i] = four.x;
+      odd[4 * i + 1] = four.y;
+      odd[4 * i + 2] = four.z;
+      odd[4 * i + 3] = four.w;
+    }
     for (int high = threadIdx.x / kSlots; high < 16; high += kParts) {
       const float even = books.values[row][high];
+      char* const lines = bytes + high * 16 * kLine + slot * int(sizeof(Entry));
 #pragma unroll
       for (int low = 0; low < 16; ++low) {
-        const Entry entry = Pair::make(even, books.values[row][low]);
-        *reinterpret_cast<Entry*>(bytes + (high * 16 + low) * kLine +
-                                  slot * int(sizeof(Entry))) = entry;
+        *reinterpret_cast<Entry*>(lines + low * kLine) = Pair::make(even, odd[low]);
       }
     }
   }

@@ -11,7 +11,7 @@ from tests.ops.weights import dense
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BLOCKS = [32, 64, 128, 4096]
 # Ragged and whole; more chunks than the warps take at once; fewer, and more, rows than a tile.
-SHAPES = [(1, 1), (5, 33), (17, 63), (33, 123), (40, 640), (9, 2304)]
+SHAPES = [(1, 1), (5, 33), (17, 63), (33, 123), (40, 640), (9, 2304), (70, 96)]
 ADAMW_SHAPES = [(5, 700), (3, 256), (40, 16), (7,), (), (3, 5, 3, 3), (1, 1000), (2, 33), (70, 1)]
 
 # Of a number to the nearest of a dtype.

@@ -104,9 +104,9 @@ T __ldcs(const T* from) {
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidDevice = 101 };
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCapabilityMajor = 75 };
 
-// One device of the newest kind, 0, and one of Turing's, 1.
+// Two devices of one multiprocessor: 0 of Hopper's kind, 1 of Turing's.
 inline cudaError_t cudaGetDeviceCount(int* count) {
   *count = 2;
   return cudaSuccess;
@@ -121,8 +121,8 @@ inline cudaError_t cudaGetDevice(int* device) {
 inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : "invalid device ordinal";
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
-  *value = device == 1 ? 7 : 9;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int device) {
+  *value = which == cudaDevAttrMultiProcessorCount ? 1 : device == 1 ? 7 : 9;
   return cudaSetDevice(device);
 }
 
