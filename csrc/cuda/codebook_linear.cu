@@ -28,15 +28,20 @@ struct Reader {
   const uint8_t* scales[ROWS];  // the row's first
   float step[ROWS], offset[ROWS];
 
-  __device__ Reader(const Weight& w, int64_t first, int k) {
+  // Row n0 and those after it, each eighth from row `first` of them on.
+  __device__ Reader(const Weight& w, int64_t n0, int first, int k) {
+    const uint8_t* const packed = w.packed + n0 * w.row_bytes + k / 2;
+    const uint32_t row_bytes = static_cast<uint32_t>(w.row_bytes);
+    const int64_t scale_bytes = w.blocks * (w.absmax_scale ? 1 : 4);
+    const int64_t after = w.N - 1 - n0;
 #pragma unroll
     for (int row = 0; row < ROWS; ++row) {
       // Rows beyond N repeat the last: their sums are never stored.
-      const int64_t n = first + 8 * row < w.N ? first + 8 * row : w.N - 1;
-      codes[row] = w.packed + n * w.row_bytes + k / 2;
-      scales[row] = static_cast<const uint8_t*>(w.absmax) + n * w.blocks * (w.absmax_scale ? 1 : 4);
-      step[row] = w.absmax_scale ? w.absmax_scale[2 * n] : 0.0f;
-      offset[row] = w.absmax_scale ? w.absmax_scale[2 * n + 1] : 0.0f;
+      const uint32_t n = first + 8 * row < after ? first + 8 * row : static_cast<uint32_t>(after);
+      codes[row] = packed + uint64_t(n) * row_bytes;
+      scales[row] = static_cast<const uint8_t*>(w.absmax) + (n0 + n) * scale_bytes;
+      step[row] = w.absmax_scale ? w.absmax_scale[2 * (n0 + n)] : 0.0f;
+      offset[row] = w.absmax_scale ? w.absmax_scale[2 * (n0 + n) + 1] : 0.0f;
     }
   }
 
@@ -86,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, Products::kResident)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = lane % 4 * kPart;
   const int64_t n0 = int64_t(blockIdx.x) * kRows;
   const int first = warp * kChunk + part, K = static_cast<int>(w.K);
-  Reader<kLaneRows> reader(w, n0 + lane / 4, first);
+  Reader<kLaneRows> reader(w, n0, lane / 4, first);
   Part<kLaneRows> parts[kAhead] = {};
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) reader.fetch(w, first + i * kSpan, i * kSpan, parts + i);

@@ -50,6 +50,7 @@ struct Codebooks {
   __device__ void load(const Weight& w, int64_t n0) {
     static_assert(ROWS % 2 == 0, "whole warps");
     const int used = w.codebook_stride ? 16 * ROWS : 32;
+#pragma unroll 1
     for (int i = threadIdx.x; i < used; i += kThreads) {
       const int row = i / 16;
       const int64_t n = n0 + row < w.N ? n0 + row : w.N - 1;

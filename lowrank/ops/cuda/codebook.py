@@ -113,7 +113,7 @@ def linear_from_codes(
     blocks of 64 or more, counted in the loop's machine code for sm_90 and sm_80): 16-bit x 3.2 up
     to M = 4, 2.7 up to 8 and wherever 32 rows a thread block fill the device, 3.1 up to 16; float32
     x 3.7, 4.9, 7.7, 13 and 23 for M = 1, 2, 4, 8 and 16. Reading codes at the full speed of an H200
-    leaves 3.6 to 4. Some 300 more a lane make the table and add the sums, whatever K.
+    leaves 3.6 to 4. Some 400 more a lane make the table and add the sums, whatever K.
     Before Ampere, 16-bit x is multiplied as float32.
     """
     N, K = packed.shape[0], x.shape[-1]
