@@ -17,6 +17,7 @@ constexpr int CHUNK = 32;
 constexpr int VECTORS = CHUNK / W;
 constexpr int MAX_BLOCK = 4096;
 constexpr int64_t WORTH_THREADS = 1 << 15;  // weights; below it, waking threads costs more
+constexpr int64_t WORTH_STREAMING = 1 << 24;  // bytes; above it, no cache keeps them for the reader
 
 inline int64_t padded(int64_t K) { return (K + CHUNK - 1) / CHUNK * CHUNK; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -93,8 +94,8 @@ struct TableFor<float> {
   TableFor(const Table& t, float absmax) : table(t, absmax) {}
 };
 
-// Columns k0 <= k < k1 of row n, k0 a multiple of 32.
-template <class T>
+// Columns k0 <= k < k1 of row n, k0 a multiple of 32; STREAM: `out` is aligned to 64 bytes.
+template <bool STREAM, class T>
 void dequantize_row(const CodebookWeight& w, int64_t n, int64_t k0, int64_t k1, const Table& table,
                     T* out) {
   const uint8_t* packed = w.packed + n * (padded(w.K) / 2);
@@ -104,7 +105,13 @@ void dequantize_row(const CodebookWeight& w, int64_t n, int64_t k0, int64_t k1, 
     const int64_t end = smaller((b + 1) * w.block_size, k1);
     for (; k + CHUNK <= end; k += CHUNK) {
       prefetch(packed + k / 2, AHEAD);
-      decode32(packed + k / 2, block.table, out + k - k0);
+      if (STREAM) {
+        alignas(64) T room[CHUNK];
+        decode32(packed + k / 2, block.table, room);
+        stream(out + k - k0, room, sizeof(room));
+      } else {
+        decode32(packed + k / 2, block.table, out + k - k0);
+      }
     }
     if (k < end) {
       T rest[CHUNK];
@@ -117,15 +124,23 @@ void dequantize_row(const CodebookWeight& w, int64_t n, int64_t k0, int64_t k1, 
 
 template <class T>
 void dequantize_to(const CodebookWeight& w, const Rectangle& r, T* out, int32_t threads) {
-  const int64_t width = r.k1 - r.k0;
+  const int64_t width = r.k1 - r.k0, bytes = (r.n1 - r.n0) * width * int64_t(sizeof(T));
+  const bool aligned = (reinterpret_cast<uintptr_t>(out) | uintptr_t(width) * sizeof(T)) % 64 == 0;
+  const bool past_caches = aligned && bytes >= WORTH_STREAMING;
 #pragma omp parallel num_threads(threads) if ((r.n1 - r.n0) * width > WORTH_THREADS)
   {
     const Table shared(w.codebook);
 #pragma omp for schedule(static)
     for (int64_t n = r.n0; n < r.n1; ++n) {
       const Table table = w.codebook_rows == 1 ? shared : Table(codebook_of(w, n));
-      dequantize_row(w, n, r.k0, r.k1, table, out + (n - r.n0) * width);
+      T* row = out + (n - r.n0) * width;
+      if (past_caches) {
+        dequantize_row<true>(w, n, r.k0, r.k1, table, row);
+      } else {
+        dequantize_row<false>(w, n, r.k0, r.k1, table, row);
+      }
     }
+    if (past_caches) finish_streams();
   }
 }
 

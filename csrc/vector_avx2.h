@@ -14,6 +14,13 @@ using Vec = __m256;
 
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+// Writes past the caches, without reading first what is overwritten: `bytes` a multiple of 64.
+inline void stream(void* to, const void* from, int bytes) {
+  const __m256i* source = static_cast<const __m256i*>(from);
+  for (int i = 0; i < bytes / 32; ++i)
+    _mm256_stream_si256(static_cast<__m256i*>(to) + i, _mm256_load_si256(source + i));
+}
+inline void finish_streams() { _mm_sfence(); }
 inline Vec set1(float v) { return _mm256_set1_ps(v); }
 inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 inline Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }

@@ -18,6 +18,13 @@ using Vec = __m512;
 inline __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+// Writes past the caches, without reading first what is overwritten: `bytes` a multiple of 64.
+inline void stream(void* to, const void* from, int bytes) {
+  for (int i = 0; i < bytes; i += 64)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(static_cast<char*>(to) + i),
+                        _mm512_load_si512(static_cast<const char*>(from) + i));
+}
+inline void finish_streams() { _mm_sfence(); }
 inline Vec set1(float v) { return _mm512_set1_ps(v); }
 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }

@@ -16,6 +16,8 @@ using Vec = float32x4_t;
 
 inline Vec load(const float* p) { return vld1q_f32(p); }
 inline void store(float* p, Vec v) { vst1q_f32(p, v); }
+inline void stream(void* to, const void* from, int bytes) { memcpy(to, from, size_t(bytes)); }
+inline void finish_streams() {}
 inline Vec set1(float v) { return vdupq_n_f32(v); }
 inline Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
 inline Vec sub(Vec a, Vec b) { return vsubq_f32(a, b); }

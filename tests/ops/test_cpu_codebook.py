@@ -150,6 +150,16 @@ def test_dequantize_rounds_large_small_and_subnormal_weights_as_torch(dtype, thr
     assert torch.equal(got, dense(packed, absmax, None, codebook, 2048, 32).to(dtype))
 
 
+@pytest.mark.parametrize("K", [2080, 2064, 2050])
+def test_dequantize_past_the_caches(K, threads):
+    """16 MB and more, with rows that begin at multiples of 64 bytes and rows that do not."""
+    weight = random_weight(4200, K, 64, double_quant=True)
+    expected = dense(*weight, K, 64)
+    for dtype in EPS:
+        got = ops.codebook_dequantize(*weight, K, 64, dtype)
+        assert torch.equal(got, expected.to(dtype))
+
+
 @pytest.mark.parametrize(("double_quant", "table_per_row"), KINDS)
 @pytest.mark.parametrize("dtype", EPS)
 @pytest.mark.parametrize(("N", "K"), SHAPES)
