@@ -42,7 +42,7 @@ def add_fields(parser: argparse.ArgumentParser, config: type, prefix: str, title
             "default": argparse.SUPPRESS,
             "help": text,
         }
-        if kinds == [bool]:
+        if bool in kinds and not set(kinds) - {bool, None}:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
             continue
         words = _word_kinds(hints[field.name])

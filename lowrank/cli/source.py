@@ -22,16 +22,16 @@ class Source:
 
     model: a Hugging Face directory, a .gguf file, or a name on the Hugging Face hub.
     quantizer: how the frozen linear weights are stored, nf4 for QLoRA; none keeps them in `dtype`.
-    block_size: weights that share a scale.
-    double_quant: quantize the scales too.
+    block_size: weights that share a scale; the quantizer's own default, 64 for nf4.
+    double_quant: quantize the scales too; the quantizer's own default, yes for nf4.
     dtype: what is computed with.
     device: cpu, or cuda, or cuda:1 for the second GPU.
     """
 
     model: str
     quantizer: str | None = None
-    block_size: int = 64
-    double_quant: bool = True
+    block_size: int | None = None
+    double_quant: bool | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
 
@@ -45,12 +45,17 @@ class Source:
         if not here:
             raise ConfigError(f"device: cannot use {self.device!r}: {reason}") from None
         if self.quantizer is None:
-            for field in ("block_size", "double_quant"):
-                if getattr(self, field) != getattr(Source, field):
-                    raise ConfigError(
-                        f"{field}: belongs to a quantizer; got {getattr(self, field)!r} without "
-                        "one: pass --quantizer nf4 too"
-                    )
+            for field, value in self.quantizer_options.items():
+                raise ConfigError(
+                    f"{field}: belongs to a quantizer; got {value!r} without one: "
+                    "pass --quantizer nf4 too"
+                )
+
+    @property
+    def quantizer_options(self) -> dict[str, int | bool]:
+        """What was given for the quantizer; it has defaults of its own."""
+        given = {"block_size": self.block_size, "double_quant": self.double_quant}
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -68,7 +73,7 @@ class Source:
     def make_quantizer(self) -> Quantizer | None:
         if self.quantizer is None:
             return None
-        return quant.get(self.quantizer, block_size=self.block_size, double_quant=self.double_quant)
+        return quant.get(self.quantizer, **self.quantizer_options)
 
 
 def from_args(args: argparse.Namespace) -> Source:

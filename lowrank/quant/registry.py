@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -65,6 +66,11 @@ def get(name: str, **options) -> Quantizer:
     installed packages.
     """
     cls = _find(name)
+    parameters = inspect.signature(cls).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for option in set() if takes_any else options.keys() - parameters.keys():
+        takes = ", ".join(parameters) or "none"
+        raise ConfigError(f"quantizer {name!r}: expected its own options, {takes}; got {option!r}")
     try:
         return cls(**options)
     except TypeError as error:

@@ -208,8 +208,8 @@ def test_config_file(run, tmp_path):
     for line, expected in {
         'dtype = "float8"': "dtype: expected float32 or bfloat16 or float16; got 'float8'",
         "eval_data = 3": "eval_data: expected TEXT or none; got 3",
-        'double_quant = "yes"': "double_quant: expected true|false; got 'yes'",
-        "block_size = true": "block_size: expected N; got True",
+        'double_quant = "yes"': "double_quant: expected true|false or none; got 'yes'",
+        "block_size = true": "block_size: expected N or none; got True",
         "quantizer = 4": "quantizer: expected TEXT or none; got 4",
     }.items():
         path.write_text(f"[run]\n{line}\n")

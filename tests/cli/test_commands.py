@@ -238,3 +238,32 @@ def test_a_reader_that_leaves_is_no_error(tmp_path):
     )
     assert done.stderr == ""
     assert done.stdout.startswith("usage: lowrank train")
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "options"),
+    [
+        ("nf4", [], {}),
+        ("fp4", ["--no-double-quant"], {"double_quant": False}),
+        ("hqq", ["--block-size", "32"], {"block_size": 32}),
+        ("int8", [], {}),
+        ("none", [], {}),
+    ],
+)
+def test_each_scheme_has_defaults_of_its_own(name, words, options, run, tiny):
+    outcome = run(
+        "generate", "--model", tiny, "--quantizer", name, *words,
+        "--prompt", "What is 3 plus 4?\n", "--max-new-tokens", 4,
+    )  # fmt: skip
+    assert outcome.status == 0, outcome
+    model = lowrank.load_model(tiny, quantizer=lowrank.quant.get(name, **options))
+    tokenizer = lowrank.load_tokenizer(tiny)
+    expected = lowrank.generate(model, tokenizer, "What is 3 plus 4?\n", max_new_tokens=4)
+    assert outcome.out == expected + "\n"
+
+
+def test_an_option_that_a_scheme_lacks_is_refused(run, tiny):
+    words = ("generate", "--model", tiny, "--prompt", "x", "--quantizer", "int8")
+    outcome = run(*words, "--block-size", 64)
+    assert outcome.status == 2 and outcome.err.count("\n") == 1
+    assert "quantizer 'int8': expected its own options, none; got 'block_size'" in outcome.err
