@@ -4,12 +4,17 @@ A byte holds the elements 2i and 2i + 1 of a row, so W is never interleaved: the
 over the even elements and that over the odd, each against its half of x. Every program owns
 its outputs and adds in one order: no atomics, the same bits on every run. Rows of W past N repeat
 the last, and are not stored. Launch with enable_fp_fusion=False, see `codebook_tile`.
+
+A branch of LoRA joins the float32 sums before they are rounded: as scale h Bᵀ, formed here from
+the parts of h that lora_shrink_kernel leaves, so that two launches do a whole layer; or, for the
+rows of several adapters, as an addend.
 """
 
 import triton
 import triton.language as tl
 
 from lowrank.kernels.codebook_tile import entries, scales
+from lowrank.kernels.lora_tile import b_tile, branch, summed_h
 
 
 @triton.jit
@@ -31,6 +36,14 @@ def codebook_linear_row_kernel(
     SPANS: tl.constexpr,  # spans in a tile's row
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,  # tiles in flight
+    addend_ptr=None,  # float32 [1, N]
+    parts_ptr=None,  # float32 [PARTS, 1, R]: what sums to h
+    b_ptr=None,  # [N, R]
+    h_ptr=None,  # float32 [1, R], written if PARTS > 1
+    scale=0.0,
+    R: tl.constexpr = 0,
+    PARTS: tl.constexpr = 1,
+    BLOCK_R: tl.constexpr = 16,
 ):
     """One row of x: there is nothing for tensor cores, so each thread multiplies and adds float32.
 
@@ -61,6 +74,19 @@ def codebook_linear_row_kernel(
         acc = tl.fma(sums, absmax[:, :, None], acc)
     y = tl.sum(tl.reshape(acc, [BLOCK_N, SPANS * SPAN // 2]), axis=1)
 
+    if parts_ptr is not None:
+        only = tl.arange(0, 1).to(tl.int64)
+        low_rank = tl.zeros([BLOCK_N], tl.float32)
+        for r0 in tl.static_range(0, R, BLOCK_R):
+            h = summed_h(parts_ptr, only, only == 0, r0, 1, R, PARTS, BLOCK_R)  # [1, BLOCK_R]
+            b = b_tile(b_ptr, n, n < N, r0, R, BLOCK_R).to(tl.float32)
+            low_rank += tl.sum(tl.trans(h) * b, axis=0)
+            if PARTS > 1:
+                r = r0 + tl.arange(0, BLOCK_R)[None, :]
+                tl.store(h_ptr + r, h, mask=(r < R) & (tl.program_id(0) == 0))
+        y += low_rank * scale
+    if addend_ptr is not None:
+        y += tl.load(addend_ptr + n, mask=n < N, other=0.0)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
     tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
@@ -88,6 +114,15 @@ def codebook_linear_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DOT: tl.constexpr,  # what tensor cores multiply: the dtype of x; float32 in the interpreter
+    addend_ptr=None,  # float32 [M, N]
+    parts_ptr=None,
+    b_ptr=None,
+    h_ptr=None,
+    scale=0.0,
+    R: tl.constexpr = 0,
+    PARTS: tl.constexpr = 1,
+    BLOCK_R: tl.constexpr = 16,
+    PRECISION: tl.constexpr = "ieee",  # of the branch's product
 ):
     """A tile of y. The weight is rounded to the dtype of x, as in the product over scratch.
 
@@ -129,7 +164,26 @@ def codebook_linear_kernel(
     y = tl.sum(acc, axis=0) if SPLITS > 1 else acc
 
     inside = (m < M)[:, None] & (n < N)[None, :]
+    at = m.to(tl.int64)[:, None] * N + n[None, :]
+    if parts_ptr is not None:
+        low_rank = branch(
+            parts_ptr,
+            b_ptr,
+            h_ptr,
+            m.to(tl.int64),
+            m < M,
+            n,
+            n < N,
+            tl.program_id(0) == 0,
+            M,
+            R,
+            PARTS,
+            BLOCK_R,
+            PRECISION,
+        )
+        y += low_rank * scale
+    if addend_ptr is not None:
+        y += tl.load(addend_ptr + at, mask=inside, other=0.0)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    at = m.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)

@@ -35,7 +35,7 @@ def linear(M: int, K: int, G: int) -> dict:
     Rows of x that are not aligned are loaded an element at a time, each with an address.
     """
     if M <= 32:
-        most, tile = 64, {"SPLITS": 4, "BLOCK_M": _rows(M), "BLOCK_N": 32}
+        most, tile = 64, {"SPLITS": 4, "BLOCK_M": tile_rows(M), "BLOCK_N": 32}
     else:
         most, tile = 128, {"SPLITS": 1, "BLOCK_M": 64, "BLOCK_N": 64}
     tile["SPAN"] = min(G, most if K % 16 == 0 else 32)
@@ -47,7 +47,7 @@ def linear_dx(M: int, G: int, float32: bool) -> dict:
 
     In float32 there are no tensor cores, and a thread holds all it multiplies: half the rows.
     """
-    tile = {"SPAN": min(G, 128), "BLOCK_M": _rows(M), "BLOCK_N": 32 if float32 else 64}
+    tile = {"SPAN": min(G, 128), "BLOCK_M": tile_rows(M), "BLOCK_N": 32 if float32 else 64}
     return {"G": G} | tile | {"num_warps": 4 if M <= 32 else 8, "num_stages": 3} | ROUNDED
 
 
@@ -75,7 +75,7 @@ def softmax_cross_entropy(V: int) -> dict:
     return tile | {"num_warps": 16} | ROUNDED
 
 
-def _rows(M: int) -> int:
+def tile_rows(M: int) -> int:
     """What holds M rows: tensor cores take 16 at least."""
     return 16 if M <= 16 else 32 if M <= 32 else 64
 

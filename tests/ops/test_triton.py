@@ -48,6 +48,10 @@ def test_interpreted_cross_entropy_is_near_float64(seed):
     assert interpreted("cross_entropy", seed) == "all right\n"
 
 
+def test_interpreted_lora_is_near_float64_and_drops_what_the_reference_drops(seed):
+    assert interpreted("lora", seed) == "24 cases right\n"
+
+
 def test_the_interpreter_still_needs_what_works_around_it():
     """The day this fails, DOT can go from the kernels, and bfloat16 have its real tolerance."""
     assert interpreted("bfloat16") == "dot: wrong\ncast: wrong\n"

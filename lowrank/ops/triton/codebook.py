@@ -7,19 +7,21 @@ of it on an H200, by arithmetic), and no fused kernel comes near enough to cuBLA
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from lowrank.kernels import configs
+from lowrank.kernels import configs, lora_configs
 from lowrank.kernels.codebook_dequantize import codebook_dequantize_kernel
 from lowrank.kernels.codebook_linear import codebook_linear_kernel, codebook_linear_row_kernel
 from lowrank.kernels.codebook_linear_dx import codebook_linear_dx_kernel, sum_parts_kernel
 from lowrank.kernels.codebook_quantize import codebook_quantize_kernel
 from lowrank.ops.scratch import scratch
 
-from .launch import DOT, as_rows, dot_dtype, on
+from .launch import DOT, as_rows, dot_dtype, dot_precision, on
 
 _SUM_BLOCK = 1024
 
@@ -29,6 +31,28 @@ _SUM_BLOCK = 1024
 _FUSED_ROWS_16_BIT = {7: 1, 8: 64, 9: 64, 10: 64, 12: 64}
 _FUSED_ROWS_FLOAT32 = {7: 1, 8: 16, 9: 16, 10: 16, 12: 16}
 _MOST_FUSED_ROWS = 64
+
+
+class Branch(NamedTuple):
+    """What joins a product before it is rounded: `addend`, or scale h Bᵀ with h of its parts."""
+
+    addend: Tensor | None  # float32 [M, N]
+    parts: Tensor | None  # float32 [parts, M, R]
+    B: Tensor | None  # [1, N, R]
+    h: Tensor | None  # float32 [M, R], written if there is more than one part
+    scale: float
+
+    def arguments(self, dtype: torch.dtype) -> dict:
+        """As codebook_linear_kernel and codebook_linear_row_kernel take it beside x of `dtype`."""
+        if self.parts is None:
+            return {"addend_ptr": self.addend}
+        return {
+            "parts_ptr": self.parts,
+            "b_ptr": self.B,
+            "h_ptr": self.h,
+            "scale": self.scale,
+            "PARTS": len(self.parts),
+        } | lora_configs.ranks(self.parts.shape[2], dtype == torch.float32)
 
 
 def codebook_quantize(weight: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -116,6 +140,7 @@ def linear_from_codes(
     codebook: Tensor,
     bias: Tensor | None,
     block_size: int,
+    branch: Branch | None = None,
 ) -> Tensor:
     """`codebook_linear` for any number of rows, at least one, without a dense weight."""
     N, K = packed.shape[0], x.shape[-1]
@@ -125,20 +150,22 @@ def linear_from_codes(
     weight = contiguous_weight(packed, absmax, absmax_scale, codebook)
     bias = None if bias is None else bias.contiguous()
     per_row = codebook.shape[0] > 1
+    joining = {} if branch is None else branch.arguments(x.dtype)
     with on(x.device):
         if M == 1:
-            config = configs.linear_row(K, block_size)
+            config = configs.linear_row(K, block_size) | joining
             codebook_linear_row_kernel[(triton.cdiv(N, config["BLOCK_N"]),)](
                 rows, *weight, bias, y,
                 N, packed.shape[1], absmax.shape[1], K=K, PER_ROW=per_row, **config,
             )  # fmt: skip
         else:
-            config = configs.linear(M, K, block_size)
+            config = configs.linear(M, K, block_size) | joining
             grid = (triton.cdiv(N, config["BLOCK_N"]), triton.cdiv(M, config["BLOCK_M"]))
             codebook_linear_kernel[grid](
                 rows, *weight, bias, y,
                 M, N, rows.stride(0), packed.shape[1], absmax.shape[1],
-                K=K, PER_ROW=per_row, DOT=dot_dtype(x.dtype), **config,
+                K=K, PER_ROW=per_row, DOT=dot_dtype(x.dtype),
+                PRECISION=dot_precision(x.dtype), **config,
             )  # fmt: skip
     return y.view(*x.shape[:-1], N)
 
@@ -172,27 +199,43 @@ def dx_from_codes(
     The sum over N is shared by several programs for each tile; their parts, float32, are added in
     order by a second kernel.
     """
-    N = packed.shape[0]
-    rows = as_rows(dy)
-    M, parts = rows.shape[0], configs.dx_parts(N)
+    rows, parts = as_rows(dy), configs.dx_parts(packed.shape[0])
+    sums = torch.empty(parts, len(rows), K, dtype=torch.float32, device=dy.device)
+    dx = dx_parts_into(sums, rows, packed, absmax, absmax_scale, codebook, block_size)
+    return dx.view(*dy.shape[:-1], K)
+
+
+def dx_parts_into(
+    sums: Tensor,
+    dy: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    codebook: Tensor,
+    block_size: int,
+) -> Tensor:
+    """dx [M, K] for dy [M, N]: the last `configs.dx_parts(N)` of `sums` are written with the parts
+    of dy W, and then all of them are added; what comes before them is the caller's.
+    """
+    (M, N), K = dy.shape, sums.shape[2]
+    parts = configs.dx_parts(N)
     dx = torch.empty(M, K, dtype=dy.dtype, device=dy.device)
-    sums = dx
-    if parts > 1:
-        sums = torch.empty(parts, M, K, dtype=torch.float32, device=dy.device)
     config = configs.linear_dx(M, block_size, dy.dtype == torch.float32)
     grid = (triton.cdiv(K, config["SPAN"]), triton.cdiv(M, config["BLOCK_M"]), parts)
     part = triton.cdiv(triton.cdiv(N, parts), config["BLOCK_N"]) * config["BLOCK_N"]
+    alone = len(sums) == 1
     with on(dy.device):
         codebook_linear_dx_kernel[grid](
-            rows, *contiguous_weight(packed, absmax, absmax_scale, codebook), sums,
-            M, N, K, rows.stride(0), packed.shape[1], absmax.shape[1],
+            dy, *contiguous_weight(packed, absmax, absmax_scale, codebook),
+            dx if alone else sums[len(sums) - parts :],
+            M, N, K, dy.stride(0), packed.shape[1], absmax.shape[1],
             PART=part, PER_ROW=codebook.shape[0] > 1, DOT=dot_dtype(dy.dtype), **config,
         )  # fmt: skip
-        if parts > 1:
+        if not alone:
             sum_parts_kernel[(triton.cdiv(M * K, _SUM_BLOCK),)](
-                sums, dx, M * K, PARTS=parts, BLOCK=_SUM_BLOCK
+                sums, dx, M * K, PARTS=len(sums), BLOCK=_SUM_BLOCK
             )
-    return dx.view(*dy.shape[:-1], K)
+    return dx
 
 
 def dx_through_scratch(

@@ -25,5 +25,13 @@ def dot_dtype(dtype: torch.dtype) -> tl.dtype:
     return tl.float32 if INTERPRETED else DOT[dtype]
 
 
+def dot_precision(dtype: torch.dtype) -> str:
+    """How float32 operands are multiplied beside activations of `dtype`.
+
+    TF32 rounds them to 11 bits, as many as float16 has and three more than bfloat16.
+    """
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
 def on(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
