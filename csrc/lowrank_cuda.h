@@ -40,7 +40,7 @@ LOWRANK_EXPORT int32_t lowrank_cuda_codebook_dequantize(
 // y [M, N] = x [M, K] w^T + bias for M <= LOWRANK_CUDA_MOST_ROWS; y is contiguous, bias is null or
 // [N], both of x's dtype. Rows of x are `stride` elements apart and zeros from K on up to a
 // multiple of 64; x and its rows must be 16-byte aligned, `packed` 8-byte aligned. Sums are
-// float32. The codebook is rounded to x's dtype, 16-bit x takes LOWRANK_UNSUPPORTED_ISA before sm_80.
+// float32, the codebook is rounded to x's dtype. LOWRANK_UNSUPPORTED_ISA: 16-bit x before sm_80.
 LOWRANK_EXPORT int32_t lowrank_cuda_codebook_linear(
     const void* x, int32_t dtype, int64_t M, int64_t stride, const uint8_t* packed,
     const void* absmax, const float* absmax_scale, const float* codebook, int64_t codebook_rows,

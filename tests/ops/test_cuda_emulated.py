@@ -159,6 +159,18 @@ def test_linear_of_a_codebook_of_zeros_and_of_zero_scales_is_the_bias(generator)
         assert torch.equal(y, bias.expand(4, 20))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_has_the_same_bits_whatever_rows_come_with_it(dtype, generator):
+    N, K = 70, 700  # of W; the emulator's one multiprocessor then takes 32 at once, and 16 of 20
+    for rows, G in ((slice(None), 32), (slice(20), 64)):
+        packed, absmax, scale, codebook = random_weight(N, K, G, True, False, generator)
+        weight = (packed[rows], absmax[rows], scale[rows], codebook)
+        x = torch.randn(16, K, generator=generator).to(dtype)
+        whole = ops.codebook_linear(x, *weight, None, G)
+        for M in (1, 2, 4, 6, 8):
+            assert torch.equal(ops.codebook_linear(x[:M], *weight, None, G), whole[:M])
+
+
 def test_rows_of_x_do_not_touch_one_another(generator):
     weight = random_weight(20, 300, 64, True, False, generator)
     x = torch.randn(5, 300, generator=generator).bfloat16()

@@ -107,7 +107,8 @@ def linear_from_codes(
     where c is the codebook over `unit`, the power of two next below its largest magnitude, rounded
     to the dtype of x. A product with 16-bit x is exact in float32, so c alone is what differs from
     the float32 weight: by 2^-8 |c| at most in bfloat16, 2^-11 |c| or 2^-25 in float16. The sums and
-    y are rounded too. For float32 x nothing else is: c is exact and unit is 1.
+    y are rounded too. For float32 x nothing else is: c is exact and unit is 1. A row of y has the
+    same bits whatever other rows x has.
 
     A warp issues so many instructions for each value that a lane decodes (double-quantized scales,
     blocks of 64 or more, counted in the loop's machine code for sm_90 and sm_80): 16-bit x 3.2 up

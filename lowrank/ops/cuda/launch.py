@@ -24,8 +24,7 @@ def launch(function: str, device: torch.device, *arguments) -> None:
 
 def place(device: torch.device) -> tuple[int, int]:
     """The number of a device and its current stream."""
-    stream = torch.cuda.current_stream(device)
-    return stream.device_index, stream.cuda_stream
+    return device.index, torch.cuda.current_stream(device).cuda_stream
 
 
 def has_tensor_cores(device: torch.device) -> bool:
