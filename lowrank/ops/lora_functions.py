@@ -5,6 +5,7 @@ Letters and tensors are as in `schema.py`: E adapters of rank R, A [E, R, K], B 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -57,7 +58,7 @@ def lora_linear(
     if x.dim() == 0:
         raise ShapeError("x: expected [..., K]; got a scalar")
     check_dtype("x", x, ACTIVATIONS)
-    M, N, K = x.shape[:-1].numel(), *_check_adapters(A, B, x)
+    M, N, K = math.prod(x.shape[:-1]), *_check_adapters(A, B, x)
     if x.shape[-1] != K:
         raise ShapeError(f"x: expected [..., K={K}], as A has it; got {shape_of(x)}")
     _check_base(x, weight, absmax, absmax_scale, codebook, block_size, N, K)
@@ -104,7 +105,7 @@ def lora_linear_backward(
     N, K = _check_adapters(A, B, dy)
     if dy.dim() == 0 or dy.shape[-1] != N:
         raise ShapeError(f"dy: expected [..., N={N}]; got {shape_of(dy)}")
-    M = dy.shape[:-1].numel()
+    M = math.prod(dy.shape[:-1])
     if not isinstance(needs, list | tuple) or [type(need) for need in needs] != [bool] * 3:
         raise ConfigError(f"needs: expected three booleans, for dx, dA and dB; got {needs!r:.80}")
     if needs[1] and x.shape != (*dy.shape[:-1], K):
