@@ -16,7 +16,8 @@ _PANEL_ELSEWHERE = 1 << 24
 
 def panels(N: int, K: int, device: torch.device) -> Iterator[tuple[int, int]]:
     """(start, stop) of the rows of each panel of an [N, K]: a few MB, or a row if that is more."""
-    height = max(1, _PANEL.get(device.type, _PANEL_ELSEWHERE) // K)
+    size = N * K if device.type == "meta" else _PANEL.get(device.type, _PANEL_ELSEWHERE)
+    height = max(1, size // K)
     for start in range(0, N, height):
         yield start, min(start + height, N)
 
@@ -29,7 +30,7 @@ def by_panels(
     device = next(iter(storage.tensors.values())).device
     parts = list(panels(N, K, device))
     if len(parts) == 1:
-        return decode(storage, dtype)
+        return decode(storage, dtype).contiguous()
     out = torch.empty(N, K, dtype=dtype, device=device)
     for start, stop in parts:
         out[start:stop] = decode(storage.rows(start, stop), dtype)

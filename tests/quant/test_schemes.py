@@ -40,7 +40,7 @@ def test_weights_come_back_near_and_in_the_dtype_asked_for(dtype, quantizer):
         storage = quantizer.quantize(weight)
         assert storage.dtype == dtype
         got = quantizer.dequantize(storage, torch.float32)
-        assert got.shape == (N, K) and got.dtype == torch.float32
+        assert got.shape == (N, K) and got.dtype == torch.float32 and got.is_contiguous()
         blocks = torch.nn.functional.pad(weight.float(), (0, -K % 32)).unflatten(1, (-1, 32))
         largest = blocks.abs().amax(-1).repeat_interleave(32, dim=1)[:, :K]
         assert ((got - weight.float()).abs() <= 0.6 * largest + 0.01 * weight.abs().max()).all()
@@ -148,6 +148,14 @@ def test_meta_weights_give_the_layout_and_allocate_nothing(quantizer):
             k: (t.shape, t.dtype) for k, t in real.tensors.items()
         }
         assert meta.options == real.options
+
+
+def test_more_weights_than_int32_counts(quantizer):
+    """Only shapes: the operators' own tests are of real weights."""
+    N, K = (1 << 16) + 1, 1 << 15
+    meta = quantizer.quantize(torch.empty(N, K, device="meta", dtype=torch.bfloat16))
+    assert meta.shape == (N, K) and 2 < meta.bits_per_parameter <= 16
+    assert all(tensor.shape[0] in (1, N) for tensor in meta.tensors.values())
 
 
 def test_storages_share_no_memory(quantizer):
