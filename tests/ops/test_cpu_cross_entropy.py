@@ -73,3 +73,21 @@ def test_nan_and_infinity_show_in_the_loss():
         x, weight = z, torch.eye(37)
         weight[20, 0] = bad
         assert not ops.linear_cross_entropy(x, weight, labels).isfinite()
+
+
+def test_bfloat16_is_as_near_as_torch_with_all_logits():
+    T, H, V = 64, 96, 3001
+    x, weight = torch.randn(T, H).bfloat16(), (torch.randn(V, H) / H**0.5).bfloat16()
+    labels = torch.randint(0, V, (T,))
+    leaves = [x.clone().requires_grad_(), x.clone().requires_grad_(), x.double().requires_grad_()]
+    losses = [
+        ops.linear_cross_entropy(leaves[0], weight, labels),
+        F.cross_entropy((leaves[1] @ weight.T).float(), labels, reduction="sum"),
+        F.cross_entropy(leaves[2] @ weight.double().T, labels, reduction="sum"),
+    ]
+    dx, plain, exact = (
+        torch.autograd.grad(loss, leaf)[0].double()
+        for loss, leaf in zip(losses, leaves, strict=True)
+    )
+    assert abs(losses[0].item() / losses[2].item() - 1) < 1e-6
+    assert (dx - exact).norm() <= 1.05 * (plain - exact).norm()

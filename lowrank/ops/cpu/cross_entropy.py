@@ -8,6 +8,7 @@ from torch import Tensor
 from lowrank.ops import native
 from lowrank.ops.reference import labelled_rows
 
+from .matrix_units import multiplies_bfloat16
 from .panels import dense_panels, empty
 from .refusals import refuse_devices, refuse_dtype
 
@@ -39,11 +40,21 @@ def linear_cross_entropy(
         )  # fmt: skip
         native.check(status, "linear_cross_entropy")
         if with_dx:
-            gradient = torch.zeros_like(inputs)
-            for v0, v1, w in dense_panels(weight):
-                gradient.addmm_(logits[:, v0:v1], w)
-            dx[rows] = gradient.to(dx.dtype)
+            dx[rows] = _times(logits, weight, dx.dtype)
     return losses.sum(), dx
+
+
+def _times(gradient: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient [m, V] of the logits -> gradient W [m, H] in the dtype of x.
+
+    The logits themselves are never bfloat16: torch would round them, and with them the loss.
+    """
+    if dtype == weight.dtype and multiplies_bfloat16(dtype):
+        return gradient.to(dtype) @ weight
+    dx = torch.zeros(gradient.shape[0], weight.shape[1], dtype=torch.float32, device="cpu")
+    for v0, v1, w in dense_panels(weight):
+        dx.addmm_(gradient[:, v0:v1], w)
+    return dx.to(dtype)
 
 
 def _refuse_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, with_dx: bool) -> str | None:
