@@ -97,7 +97,7 @@ def _named_paths(
 ) -> dict[str, Callable[[int], Tensor]]:
     """The two ways of the Triton backend; from codes as far as its tiles go; and CUDA C++."""
     from lowrank.ops import cuda
-    from lowrank.ops import triton as backend
+    from lowrank.ops.triton import codebook as backend
 
     direct = backend.dx_from_codes if transposed else backend.linear_from_codes
     scratch = backend.dx_through_scratch if transposed else backend.linear_through_scratch
