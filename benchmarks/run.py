@@ -57,6 +57,7 @@ def run(names: Sequence[str], settings: Settings) -> dict:
             settings.note(f"{name} was left out: {error}")
             continue
         result["rows"] += rows
+        add_rates(rows, settings.ceilings)
         for case in table.cases([row for row in rows if "moved" not in row]):
             print("\n" + table.titled(case), flush=True)  # the others are printed when measured
         settings.ceilings |= better(settings.ceilings, ceilings(settings.working_set, dtypes))

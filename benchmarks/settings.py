@@ -121,9 +121,12 @@ def rows_of(
 def add_rates(rows: Sequence[dict], limits: dict[str, float]) -> None:
     """Put GB/s, TFLOP/s and floors into the rows that move bytes.
 
-    `floor_ms` is the least time that `limits` allow, `memory_floor_ms` that of the bytes alone.
+    `floor_ms` is the least time that `limits` allow, `memory_floor_ms` that of the bytes alone. A
+    training step comes with its TFLOP/s, and is held to the matmul alone.
     """
     for row in rows:
+        if "tokens_per_second" in row and "tflops" in row:
+            row["floor_ms"] = row["median_ms"] * row["tflops"] / limits["matmul_tflops"]
         if "moved" in row:
             moved, flops, memory = row["moved"], row["flops"], row["memory"]
             taken = row["median_ms"] * 1e-3

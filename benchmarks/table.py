@@ -26,6 +26,8 @@ STEP_COLUMNS = (
     "p10–p90",
     "real tokens/s",
     "speed",
+    "TFLOP/s",
+    "of ceiling",
     "peak MB",
     "loading MB",
     "first loss",
@@ -117,7 +119,7 @@ def table(rows: Sequence[dict]) -> str:
 
 
 def _op_cells(row: dict) -> list[str]:
-    floor, memory_floor = row.get("floor_ms"), row.get("memory_floor_ms")
+    memory_floor = row.get("memory_floor_ms")
     return [
         row["contender"],
         f"{row['median_ms']:.3g}",
@@ -127,7 +129,7 @@ def _op_cells(row: dict) -> list[str]:
         f"{row['over_bare']:.3f}×" if "over_bare" in row else "",
         _rate(row.get("gbs")),
         _rate(row.get("tflops")),
-        f"{100 * floor / row['median_ms']:.0f} %" if floor else "",
+        _share(row),
         f"{row['median_ms'] / memory_floor:.2f}" if memory_floor else "",
         f"{row['error']:.1e}" if row.get("error") is not None else "",
         megabytes(row["extra_bytes"]) if row.get("extra_bytes") is not None else "",
@@ -143,12 +145,20 @@ def _step_cells(row: dict) -> list[str]:
         f"{row['p10_ms'] * 1e-3:.2f}–{row['p90_ms'] * 1e-3:.2f}",
         f"{row['tokens_per_second']:.0f}",
         f"{row['speed']:.2f}×",
+        _rate(row.get("tflops")),
+        _share(row),
         megabytes(row["peak_bytes"]),
         megabytes(row["load_peak_bytes"]),
         f"{losses[0]:.4f}",
         f"{losses[-1]:.4f}",
         f"{row['loss_difference']:.1e}",
     ]
+
+
+def _share(row: dict) -> str:
+    """The least time that the ceilings allow, as a share of the median."""
+    floor = row.get("floor_ms")
+    return f"{100 * floor / row['median_ms']:.0f} %" if floor else ""
 
 
 def megabytes(count: float) -> str:

@@ -103,6 +103,18 @@ def padding_share(batches: list[list[dict[str, list[int]]]]) -> float:
     return 1 - sum(map(real_tokens, batches)) / (len(batches) * BATCH * POSITIONS)
 
 
+def labelled_tokens(batch: list[dict[str, list[int]]]) -> int:
+    """Tokens that the loss is about: an example's first is predicted by nothing."""
+    return sum(label != IGNORED for example in batch for label in example["labels"][1:])
+
+
+def adapted_elements(model: nn.Module) -> int:
+    """Σ N·K over the linears that have an adapter."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    pairs = [(name, name.replace(".lora_A.", ".lora_B.")) for name in shapes if ".lora_A." in name]
+    return sum(shapes[B][0] * shapes[A][1] for A, B in pairs)
+
+
 @torch.no_grad()
 def initialise_adapter(model: nn.Module) -> int:
     """Give every lora_A the same values on every side, by its layer's name; lora_B zeros. Returns

@@ -20,7 +20,7 @@ from benchmarks import peers
 from benchmarks.errors import MissingInputError
 from benchmarks.harness import spread
 from benchmarks.settings import Settings
-from benchmarks.training_data import padding_share, real_tokens
+from benchmarks.training_data import labelled_tokens, padding_share, real_tokens
 
 ROOT = Path(__file__).parent.parent
 PEER = "peft + bitsandbytes"
@@ -42,6 +42,7 @@ def run(settings: Settings) -> list[dict]:
         settings.tell("training_step: converting the model")
         _convert(gguf, pairs, directory, settings.steps)
         batches = json.loads((directory / "batches.json").read_text())
+        config = json.loads((directory / "config.json").read_text())
         workers: list[Worker] = []
         try:
             for side in sides:
@@ -51,7 +52,17 @@ def run(settings: Settings) -> list[dict]:
         finally:
             for worker in workers:
                 worker.close()
-    return _rows(sides, workers, answers, batches)
+    head = config["vocab_size"] * config["hidden_size"]
+    return _rows(sides, workers, answers, batches, head)
+
+
+def operations(adapted: int, trainable: int, head: int, tokens: int, labels: int) -> int:
+    """What a step must multiply and add: forward and dX of the linears (Σ N·K = `adapted`), forward
+    and dX, dA, dB of their adapters, forward and dX of the head where there is a label.
+
+    Attention, norms and the first layer's dX, which nobody needs, are not counted.
+    """
+    return tokens * (4 * adapted + 6 * trainable) + 4 * head * labels
 
 
 class Worker:
@@ -127,9 +138,10 @@ def _take_turns(workers: list[Worker], settings: Settings) -> list[list[dict]]:
 
 
 def _rows(
-    sides: list[str], workers: list[Worker], answers: list[list[dict]], batches: list
+    sides: list[str], workers: list[Worker], answers: list[list[dict]], batches: list, head: int
 ) -> list[dict]:
     tokens = [real_tokens(batch) for batch in batches]
+    labels = [labelled_tokens(batch) for batch in batches]
     reference = PEER if PEER in sides else sides[0]
     losses = {
         side: [answer["loss"] for answer in done] for side, done in zip(sides, answers, strict=True)
@@ -142,6 +154,8 @@ def _rows(
     for side, worker, done in zip(sides, workers, answers, strict=True):
         timed = [answer["seconds"] for answer in done[WARM_UP:]]
         rates = [count / took for count, took in zip(tokens[WARM_UP:], timed, strict=True)]
+        sizes = (worker.loaded["adapted"], worker.loaded["trainable"], head)
+        flops = [operations(*sizes, *counts) for counts in zip(tokens, labels, strict=True)]
         rows.append(
             {
                 "benchmark": "training_step",
@@ -150,6 +164,9 @@ def _rows(
                 "path": "",
                 **spread(timed),
                 "tokens_per_second": statistics.median(rates),
+                "tflops": statistics.median(
+                    count / took * 1e-12 for count, took in zip(flops[WARM_UP:], timed, strict=True)
+                ),
                 "peak_bytes": max(answer["peak_bytes"] for answer in done),
                 "load_peak_bytes": max(answer["load_peak_bytes"] for answer in done),
                 "losses": losses[side],

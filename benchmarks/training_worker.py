@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import reset_peak, status_bytes
-from benchmarks.training_data import IGNORED, initialise_adapter, packed, padded
+from benchmarks.training_data import IGNORED, adapted_elements, initialise_adapter, packed, padded
 
 RANK, ALPHA, LEARNING_RATE = 16, 32, 2e-4
 Loss = Callable[[list], torch.Tensor]  # a batch -> mean loss over its labelled tokens
@@ -142,7 +142,14 @@ def main(side: str, directory: Path) -> None:
     separate = reset_peak()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(
-        json.dumps({"layers": layers, "trainable": trainable, "load_peak_bytes": load_peak}),
+        json.dumps(
+            {
+                "layers": layers,
+                "trainable": trainable,
+                "adapted": adapted_elements(model),
+                "load_peak_bytes": load_peak,
+            }
+        ),
         file=answers,
     )
     for line in sys.stdin:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 from benchmarks import table
+from benchmarks.settings import add_rates
 
 OP_ROW = {
     "benchmark": "codebook_linear",
@@ -106,6 +107,12 @@ def test_a_training_row():
         *("lowrank", "1.53", "1.50–1.60", "321", "2.50×", "640", "700", "3.2100", "2.1000"),
         "4.0e-04",
     ]
+
+
+def test_a_training_row_that_counted_operations():
+    row = {**STEP_ROW, "tflops": 0.05}
+    add_rates([row], {"copy_gbs": 20.0, "read_gbs": 30.0, "matmul_tflops": 0.2})
+    assert cells(table.render(result(row)), "lowrank")[4:8] == ["2.50×", "0.05", "25 %", "640"]
 
 
 def test_cases_keep_the_order_of_the_run():

@@ -11,12 +11,15 @@ from benchmarks.training_data import (
     BATCH,
     IGNORED,
     POSITIONS,
+    adapted_elements,
     initialise_adapter,
+    labelled_tokens,
     packed,
     padded,
     padding_share,
     real_tokens,
 )
+from benchmarks.training_step import operations
 
 
 def batch() -> list[dict[str, list[int]]]:
@@ -45,6 +48,23 @@ def test_padded_and_packed_predict_the_same_words():
 def test_the_first_token_of_a_packed_example_is_never_predicted():
     example = {"input_ids": [5, 6], "labels": [5, 6]}
     assert packed([example, example])["labels"].tolist() == [[IGNORED, 6, IGNORED, 6]]
+
+
+def test_labelled_tokens():
+    examples = [{"input_ids": [4, 5, 6], "labels": [IGNORED, 5, 6]}]
+    assert labelled_tokens(examples) == 2
+    assert labelled_tokens([{"input_ids": [5, 6], "labels": [5, 6]}]) == 1
+
+
+def test_operations_are_those_of_the_matmuls():
+    model = adapted(2)
+    assert adapted_elements(model) == 2 * 16 * 24
+    trainable = sum(p.numel() for p in model.parameters())
+    assert trainable == 2 * 4 * (16 + 24)
+    # T tokens through N·K and the adapter, forward and backward; labels through the head
+    assert operations(16 * 24, 4 * (16 + 24), 90 * 16, 10, 3) == (
+        10 * 4 * 16 * 24 + 10 * 6 * 4 * (16 + 24) + 3 * 4 * 90 * 16
+    )
 
 
 def test_padding_share():
