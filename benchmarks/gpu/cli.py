@@ -26,7 +26,7 @@ BENCHMARKS = {
     "adamw8bit": "benchmarks.adamw8bit",
 }
 SHAPES = ("llama3-8b.k", "llama3-8b.q", "llama3-8b.down", "llama3-8b.gate", "llama3-70b.down")
-ROWS = "1,2,4,8,16,32,64,128,512,2048,8192"
+ROWS = "1,2,4,8,16,32,64,128,512,2048,4096,8192"
 HEADS = ("llama3-8b.head",)
 DTYPES = ("bfloat16", "float16", "float32")
 USAGE_ERROR, WRONG_RESULT = 2, 1
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     """The options; what they mean is in their help."""
     made = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
-        description="The operators on a CUDA device beside their installed installed.",
+        description="The operators on a CUDA device beside their installed peers.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

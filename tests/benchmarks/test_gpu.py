@@ -43,7 +43,10 @@ def test_every_case_has_its_rows_and_is_right(capsys):
             ("linear_cross_entropy", f"90x32 fp32 T=128, {share} labelled forward + dX"): chunked
             for share in ("all", "half")
         },
-        ("adamw8bit", "64x96 fp32"): {"lowrank", "torch fused fp32"},
+        **{
+            ("adamw8bit", f"{what}64x96 fp32"): {"lowrank", "torch fused fp32"}
+            for what in ("", "LoRA r=16 of 224 ")
+        },
     }
     for row in rows:
         assert row["n"] >= 10 and row["moved"] > 0 and row["floor_ms"] > 0
