@@ -22,6 +22,7 @@ BENCHMARKS = {
     "codebook_dequantize": "benchmarks.codebook_dequantize",
     "codebook_linear": "benchmarks.gpu.codebook_linear",
     "lora_linear": "benchmarks.lora_linear",
+    "lora_few_rows": "benchmarks.gpu.lora_few_rows",
     "linear_cross_entropy": "benchmarks.linear_cross_entropy",
     "adamw8bit": "benchmarks.adamw8bit",
 }

@@ -40,6 +40,14 @@ def test_every_case_has_its_rows_and_is_right(capsys):
             for direction in ("forward", "forward + backward")
         },
         **{
+            ("lora_few_rows", f"64x96 M={M}, {adapters}"): names
+            for M in rows_of_x
+            for adapters, names in (
+                ("one adapter", {"torch, frozen", "torch", "lowrank"}),
+                ("8 adapters", {"torch, frozen", "lowrank"}),
+            )
+        },
+        **{
             ("linear_cross_entropy", f"90x32 fp32 T=128, {share} labelled forward + dX"): chunked
             for share in ("all", "half")
         },
