@@ -60,7 +60,8 @@ def run(names: Sequence[str], settings: Settings) -> dict:
         add_rates(rows, settings.ceilings)
         for case in table.cases([row for row in rows if "moved" not in row]):
             print("\n" + table.titled(case), flush=True)  # the others are printed when measured
-        settings.ceilings |= better(settings.ceilings, ceilings(settings.working_set, dtypes))
+        now = ceilings(settings.working_set, dtypes, repeats=3)
+        settings.ceilings |= better(settings.ceilings, now)
     add_rates(result["rows"], result["ceilings"])
     print("\n" + table.ceilings_line(result["ceilings"]), flush=True)
     return result

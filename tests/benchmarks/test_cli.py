@@ -20,7 +20,7 @@ from benchmarks.installed import PEERS
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(*arguments: str, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess:
+def run(*arguments: str, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "benchmarks", *arguments],
         cwd=ROOT,
