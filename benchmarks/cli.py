@@ -194,7 +194,7 @@ def _run(given: argparse.Namespace) -> dict:
         given.steps,
         _working_set(given.working_set),
         heads,
-        given.isa,
+        isa=given.isa,
         tell=lambda text: print(text, file=sys.stderr, flush=True),
     )
     result = run(names, settings)
