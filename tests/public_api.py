@@ -42,6 +42,11 @@ def quantizing(w: Tensor) -> None:
     assert_type(storage, quant.Storage)
     assert_type(q.dequantize(storage, torch.float32), Tensor)
     assert_type(quant.names(), list[str])
+    assert_type(quant.quantizer_of(storage), quant.Quantizer)
+    assert_type(storage.rows(0, 4), quant.Storage)
+    assert_type(storage.bits_per_parameter, float)
+    fitted = quant.Fitted(per="row", block_size=128, double_quant=False)
+    assert_type(quant.linear(fitted, w, fitted.quantize(w)), Tensor)
     assert_type(lowrank.ops.explain("codebook_linear"), str)
 
 

@@ -19,14 +19,18 @@ def linear(quantizer: Quantizer, x: Tensor, storage: Storage, bias: Tensor | Non
     """y [..., N] in the dtype of x [..., K], differentiable in x and bias.
 
     A row-local scheme is dequantized some rows at a time, a few MB, in the forward and in the
-    backward; another as a whole. Between the two only the storage's tensors are kept.
+    backward; another as a whole. Between the two only the storage's tensors are kept, compiled or
+    not: torch.compile breaks its graph here.
     """
     fast = getattr(quantizer, "linear", None)
     if fast is not None:
         return fast(x, storage, bias)
     if x.shape[-1:] != tuple(storage.shape[1:]):
         raise ShapeError(f"x: expected [..., K={storage.shape[1]}]; got {list(x.shape)}")
-    return _DequantizedLinear.apply(x, bias, quantizer, storage, *storage.tensors.values())
+    apply = _DequantizedLinear.apply
+    if torch.compiler.is_compiling():  # a compiler would keep the dense weight for the backward
+        apply = torch.compiler.disable(apply)
+    return apply(x, bias, quantizer, storage, *storage.tensors.values())
 
 
 class _DequantizedLinear(torch.autograd.Function):

@@ -120,6 +120,21 @@ def test_no_dense_weight_exists_in_training(dtype, name):
         assert (a.double() - b).norm() < (1e-5 if dtype == torch.float32 else 4e-3) * b.norm()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's, at graph breaks
+@pytest.mark.parametrize("name", ["int8", "nf3"])
+def test_a_compiled_layer_keeps_no_dense_weight_either(name):
+    model = torch.nn.Sequential(QuantLinear(96, 40, quantizer=name), torch.nn.ReLU())
+    compiled = torch.compile(model, backend="aot_eager")
+    x, kept = torch.randn(5, 96, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = compiled(x)
+    assert all(t.numel() < 96 * 40 or t.dtype == torch.int8 for t in kept)
+    expected = model(x)
+    assert torch.equal(y, expected)
+    got, wanted = (torch.autograd.grad(out.square().sum(), x)[0] for out in (y, expected))
+    torch.testing.assert_close(got, wanted)
+
+
 def test_a_scheme_that_is_not_row_local_is_dequantized_whole():
     calls = []
 
