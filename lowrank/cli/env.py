@@ -76,7 +76,8 @@ def native_cpu() -> str:
     library = native.load_cpu()
     if isinstance(library, str):
         return library
-    return f"{native.isa()}, of {', '.join(native.usable_isas())} that run here"
+    refused = "".join(f"; {name} refused: {why}" for name, why in native.refused_isas().items())
+    return f"{native.isa()}, of {', '.join(native.usable_isas())} that run here{refused}"
 
 
 def native_cuda() -> str:

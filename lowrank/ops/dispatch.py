@@ -80,7 +80,7 @@ def explain(op: str, *args) -> str:
             if not isinstance(backend, str):
                 backend = _offers(backend, op) or backend.missing()
             lines.append(f"  {name}: {backend or 'here'}")
-        return "\n".join(lines)
+        return "\n".join(lines + _remarks(BACKENDS))
     expected = len(getattr(torch.ops.lowrank, op).default._schema.arguments)
     if len(args) != expected:
         raise ConfigError(
@@ -95,9 +95,16 @@ def explain(op: str, *args) -> str:
         else:
             lines.append(f"  {name}: {'would run if asked by name' if found else 'runs'}")
             found = True
+    lines += _remarks(_order(device_type, op))
     if _named is not None:
         lines.append(f"  ({_named!r} was asked for by name)")
     return "\n".join(lines)
+
+
+def _remarks(names: tuple[str, ...]) -> list[str]:
+    """What backends have to say beside whether they run: a line each of `remarks()`, if any."""
+    said = (getattr(_load(name), "remarks", tuple)() for name in names)
+    return [f"  ({remark})" for remarks in said for remark in remarks]
 
 
 def _choose(op: str, args: tuple) -> Callable:

@@ -27,6 +27,8 @@ _LIB = Path(__file__).resolve().parents[1] / "lib"
 # packed, absmax, absmax_scale, codebook, T
 _WEIGHT = (c_void_p, c_void_p, c_void_p, c_void_p, c_int64)
 
+_refused: dict[str, str] = {}  # by load_cpu
+
 
 class Adamw8bitTensor(ctypes.Structure):
     """struct lowrank_adamw8bit_tensor."""
@@ -147,6 +149,8 @@ def load_cpu() -> ctypes.CDLL | str:
         return f"LOWRANK_ISA: expected one of {', '.join(ISAS)}; got {asked!r}"
     if asked and library.lowrank_use_isa(ISAS.index(asked)):
         return f"LOWRANK_ISA={asked}: {_STATUS[2]}; unset it"
+    if not asked:
+        _try_isas(library)
     return library
 
 
@@ -173,6 +177,12 @@ def usable_isas() -> tuple[str, ...]:
     return tuple(name for i, name in enumerate(ISAS) if _cpu().lowrank_isa_usable(i) == 0)
 
 
+def refused_isas() -> dict[str, str]:
+    """Those that run here and are wrong, with the reason: not used unless asked for by name."""
+    load_cpu()
+    return dict(_refused)
+
+
 def use_isa(name: str) -> None:
     """Run the CPU kernels of another instruction set from now on."""
     if name not in ISAS:
@@ -184,6 +194,20 @@ def check(status: int, what: str) -> None:
     """Raise BackendError unless a native function returned 0."""
     if status:
         raise BackendError(f"{what}: {_STATUS.get(status, f'status {status}')}")
+
+
+def _try_isas(library: ctypes.CDLL) -> None:
+    """Leave in use the widest instruction set that gives what the generic one gives."""
+    from . import trial  # here, as it takes the structures from this file
+
+    for isa in range(library.lowrank_isa_in_use(), 0, -1):
+        if library.lowrank_isa_usable(isa) == 0:
+            wrong = trial.wrong_function(library, isa)
+            if wrong is None:
+                return
+            reason = f"its {wrong} is not the generic one's; LOWRANK_ISA={ISAS[isa]} forces it"
+            _refused[ISAS[isa]] = reason
+    library.lowrank_use_isa(0)
 
 
 def _open(file: str, abi_name: str, functions: dict[str, tuple], builder: str) -> ctypes.CDLL | str:

@@ -35,3 +35,8 @@ def missing() -> str | None:
 def refuse(op: str, *args) -> str | None:
     """Why the native kernels do not run `op` on these arguments, or None if they do."""
     return missing() or _REFUSALS[op](*args)
+
+
+def remarks() -> list[str]:
+    """The instruction sets that were tried when the library was loaded, and are wrong here."""
+    return [f"{isa} is refused: {reason}" for isa, reason in native.refused_isas().items()]

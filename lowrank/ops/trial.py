@@ -1,0 +1,126 @@
+"""Run once when the CPU library is loaded: does each kernel give what the generic one gives?
+
+An instruction set may have been built wrong, or be emulated wrong. Every function that computes
+takes a small ragged problem on the generic set and on another; where they differ, the other is
+refused. Nothing here is a tensor: no mode, device or seed that torch was set to plays a part.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import struct
+from functools import cache
+
+from . import native
+
+N, K, G, BLOCKS, PACKED = 3, 75, 32, 3, 48  # a weight: three blocks a row, the last of 11
+COLUMNS = 300  # of a parameter of AdamW: two blocks, the last of 44
+FORMATS = {0: "f", 1: "e", 2: "H"}  # of `struct`, for each lowrank_dtype; bfloat16 by its bits
+# What another order of a sum, or a fused multiply-add, may change; then the rounding to the dtype.
+SUMS = {0: 1e-5, 1: 2**-9, 2: 2**-6}
+
+Record = tuple[str, float, list[float]]  # function, tolerance, what it gave
+
+
+def wrong_function(library: ctypes.CDLL, isa: int) -> str | None:
+    """The first function that is wrong on this instruction set, which stays in use."""
+    library.lowrank_use_isa(0)
+    expected = _records(library)
+    library.lowrank_use_isa(isa)
+    for (name, tolerance, right), (_, _, got) in zip(expected, _records(library), strict=True):
+        if right != got and not _near(right, got, tolerance):
+            return name
+    return None
+
+
+def _records(library: ctypes.CDLL) -> list[Record]:
+    """What every function gives on the instruction set in use, of the same input each time."""
+    rng, records = random.Random(1), []
+
+    def call(name: str, tolerance: float, arguments: tuple, *outputs: bytearray, dtype=0) -> None:
+        pointers = [_pointer(a) if isinstance(a, bytes | bytearray) else a for a in arguments]
+        values = [float(getattr(library, f"lowrank_{name}")(*pointers, 1))]
+        for output in outputs:
+            values += _unpacked(output, dtype)
+        records.append((name, tolerance, values))
+
+    def uniform(count: int, dtype: int = 0) -> bytearray:
+        return _packed([2 * rng.random() - 1 for _ in range(count)], dtype)
+
+    scales, table = uniform(2 * N), uniform(16 * N)
+    weight = (rng.randbytes(N * PACKED), rng.randbytes(N * BLOCKS), scales, table, N, N, K, G)
+    rows = ctypes.byref(native.Rows(None, 1, 2, N))
+    dropout = ctypes.byref(native.Dropout(rng.getrandbits(60), 1 << 30, 4 / 3))
+    by = native.Adamw8bitCoefficients(0.9, 0.1, 0.99, 0.01, 0.999, 0.01, 1.5, 1e-8)
+    maps = [_packed(_moments(signed)) for signed in (True, False)]
+    for dtype, size in ((0, 4), (1, 2), (2, 2)):
+        x = uniform(4 * K, dtype)
+        codes, absmax = bytearray(N * PACKED), bytearray(4 * N * BLOCKS)
+        call("codebook_quantize", 0, (x, dtype, N, K, K, table, N, G, codes, absmax), absmax)
+        records.append(("codebook_quantize", 0, list(codes)))
+        y = bytearray(size * N * K)
+        call("codebook_dequantize", 0, (*weight, 0, N, y, dtype), y, dtype=dtype)
+        y = bytearray(size * N * (K - 32))
+        call("codebook_dequantize_columns", 0, (*weight, 32, K, y, dtype), y, dtype=dtype)
+        for name in ("codebook_linear", "codebook_linear_int16"):
+            for M in (1, 2, 4):
+                y = bytearray(size * M * N)
+                arguments = (x, dtype, M, *weight, None, y)
+                call(name, SUMS[dtype], arguments, y, dtype=dtype)
+        panel = bytearray(4 * 2 * K)
+        call("gather_rows", 0, (x, dtype, K, K, rows, dropout, panel), panel)
+        call("scatter_rows", 0, (panel, K, rows, dropout, 1, x, dtype, K), x, dtype=dtype)
+        p, g = uniform(COLUMNS, dtype), uniform(COLUMNS, dtype)
+        m, v = bytearray(rng.randbytes(COLUMNS)), bytearray(rng.randbytes(COLUMNS))
+        m_scale, v_scale = _packed([0.5, 0.25]), _packed([0.5, 0.25])
+        pointers = [_pointer(b) for b in (p, g, m, v, m_scale, v_scale)]
+        addresses = [ctypes.addressof(pointer) for pointer in pointers]
+        tensor = native.Adamw8bitTensor(*addresses, 1, COLUMNS, dtype)
+        arguments = (ctypes.byref(tensor), 1, *maps, ctypes.byref(by))
+        call("adamw8bit_step", SUMS[dtype], arguments, p, dtype=dtype)
+        call_scales = [*_unpacked(m_scale), *_unpacked(v_scale)]
+        records.append(("adamw8bit_step", 0, [*m, *v, *call_scales]))
+    logits, loss = uniform(2 * K), bytearray(4 * 2)
+    labels = struct.pack("2q", 3, K - 1)
+    call("softmax_cross_entropy", SUMS[0], (logits, labels, 2, K, loss, 1), logits, loss)
+    return records
+
+
+def _near(right: list[float], got: list[float], tolerance: float) -> bool:
+    pairs = zip(right, got, strict=True)
+    return all(abs(a - b) <= tolerance * max(1.0, abs(a)) for a, b in pairs)
+
+
+@cache
+def _moments(signed: bool) -> list[float]:
+    """256 ascending values as `adamw8bit.dynamic_map` has them, for a moment of either kind."""
+    values = [0.0, 1.0]
+    for decade in range(7):
+        count = 2 ** (decade + (not signed))
+        for i in range(count):
+            value = (0.1 + 0.9 * (i + 0.5) / count) * 10.0 ** (decade - 6)
+            values += [value, -value] if signed else [value]
+    return sorted(values)
+
+
+def _packed(values: list[float], dtype: int = 0) -> bytearray:
+    if dtype == 2:
+        words = struct.unpack(f"{len(values)}I", struct.pack(f"{len(values)}f", *values))
+        values = [word >> 16 for word in words]
+    return bytearray(struct.pack(f"{len(values)}{FORMATS[dtype]}", *values))
+
+
+def _unpacked(data: bytearray, dtype: int = 0) -> list[float]:
+    count = len(data) // struct.calcsize(FORMATS[dtype])
+    values = struct.unpack(f"{count}{FORMATS[dtype]}", data)
+    if dtype == 2:
+        bits = struct.pack(f"{count}I", *(word << 16 for word in values))
+        values = struct.unpack(f"{count}f", bits)
+    return list(values)
+
+
+def _pointer(data: bytes | bytearray) -> ctypes.Array:
+    """What a C function reads and writes in place of it."""
+    of = ctypes.c_char * len(data)
+    return of.from_buffer(data) if isinstance(data, bytearray) else of.from_buffer_copy(data)
