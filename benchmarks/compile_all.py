@@ -9,17 +9,20 @@ has no tensor-core instruction where it multiplies matrices.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import triton
 import triton.language as tl
+from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -39,6 +42,12 @@ MOST_SHARED = 99 << 10  # of one program on sm_86, 89 and 120; the others have m
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 DTYPES = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+HEADER = """\
+{}. Each cell: registers a thread / KiB of shared memory of a program; `+` where its matrix
+products are tensor-core instructions. Every kernel of every cell has 0 bytes of local memory and 0
+spills. `make compile-all` writes this.
+"""
 
 FIXED_TYPES = {
     "packed_ptr": "*u8",
@@ -336,36 +345,53 @@ def faults(case: Case, used: Usage) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compile all and write the table; 1 if anything is wrong with a kernel."""
+    """Compile all, on every core, and write the table; 1 if anything is wrong with a kernel."""
     options = argparse.ArgumentParser(prog="python -m benchmarks.compile_all")
     options.add_argument("--arch", default=",".join(map(str, ARCHITECTURES)))
     archs = [int(text) for text in options.parse_args(argv).arch.split(",")]
-    lines = [
-        f"Triton {triton.__version__}. Each cell: registers a thread / KiB of shared memory; every",
-        "kernel of every cell has 0 bytes of local memory and 0 spills; `+` where its matrix",
-        "products are tensor-core instructions.",
-        "",
-        "| kernel | dtype | " + " | ".join(f"sm_{arch}" for arch in archs) + " |",
-        "|---|---|" + "---|" * len(archs),
-    ]
-    wrong = []
-    with tempfile.TemporaryDirectory() as folder:
+    names = [(case.name, case.dtype) for case in cases()]
+    jobs = list(itertools.product(range(len(names)), archs))
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(os.cpu_count()) as pool:
         os.environ.setdefault("TRITON_CACHE_DIR", folder)
-        for case in cases():
-            cells = []
-            for arch in archs:
-                used = compile_case(case, arch, Path(folder))
-                cells.append(
-                    f"{used.registers} / {used.shared / 1024:g}" + " +" * bool(used.tensor_cores)
-                )
-                wrong += [f"{case.name} {case.dtype} sm_{arch}: {f}" for f in faults(case, used)]
-            lines.append(f"| {case.name} | {case.dtype} | " + " | ".join(cells) + " |")
-            print(lines[-1], flush=True)
+        results = pool.map(_cell, *zip(*jobs, strict=True))
+        results = list(tqdm(results, "compiling", len(jobs), unit="cubin", disable=None))
+    wrong = [
+        f"{' '.join(names[number])} sm_{arch}: {fault}"
+        for (number, arch), (_, found) in zip(jobs, results, strict=True)
+        for fault in found
+    ]
+    cells = iter([cell for cell, _ in results])
+    rows = [[*name, *itertools.islice(cells, len(archs))] for name in names]
+    text = "\n".join([*HEADER.format(_versions()).splitlines(), "", *_table(archs, rows)]) + "\n"
+    print(text, end="")
     print(*wrong, sep="\n", file=sys.stderr)
     if not wrong:
         TABLE.parent.mkdir(exist_ok=True)
-        TABLE.write_text("\n".join(lines) + "\n")
+        TABLE.write_text(text)
     return 1 if wrong else 0
+
+
+def _cell(number: int, arch: int) -> tuple[str, list[str]]:
+    """What the table says of a case, by its number, and what is wrong with it."""
+    case = next(itertools.islice(cases(), number, None))
+    with tempfile.TemporaryDirectory() as folder:
+        used = compile_case(case, arch, Path(folder))
+    cell = f"{used.registers} / {used.shared / 1024:g}" + " +" * bool(used.tensor_cores)
+    return cell, faults(case, used)
+
+
+def _table(archs: list[int], rows: list[list[str]]) -> list[str]:
+    head = ["kernel", "dtype", *(f"sm_{arch}" for arch in archs)]
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def _versions() -> str:
+    """Of Triton and of the assemblers that it brings, one for Blackwell by itself."""
+    found = [f"Triton {triton.__version__}"]
+    for tool in sorted(TOOLS.glob("ptxas*")):
+        said = subprocess.run([tool, "--version"], capture_output=True, text=True, check=True)
+        found.append(f"{tool.name} {re.search(r'V([0-9.]+)', said.stdout).group(1)}")
+    return ", ".join(found)
 
 
 def _cuobjdump(option: str, cubin: Path) -> str:
