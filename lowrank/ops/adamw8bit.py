@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 BLOCK = 256
+LOWEST = 0x34800000  # the bits of 2^-22: no midpoint between codes is below it
+HIGHEST = 0x3F800000  # of 1
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ZERO_OF_M, ZERO_OF_V = 127, 0  # the codes of 0
 
@@ -35,6 +37,35 @@ def dynamic_map(signed: bool) -> Tensor:
         middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (decade - 6)
         parts += [middles, -middles] if signed else [middles]
     return torch.cat(parts).sort().values
+
+
+def lines_and_mids(entries: Tensor) -> tuple[Tensor, Tensor]:
+    """(lines, mids), int32 [256] each: the nearest of ascending entries to s in two look-ups.
+
+    mids are the bits of the midpoints, rounded down: what is above one is above the other. In an
+    eighth of an octave they are nearly equally spaced, so their number below s is nearly a line:
+    of those that are less than 1 above it and not below, the one with the most to spare. With b
+    the bits of s, held to LOWEST and HIGHEST, and line = lines[(b - LOWEST) >> 20]:
+        low = ((line >> 16) + ((b & 0xFFFFF) * (line & 0xFFFF) >> 20)) >> 6
+        midpoints below s = low + (b > mids[low])
+    """
+    exact = (entries[:-1].double() + entries[1:].double()) / 2
+    mids = exact.float()
+    lower = torch.nextafter(mids, torch.zeros_like(mids))
+    mids = torch.where(mids.double() > exact, lower, mids).view(torch.int32)
+    rises = torch.arange(1024, dtype=torch.float64, device="cpu")[:, None]  # in 64ths
+    lines = mids.new_zeros(256)
+    for i, start in enumerate(range(LOWEST, HIGHEST + 1, 1 << 20)):
+        first, inside = int((mids < start).sum()), (mids >= start) & (mids < start + (1 << 20))
+        count = int(inside.sum())
+        x = rises.new_tensor([0, *(mids[inside] - start).tolist(), 1 << 20]) / (1 << 20)
+        least = rises.new_tensor([-1, *range(count), count - 1]) - rises / 64 * x
+        most = rises.new_tensor([1, *range(1, count + 1), count + 1]) - rises / 64 * x
+        least, most = least.amax(1), most.amin(1)
+        best = (most - least).argmax()
+        height = first + (most + least)[best] / 2
+        lines[i] = int(height * 64) << 16 | int(best)
+    return lines, torch.cat([mids, mids.new_full((256 - len(mids),), 2**31 - 1)])
 
 
 def rows_and_columns(shape: torch.Size) -> tuple[int, int]:

@@ -175,6 +175,23 @@ def test_a_tie_goes_to_the_code_nearer_zero(backend):
             assert torch.equal(moved.m[0][0, :-1], (127 + sign * expected).to(torch.uint8))
 
 
+def test_lines_and_midpoints_find_the_code():
+    """Of every 61st float that has one, from a random one on, and of those around each midpoint."""
+    lowest, highest = adamw8bit.LOWEST, adamw8bit.HIGHEST
+    for entries in (M_MAP[127:], V_MAP[1:]):
+        lines, mids = adamw8bit.lines_and_mids(entries)
+        exact = (entries[1:].double() + entries[:-1].double()) / 2
+        around = exact.float().view(torch.int32)[:, None] + torch.arange(-20, 21)
+        spread = torch.arange(lowest + int(torch.randint(61, ())), highest + 1, 61)
+        b = torch.cat([spread.int(), around.flatten().int(), torch.tensor([lowest, highest])])
+        b = b.clamp(lowest, highest).int()
+        line = lines[(b - lowest >> 20).long()]
+        rise = ((b & 0xFFFFF).long() * (line & 0xFFFF) >> 20).int()
+        low = (line >> 16) + rise >> 6
+        below = low + (b > mids[low])
+        assert torch.equal(below, torch.bucketize(b.view(torch.float32).double(), exact).int())
+
+
 def test_the_largest_is_kept_whatever_its_sign(backend):
     """The map has 1 and not -1: with the plain absmax a lasting m < 0 would lose 0.7 % a step."""
     moved = Moved(torch.zeros(2, 256))

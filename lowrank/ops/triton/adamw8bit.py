@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from lowrank.kernels import configs
-from lowrank.kernels.adamw8bit import HIGHEST, LOWEST, adamw8bit_kernel
+from lowrank.kernels.adamw8bit import adamw8bit_kernel
 from lowrank.ops import adamw8bit
 
 from .launch import on
@@ -80,35 +80,9 @@ def _on_device(entries: list[list[int]], device: torch.device) -> Tensor:
 def _maps(device: torch.device) -> Tensor:
     """Of m, then of v: the values of the codes, the lines and the midpoints, int32 [6, 256]."""
     m_map, v_map = adamw8bit.dynamic_map(True), adamw8bit.dynamic_map(False)
-    tables = (m_map.view(torch.int32), *_search(m_map[adamw8bit.ZERO_OF_M :]))
-    tables += (v_map.view(torch.int32), *_search(v_map[1:]))
+    tables = (m_map.view(torch.int32), *adamw8bit.lines_and_mids(m_map[adamw8bit.ZERO_OF_M :]))
+    tables += (v_map.view(torch.int32), *adamw8bit.lines_and_mids(v_map[1:]))
     return torch.stack(tables).to(device)
-
-
-def _search(entries: Tensor) -> tuple[Tensor, Tensor]:
-    """(lines, mids) for the kernel's `nearest` among ascending entries, int32 [256] each.
-
-    mids are the bits of the midpoints, rounded down: what is above one is above the other. In an
-    eighth of an octave they are nearly equally spaced, so their number below s is nearly a line:
-    of those that are less than 1 above it and not below, the one with the most to spare.
-    """
-    exact = (entries[:-1].double() + entries[1:].double()) / 2
-    mids = exact.float()
-    lower = torch.nextafter(mids, torch.zeros_like(mids))
-    mids = torch.where(mids.double() > exact, lower, mids).view(torch.int32)
-    rises = torch.arange(1024, dtype=torch.float64, device="cpu")[:, None]  # in 64ths
-    lines = mids.new_zeros(256)
-    for i, start in enumerate(range(LOWEST.value, HIGHEST.value + 1, 1 << 20)):
-        first, inside = int((mids < start).sum()), (mids >= start) & (mids < start + (1 << 20))
-        count = int(inside.sum())
-        x = rises.new_tensor([0, *(mids[inside] - start).tolist(), 1 << 20]) / (1 << 20)
-        least = rises.new_tensor([-1, *range(count), count - 1]) - rises / 64 * x
-        most = rises.new_tensor([1, *range(1, count + 1), count + 1]) - rises / 64 * x
-        least, most = least.amax(1), most.amin(1)
-        best = (most - least).argmax()
-        height = first + (most + least)[best] / 2
-        lines[i] = int(height * 64) << 16 | int(best)
-    return lines, torch.cat([mids, mids.new_full((256 - len(mids),), 2**31 - 1)])
 
 
 @cache
