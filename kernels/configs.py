@@ -29,16 +29,17 @@ def linear_row(K: int, G: int) -> dict:
     return _spans(K, G, 512) | {"BLOCK_N": 8, "STAGES": 3, "num_warps": 4} | ROUNDED
 
 
-def linear(M: int, K: int, G: int) -> dict:
+def linear(M: int, K: int, G: int, float32: bool) -> dict:
     """codebook_linear_kernel: up to 32 rows of x, K is split over the warps; above, N is.
 
-    Rows of x that are not aligned are loaded an element at a time, each with an address.
+    Rows of x that are not aligned are loaded an element at a time, each with an address. In float32
+    there are no tensor cores, and a thread holds all it multiplies: shorter spans.
     """
     if M <= 32:
         most, tile = 64, {"SPLITS": 4, "BLOCK_M": tile_rows(M), "BLOCK_N": 32}
     else:
         most, tile = 128, {"SPLITS": 1, "BLOCK_M": 64, "BLOCK_N": 64}
-    tile["SPAN"] = min(G, most if K % 16 == 0 else 32)
+    tile["SPAN"] = min(G, most if K % 16 == 0 and not float32 else 32)
     return {"G": G} | tile | {"num_warps": 4, "num_stages": 3} | ROUNDED
 
 

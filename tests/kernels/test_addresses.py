@@ -14,22 +14,22 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from benchmarks import compile_all  # noqa: E402
+from benchmarks import kernel_cases  # noqa: E402
 
-KERNELS = {case.kernel.__name__: case for case in reversed(list(compile_all.cases()))}
+KERNELS = {case.kernel.__name__: case for case in reversed(list(kernel_cases.cases()))}
 
 _CONSTANT = re.compile(r"(%\w+) = arith\.constant (?:dense<)?(-?\d+)")
 _SAME_VALUE = re.compile(r"(%\w+) = (?:tt\.(?:splat|expand_dims|broadcast|reshape)) (%\w+)")
 _PRODUCT = re.compile(r"= arith\.muli (%\w+), (%\w+) : (?:i32|tensor<[\dx]*xi32>)")
 
 
-def products_in_32_bits(case: compile_all.Case) -> list[str]:
+def products_in_32_bits(case: kernel_cases.Case) -> list[str]:
     """Products of two numbers of run time, or of one and the case's K: those that may overflow.
 
     What is multiplied by another constant is a program's number and the size of its tile, which
     make an index in a row or a row's number, and no dimension has 2^31.
     """
-    options = {k: v for k, v in case.constants.items() if k in compile_all.OPTIONS}
+    options = {k: v for k, v in case.constants.items() if k in kernel_cases.OPTIONS}
     compiled = triton.compile(case.source(), target=GPUTarget("cuda", 80, 32), options=options)
     text = compiled.asm["ttir"]
     constants = {name: int(value) for name, value in _CONSTANT.findall(text)}
@@ -76,5 +76,5 @@ def by_a_constant(x_ptr, out_ptr, K: tl.constexpr, WIDE: tl.constexpr):
 def test_the_check_sees_a_product_in_32_bits(kernel):
     for wide in (False, True):
         constants = {"WIDE": wide} | ({"K": 4096} if kernel is by_a_constant else {})
-        case = compile_all.Case("sample", kernel, "fp32", False, constants)
+        case = kernel_cases.Case("sample", kernel, "fp32", False, constants)
         assert bool(products_in_32_bits(case)) is not wide

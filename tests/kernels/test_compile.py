@@ -8,10 +8,10 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from benchmarks import compile_all  # noqa: E402
+from benchmarks import compile_all, kernel_cases  # noqa: E402
 
 ARCHITECTURES = [80, 90]
-CASES = list(compile_all.cases())
+CASES = list(kernel_cases.cases())
 
 
 @pytest.fixture(scope="module")

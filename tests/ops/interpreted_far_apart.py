@@ -49,7 +49,7 @@ def main(seed: int) -> None:
 
         x, dy = torch.randn(M, K), torch.randn(M, N)
         y, dx = torch.full((M, N), torch.nan), torch.full((M, K), torch.nan)
-        config = configs.linear(M, K, G)
+        config = configs.linear(M, K, G, True)
         codebook_linear_kernel[(1, 1)](
             rows_apart(x, stride), *far, codebook, None, y, M, N, stride, stride, stride,
             K=K, PER_ROW=True, DOT=tl.float32, **config,

@@ -159,7 +159,7 @@ def linear_from_codes(
                 N, packed.shape[1], absmax.shape[1], K=K, PER_ROW=per_row, **config,
             )  # fmt: skip
         else:
-            config = configs.linear(M, K, block_size) | joining
+            config = configs.linear(M, K, block_size, x.dtype == torch.float32) | joining
             grid = (triton.cdiv(N, config["BLOCK_N"]), triton.cdiv(M, config["BLOCK_M"]))
             codebook_linear_kernel[grid](
                 rows, *weight, bias, y,
