@@ -194,7 +194,7 @@ def lora_cases() -> Iterator[Case]:
         yield _branch(M, "bf16", "fp32")
     yield _branch(16, "fp32", "fp32")
     yield _branch(16, "bf16", "addend")
-    yield Case("lora_sum", lora_sum_kernel, "bf16", False, {"BLOCK": 512, "UNROLL": 8})
+    yield Case("lora_sum", lora_sum_kernel, "bf16", False, lora_configs.SUM)
 
 
 def _lora(

@@ -6,6 +6,12 @@ import triton
 
 from lowrank.kernels.configs import tile_rows
 
+# Products in float32 are sums of fused multiply-adds; said, since Triton's default will change.
+FUSED = {"enable_fp_fusion": True}
+
+# lora_sum_kernel: 8 parts on their way to each of 512 outputs.
+SUM = {"BLOCK": 512, "UNROLL": 8} | FUSED
+
 # Above, lora_dy_kernel's parts of g outweigh reading dy once more.
 MOST_RANKS_IN_ONE_PASS = 32
 
@@ -74,7 +80,7 @@ def _tile(M: int, E: int, R: int, float32: bool) -> dict:
     """Rows of a tile: those of an adapter, were they shared evenly. Then ranks and adapters."""
     rows = min(tile_rows(triton.cdiv(M, E)), 32 if float32 else 64)
     adapters = max(16, triton.next_power_of_2(E))
-    return ranks(R, float32) | {"BLOCK_E": adapters, "BLOCK_M": rows}
+    return ranks(R, float32) | {"BLOCK_E": adapters, "BLOCK_M": rows} | FUSED
 
 
 def _columns(C: int, most: int) -> int:

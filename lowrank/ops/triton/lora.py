@@ -20,6 +20,8 @@ from .codebook import Branch, dequantize_into, dx_parts_into, fused_rows, linear
 from .launch import DOT, as_rows
 from .lora_branch import adapters, dx_and_dA, expand, g_and_dB, shrink
 
+_OLDEST = (8, 0)
+
 
 def lora_linear(
     x: Tensor,
@@ -159,7 +161,11 @@ def lora_linear_backward(
 
 def _refuse(x: Tensor, *args) -> str | None:
     """x, or dy."""
-    return None if x.dtype in DOT else f"takes float32, float16 and bfloat16; got {x.dtype}"
+    if x.dtype not in DOT:
+        return f"takes float32, float16 and bfloat16; got {x.dtype}"
+    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < _OLDEST:
+        return f"needs compute capability {_OLDEST} or newer, for TF32 and 99 KB of shared memory"
+    return None
 
 
 REFUSALS = {"lora_linear": _refuse, "lora_linear_backward": _refuse}

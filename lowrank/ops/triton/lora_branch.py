@@ -16,8 +16,6 @@ from lowrank.ops.reference.philox import threshold
 
 from .launch import dot_dtype, dot_precision, on
 
-_SUM_BLOCK, _SUM_UNROLL = 512, 8
-
 
 class Adapters(NamedTuple):
     """The adapters of a call, contiguous, and their dropout, as the kernels take them."""
@@ -199,8 +197,8 @@ def _sum(
     """out = scale times the sum of all parts; with offsets, out[e] of those of adapter e."""
     size = parts[0].numel()
     with on(out.device):
-        lora_sum_kernel[(triton.cdiv(size, _SUM_BLOCK), out.numel() // size)](
-            parts, out, offsets, len(parts), size, chunk, scale,
-            BLOCK=_SUM_BLOCK, UNROLL=_SUM_UNROLL,
-        )  # fmt: skip
+        grid = (triton.cdiv(size, lora_configs.SUM["BLOCK"]), out.numel() // size)
+        lora_sum_kernel[grid](
+            parts, out, offsets, len(parts), size, chunk, scale, **lora_configs.SUM
+        )
     return out
