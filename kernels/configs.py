@@ -36,10 +36,10 @@ def linear(M: int, K: int, G: int, float32: bool) -> dict:
     there are no tensor cores, and a thread holds all it multiplies: shorter spans.
     """
     if M <= 32:
-        most, tile = 64, {"SPLITS": 4, "BLOCK_M": tile_rows(M), "BLOCK_N": 32}
+        tile = {"SPLITS": 4, "BLOCK_M": tile_rows(M), "BLOCK_N": 32}
     else:
-        most, tile = 128, {"SPLITS": 1, "BLOCK_M": 64, "BLOCK_N": 64}
-    tile["SPAN"] = min(G, most if K % 16 == 0 and not float32 else 32)
+        tile = {"SPLITS": 1, "BLOCK_M": 64, "BLOCK_N": 64}
+    tile["SPAN"] = min(G, 64 if K % 16 == 0 and not float32 else 32)
     return {"G": G} | tile | {"num_warps": 4, "num_stages": 3} | ROUNDED
 
 
