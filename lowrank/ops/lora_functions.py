@@ -224,11 +224,10 @@ def _check_dropout(p: float, seed: Tensor | None, device: torch.device) -> None:
     check_number("p", p)
     if not 0 <= p < 1:
         raise ConfigError(f"p: expected a probability in [0, 1); got {p}")
-    if (seed is None) != (p == 0):
-        raise ConfigError(
-            f"seed: expected {'None' if p == 0 else 'an int64 scalar'} with p={p}; "
-            f"got {'None' if seed is None else 'a tensor'}"
-        )
+    if p > 0 and seed is None:  # in words that a compiler takes of a p that it does not know
+        raise ConfigError(f"seed: expected an int64 scalar with p={p}; got None")
+    if p == 0 and seed is not None:
+        raise ConfigError("seed: expected None with p=0; got a tensor")
     if seed is not None:
         check_tensors(seed=seed)
         if seed.dim() != 0:

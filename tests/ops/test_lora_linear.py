@@ -5,14 +5,17 @@ The oracle is torch in float64 on the reference's mask of dropout, and autograd 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank import ops
 from lowrank.ops.reference.philox import kept
+from tests.adapters.oracle import peft
+from tests.ops.isas import needs_library
 from tests.ops.weights import dense, random_weight
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -32,7 +35,8 @@ SHAPES = [  # leading dimensions of x, K, N, R
 LARGE = ((300,), 4099, 35, 7)
 
 
-class Case(NamedTuple):
+@dataclass
+class Case:
     """The arguments of ops.lora_linear, and which adapter each row has."""
 
     x: Tensor
@@ -73,7 +77,7 @@ class Case(NamedTuple):
             z = rows * kept(torch.arange(M), K, self.p, self.seed) / (1 - self.p)
         ids = torch.zeros(M, dtype=torch.long) if self.ids is None else self.ids.long()
         for e in range(A.shape[0]):
-            y = y + (ids == e)[:, None] * self.scale * (z @ A[e].T @ B[e].T)
+            y = y + (ids == e)[:, None].double() * self.scale * (z @ A[e].T @ B[e].T)
         return y.view(*x.shape[:-1], B.shape[1])
 
 
@@ -116,24 +120,198 @@ def assert_close(got: list[Tensor], want: list[Tensor], tolerance: float) -> Non
         assert w.any() or not g.any(), f"result {i}: expected zeros"
 
 
-@pytest.fixture(params=["reference", "cpu", "cpu_int16"])
+@pytest.fixture(
+    params=["reference", *(pytest.param(b, marks=needs_library) for b in ("cpu", "cpu_int16"))]
+)
 def backend(request):
     with ops.use_backend(request.param):
         yield request.param
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("grouped", [False, True], ids=["one", "grouped"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("base", ["none", "dense", "plain", "double"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equals_the_formula(backend, shape, base, dtype, grouped, p):
-    made = case(base, dtype, shape, grouped, p)
-    dy = torch.randn(*shape[0], shape[2]).to(dtype)
+def check(made: Case, backend: str, dy: Tensor | None = None) -> None:
+    """The results of this backend and those of the formula."""
+    shape = (*made.x.shape[:-1], made.B.shape[1])
+    dy = torch.randn(shape).to(made.x.dtype) if dy is None else dy
     got = gradients(made.run, made, None, dy)
     want = gradients(made.formula, made, torch.float64, dy)
-    assert [g.dtype for g in got[:2]] == [dtype] * 2
-    tolerance = TOLERANCE[dtype]
-    if backend == "cpu_int16" and base in ("plain", "double"):
+    leaves = [t for t in (made.x, made.bias, made.A, made.B) if t is not None]
+    assert [g.dtype for g in got] == [made.x.dtype, *(t.dtype for t in leaves)]
+    adapters = TOLERANCE[made.A.dtype]
+    tolerance = max(TOLERANCE[made.x.dtype], adapters)
+    if backend == "cpu_int16" and made.weight[3] is not None:
         tolerance += 2e-4
     assert_close(got, want, tolerance)
+
+
+@pytest.mark.parametrize(
+    ("grouped", "p"), [(False, 0.0), (False, 0.3), (True, 0.0), (True, 0.3)], ids=str
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("base", ["none", "dense", "plain", "double"])
+def test_equals_the_formula(backend, base, dtype, grouped, p):
+    for shape in SHAPES:
+        check(case(base, dtype, shape, grouped, p), backend)
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["one", "grouped"])
+def test_rows_of_several_panels(backend, grouped):
+    check(case("double", torch.bfloat16, LARGE, grouped, 0.2), backend)
+    check(case("dense", torch.float32, LARGE, grouped, 0.0), backend)
+
+
+@pytest.mark.parametrize("base", ["none", "dense", "plain"])
+@pytest.mark.parametrize("ids", [None, [2, -1, 0, 0, 2]], ids=["one", "grouped"])
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_gradcheck_in_float64(base, ids, p):
+    made = case(base, torch.float64, ((5,), 7, 6, 2), ids is not None, p, torch.float64)
+    made = replace(made, ids=None if ids is None else torch.tensor(ids))
+    leaves = tuple(t for t in (made.x, made.A, made.B, made.bias) if t is not None)
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    def run(x, A, B, bias=None):
+        return made.run(x, bias, A, B)
+
+    assert torch.autograd.gradcheck(run, leaves)
+    check(made, "reference")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_adapters_of_16_bits(backend, dtype):
+    check(case("double", dtype, grouped=True, p=0.3, adapters=dtype), backend)
+
+
+@pytest.mark.parametrize("base", ["none", "dense", "plain"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strides_of_every_kind(backend, base, dtype):
+    leading, K, N, _ = SHAPES[2]
+    for grouped, p in ((False, 0.0), (True, 0.3)):
+        made = case(base, dtype, grouped=grouped, p=p)
+        columns = torch.randn(K, *leading).to(dtype).movedim(0, -1)
+        every_other = torch.randn(*leading, 2 * K).to(dtype)[..., ::2]
+        far_rows = torch.randn(*leading, K + 5).to(dtype)[..., :K]
+        alike = torch.randn(K).to(dtype).expand(*leading, K)
+        for x in (columns, every_other, far_rows, alike):
+            check(replace(made, x=x), backend)
+        check(made, backend, torch.randn(N, *leading).to(dtype).movedim(0, -1))
+        check(made, backend, torch.ones((), dtype=dtype).expand(*leading, N))
+        check(replace(made, A=made.A.mT.contiguous().mT, B=made.B.mT.contiguous().mT), backend)
+
+
+def test_an_adapter_for_every_order_of_rows(backend):
+    """Rows that lie together, apart, backwards, all of one adapter, and of none."""
+    made = case("dense", torch.float32, grouped=True, p=0.3)
+    M = len(made.ids)
+    shuffled = torch.arange(M) % 4
+    for ids in (
+        torch.arange(M) // 5,
+        torch.arange(M).flip(0) // 5,
+        shuffled,
+        torch.full((M,), 3),
+        torch.full((M,), -1),
+        torch.where(shuffled == 2, -1, shuffled),
+    ):
+        check(replace(made, ids=ids), backend)
+
+
+@pytest.mark.parametrize("needs", [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)])
+def test_what_is_not_needed_is_not_formed(backend, needs):
+    made = case("plain", torch.float32, grouped=True, p=0.3)
+    leaves = [t.clone().requires_grad_() for t in (made.x, made.A, made.B)]
+    x, A, B = leaves
+    dy = torch.randn(*x.shape[:-1], B.shape[1])
+    want = torch.autograd.grad(made.run(x=x, A=A, B=B), leaves, dy)
+    h = torch.ops.lowrank.lora_linear(
+        made.x, *made.weight, None, 32, made.A, made.B, made.scale,
+        *ops.group_rows(made.ids, 4), made.p, made.seed,
+    )[1]  # fmt: skip
+    nothing = made.x.new_empty(0)
+    got = ops.lora_linear_backward(
+        dy, made.x if needs[1] else nothing, h if needs[2] else nothing, *made.weight, 32,
+        made.A, made.B, made.scale, ops.group_rows(made.ids, 4), made.p, made.seed, needs,
+    )  # fmt: skip
+    for g, w, need in zip(got, want, needs, strict=True):
+        assert torch.equal(g, w) if need else g.shape == (0,)
+
+
+def test_the_same_bits_on_every_run(backend):
+    made = case("double", torch.float32, ((300,), 130, 35, 7), grouped=True, p=0.3)
+    dy = torch.randn(300, 35)
+    first, second = (gradients(made.run, made, None, dy) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+def test_autocast_does_not_reach_inside(backend):
+    made = case("dense", torch.float32, grouped=True)
+    want = made.run()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(made.run(), want)
+
+
+def test_one_graph_for_every_batch_size_and_grouping():
+    made = case("double", torch.float32, grouped=True, p=0.3)
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(Case.run, fullgraph=True, dynamic=True, backend=counting)
+    for M in (6, 9, 33):
+        ids = torch.randint(-1, 4, (M,))
+        batch = replace(made, x=torch.randn(M, made.x.shape[-1]), ids=ids)
+        torch.testing.assert_close(compiled(batch), batch.run())
+    assert len(graphs) == 1
+
+
+def test_equals_a_mixed_batch_of_peft(backend):
+    """peft's adapter_names: an adapter for each sequence, of ranks and scales of their own."""
+    K, N, T = 31, 43, 5
+    linear = torch.nn.Linear(K, N).requires_grad_(False)
+    ranks, alphas = {"a": 3, "b": 8, "c": 1}, {"a": 6, "b": 4, "c": 9}
+    theirs = peft.tuners.lora.Linear(
+        linear, "a", config=peft.LoraConfig(r=3, lora_alpha=6, init_lora_weights=False),
+        r=3, lora_alpha=6,
+    )  # fmt: skip
+    for name in ("b", "c"):
+        config = peft.LoraConfig(r=ranks[name], lora_alpha=alphas[name], init_lora_weights=False)
+        theirs.update_layer(name, ranks[name], alphas[name], config=config)
+    names = ["b", "__base__", "a", "b", "a", "__base__"]  # nobody has c
+    x, dy = torch.randn(len(names), T, K, requires_grad=True), torch.randn(len(names), T, N)
+    factors = [theirs.lora_A[n].weight for n in ranks] + [theirs.lora_B[n].weight for n in ranks]
+    for factor in factors:
+        factor.requires_grad_()
+    want_y = theirs(x, adapter_names=names)
+    want = torch.autograd.grad(want_y, (x, *factors), dy, allow_unused=True)
+
+    widest = max(ranks.values())
+    A = torch.stack(
+        [F.pad(theirs.lora_A[n].weight, (0, 0, 0, widest - r)) for n, r in ranks.items()]
+    )
+    B = torch.stack(
+        [
+            theirs.scaling[n] * F.pad(theirs.lora_B[n].weight, (0, widest - r))
+            for n, r in ranks.items()
+        ]
+    )
+    ids = torch.tensor([list(ranks).index(n) if n in ranks else -1 for n in names])
+    groups = ops.group_rows(ids.repeat_interleave(T), len(ranks))
+    y = ops.lora_linear(
+        x, linear.weight, None, None, None, linear.bias, 64, A, B, 1.0, groups
+    )  # fmt: skip
+    got = torch.autograd.grad(y, (x, *factors), dy)
+    torch.testing.assert_close(y, want_y, rtol=1e-5, atol=1e-5)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, torch.zeros_like(g) if w is None else w, rtol=1e-4, atol=1e-4)
+
+
+def test_group_rows_is_a_stable_sort():
+    for dtype in (torch.int64, torch.int32):
+        for M in (0, 1, 200):
+            ids = torch.randint(-1, 5, (M,), dtype=dtype)
+            order, offsets = ops.group_rows(ids, 7)
+            assert order.dtype == offsets.dtype == torch.int32
+            naive = [[m for m in range(M) if ids[m] == e] for e in range(-1, 7)]
+            assert order.tolist() == sum(naive, [])
+            ends = torch.tensor([len(rows) for rows in naive]).cumsum(0)
+            assert offsets.tolist() == ends.tolist()

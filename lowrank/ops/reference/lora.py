@@ -49,8 +49,9 @@ def lora_linear(
         y += bias
     for e, rows in _rows_of_adapters(M, K, order, offsets, x.device):
         z = _dropped_out(rows_of_x[rows].to(dtype), rows, p, seed)
-        h[rows] = z @ A[e].to(dtype).T
-        y[rows] += scale * (h[rows] @ B[e].to(dtype).T)
+        h_rows = z @ A[e].to(dtype).T
+        h.index_copy_(0, rows, h_rows)
+        y.index_add_(0, rows, h_rows @ B[e].to(dtype).T, alpha=scale)
     return y.to(x.dtype).view(*x.shape[:-1], N), h
 
 
@@ -98,7 +99,7 @@ def lora_linear_backward(
             if needs[1]:
                 dA[e] += g.T @ _dropped_out(rows_of_x[rows].to(dtype), rows, p, seed)
             if needs[0]:
-                dx[rows] += _dropped_out(g @ A[e].to(dtype), rows, p, seed)
+                dx.index_add_(0, rows, _dropped_out(g @ A[e].to(dtype), rows, p, seed))
     dx = dx.to(dy.dtype).view(*dy.shape[:-1], K) if needs[0] else dx.to(dy.dtype)
     return dx, dA.to(A.dtype), dB.to(B.dtype)
 
