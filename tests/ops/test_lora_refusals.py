@@ -124,7 +124,7 @@ def test_group_rows_refuses():
         ops.group_rows(torch.zeros(2, 3, dtype=torch.int64), 2)
     with pytest.raises(DtypeError, match="adapter_ids: expected"):
         ops.group_rows(torch.zeros(2), 2)
-    with pytest.raises(ConfigError, match="E: expected at least one"):
+    with pytest.raises(ConfigError, match="E: expected a whole number >= 1"):
         ops.group_rows(torch.zeros(2, dtype=torch.int64), 0)
     for wrong in (-2, 3):
         with pytest.raises(DataError, match=f"below E=3; got {wrong}"):
