@@ -79,10 +79,15 @@ def generate_ids(
 ) -> list[list[int]]:
     """The ids written after each prompt, up to and without the first of `ends`."""
     _check(max_new_tokens, temperature, top_p, top_k, seed)
-    vocab_size = model.config.vocab_size
+    vocab_size, positions = model.config.vocab_size, model.config.max_position_embeddings
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise DataError(f"prompt {i}: expected at least one token; got none")
+        if len(prompt) > positions:
+            raise DataError(
+                f"prompt {i}: expected at most max_position_embeddings={positions} tokens, which "
+                f"the model was trained for; got {len(prompt)}; shorten it"
+            )
         if not 0 <= min(prompt) <= max(prompt) < vocab_size:
             raise DataError(
                 f"prompt {i}: expected token ids below the model's vocab_size={vocab_size}; "

@@ -37,6 +37,8 @@ def check_output_dir(path: str | Path, overwrite: bool = False) -> None:
         raise ConfigError(f"output_dir must be a directory; {path} is a file: name another")
     files = (METRICS, WEIGHTS_FILE, TRAINED)
     held = [n for n in files if (path / n).exists() and (path / n).stat().st_size]
+    if held == [METRICS] and not _has_steps(path / METRICS):
+        held = []  # a run that ended before its first step: there is nothing to lose
     if held and not overwrite:
         raise ConfigError(
             f"output_dir {path} already holds a run ({', '.join(held)}): "
@@ -48,6 +50,12 @@ def check_output_dir(path: str | Path, overwrite: bool = False) -> None:
             f"output_dir {path} has files that a run would replace ({', '.join(foreign)}): "
             "name another, or set overwrite_output_dir if they may go"
         )
+
+
+def _has_steps(metrics: Path) -> bool:
+    """Whether a step was counted, and not just the held-out loss before the first."""
+    with metrics.open(encoding="utf-8", errors="replace") as lines:
+        return any(line.strip() and '"step": 0,' not in line for line in lines)
 
 
 class RunDirectory:

@@ -140,3 +140,12 @@ def test_ids_of_another_models_tokenizer_are_refused(saved):
     model, _, _ = saved
     with pytest.raises(DataError, match="prompt 1: .*vocab_size=600; got 3 to 600: use the model"):
         generate_ids(model, [[1, 599], [3, 600]], 4)
+
+
+def test_a_prompt_beyond_the_models_positions_is_refused(saved):
+    model, _, _ = saved
+    most = model.config.max_position_embeddings
+    assert len(generate_ids(model, [[5] * most], 1)) == 1
+    says = rf"prompt 1: expected at most max_position_embeddings={most} tokens.*got {most + 1};"
+    with pytest.raises(DataError, match=says):
+        generate_ids(model, [[5], [5] * (most + 1)], 1)

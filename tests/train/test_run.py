@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from lowrank.errors import ConfigError
 from lowrank.train import TrainConfig, Trainer, check_output_dir
+from lowrank.train.run import RunDirectory
 
 from .support import Bytes, Small, examples, metrics_lines
 
@@ -200,3 +201,14 @@ def test_training_in_a_thread_leaves_signals_alone(tmp_path, generator):
     thread.start()
     thread.join()
     assert len(results[0].losses) == 4
+
+
+@pytest.mark.parametrize("lines", ["", '{"step": 0, "eval_loss": 5.5}\n', '{"step": 0, "eval'])
+def test_a_run_that_ended_before_its_first_step_is_in_nobodys_way(tmp_path, lines):
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    check_output_dir(tmp_path)
+    RunDirectory(tmp_path, overwrite=False).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    (tmp_path / "metrics.jsonl").write_text(lines + '\n{"step": 1, "loss": 5.0}\n')
+    with pytest.raises(ConfigError, match="already holds a run"):
+        check_output_dir(tmp_path)
