@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import shapes
+from benchmarks import machine, shapes
 from benchmarks.cli import BENCHMARKS, EXAMPLES, main, parser
 from benchmarks.gpu import cli as gpu
 from benchmarks.installed import PEERS
@@ -145,6 +145,17 @@ def test_a_small_run_to_json_table_and_plot(tmp_path):
     for row in result["rows"]:
         assert row["case"] in shown.stdout
     assert f"{result['ceilings']['copy_gbs']:.1f} GB/s" in shown.stdout
+
+
+@pytest.mark.skipif("avx2" not in machine.cpu_flags(), reason="needs a CPU with AVX2")
+def test_an_instruction_set_holds_for_the_run_and_is_recorded(tmp_path):
+    path = tmp_path / "result.json"
+    small = ("--shapes", "64x64", "--seconds", "0.05", "--working-set", "1", "--against", "none")
+    done = run("codebook_quantize", *small, "--isa", "avx2", "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(path.read_text())
+    assert result["run"]["isa"] == "avx2"
+    assert [row["path"] for row in result["rows"]] == ["cpu avx2"]
 
 
 def test_a_benchmark_without_its_input_is_left_out_with_the_reason():
