@@ -139,6 +139,20 @@ def test_rows_of_a_row_local_scheme_stand_alone(quantizer):
         assert torch.equal(quantizer.dequantize(part), dense[start:stop])
 
 
+def test_a_weight_of_several_panels_is_its_rows(quantizer):
+    weight = torch.randn(3, 600_000)  # more than half a panel a row
+    whole = quantizer.quantize(weight)
+    dense = quantizer.dequantize(whole)
+    if quantizer.row_local:
+        for n in range(3):
+            alone = quantizer.quantize(weight[n : n + 1])
+            assert same(alone, whole.rows(n, n + 1))
+            assert torch.equal(quantizer.dequantize(alone), dense[n : n + 1])
+    weight[2, -1] = torch.nan
+    with pytest.raises(WeightError, match="in row 2"):
+        quantizer.quantize(weight)
+
+
 def test_meta_weights_give_the_layout_and_allocate_nothing(quantizer):
     for N, K in ((9, 123), (1, 1)):
         real = quantizer.quantize(torch.randn(N, K))
