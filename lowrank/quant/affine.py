@@ -10,6 +10,7 @@ from torch import Tensor
 from . import checks
 from . import double_quant as scales
 from .blocks import by_panels, join, pack, panels, split, unpack
+from .blockwise import Blockwise
 from .registry import register
 from .storage import Storage
 
@@ -17,7 +18,7 @@ TOP = 15  # the largest code
 
 
 @register("int4_affine")
-class Int4Affine:
+class Int4Affine(Blockwise):
     """w[n, k] = code[n, k] * scale[n, k // G] + low[n, k // G]: a product, then a sum, in float32.
 
     low = min(w, 0) and scale = (max(w, 0) - low) / 15 over a block of G = `block_size` weights of a
@@ -29,14 +30,6 @@ class Int4Affine:
     """
 
     row_local = True
-
-    def __init__(self, block_size: int = 64, double_quant: bool = True) -> None:
-        self.block_size = checks.block_size(block_size)
-        self.double_quant = checks.flag("double_quant", double_quant)
-
-    @property
-    def options(self) -> dict[str, int | float | bool | str]:
-        return {"block_size": self.block_size, "double_quant": self.double_quant}
 
     def quantize(self, weight: Tensor) -> Storage:
         """Nearest codes of weight [N, K]. WeightError: NaN or inf."""

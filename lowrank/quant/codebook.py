@@ -12,12 +12,13 @@ from lowrank.errors import ConfigError, ShapeError
 
 from . import checks
 from . import double_quant as scales
+from .blockwise import Blockwise
 from .registry import register
 from .storage import Storage
 
 
 @register("codebook")
-class CodebookQuantizer:
+class CodebookQuantizer(Blockwise):
     """w[n, k] = codebook[code[n, k]] * absmax[n, k // G], for any table of 16 values in [-1, 1].
 
     `codebook` is 16 values in any order, twice the same too, or one such row for each row of the
@@ -42,8 +43,7 @@ class CodebookQuantizer:
                 "divide them by their largest magnitude"
             )
         self.codebook = table.reshape(-1, 16).clone()  # [T, 16]
-        self.block_size = checks.block_size(block_size)
-        self.double_quant = checks.flag("double_quant", double_quant)
+        super().__init__(block_size, double_quant)
 
     @classmethod
     def from_storage(cls, storage: Storage) -> CodebookQuantizer:
@@ -54,10 +54,6 @@ class CodebookQuantizer:
     def row_local(self) -> bool:
         """Whether quantizing a slice of rows gives that slice of the whole."""
         return self.codebook.shape[0] == 1
-
-    @property
-    def options(self) -> dict[str, int | float | bool | str]:
-        return {"block_size": self.block_size, "double_quant": self.double_quant}
 
     def table_for(self, weight: Tensor) -> Tensor:
         """The float32 table [1, 16] or [N, 16] for this weight, which is not float64."""

@@ -13,12 +13,13 @@ from lowrank.ops.adamw8bit import dynamic_map
 from . import checks
 from . import double_quant as scales
 from .blocks import by_panels, join, panels, split
+from .blockwise import Blockwise
 from .registry import register
 from .storage import Storage
 
 
 @register("int8_blockwise")
-class Int8Blockwise:
+class Int8Blockwise(Blockwise):
     """w[n, k] = codebook[code[n, k]] * absmax[n, k // G], the 256 values being a dynamic map.
 
     The code is that of the nearest value, a tie going to the lower. -1 is not among the values, so
@@ -31,12 +32,7 @@ class Int8Blockwise:
     row_local = True
 
     def __init__(self, block_size: int = 256, double_quant: bool = False) -> None:
-        self.block_size = checks.block_size(block_size)
-        self.double_quant = checks.flag("double_quant", double_quant)
-
-    @property
-    def options(self) -> dict[str, int | float | bool | str]:
-        return {"block_size": self.block_size, "double_quant": self.double_quant}
+        super().__init__(block_size, double_quant)
 
     def quantize(self, weight: Tensor) -> Storage:
         """Nearest codes of weight [N, K]. WeightError: NaN or inf."""
