@@ -52,10 +52,13 @@ def expand(M: int, N: int, E: int, R: int, float32: bool) -> dict:
 
 
 def dy(M: int, N: int, E: int, R: int, float32: bool) -> dict:
-    """lora_dy_kernel: the wider the block of columns, the fewer parts of g."""
+    """lora_dy_kernel: the wider the block of columns, the fewer parts of g.
+
+    Rows that are not aligned take an address an element: ptxas spilled with half the columns.
+    """
     tile = _tile(M, E, R, float32) | ranks(R, float32, most=128)
     wide = 256 if R <= MOST_RANKS_IN_ONE_PASS else 128
-    tile["BLOCK_N"] = 64 if float32 or R > 64 else _columns(N, wide)
+    tile["BLOCK_N"] = 64 if float32 or R > 64 else wide if N % 16 == 0 else wide // 4
     return tile | {"num_warps": 8, "num_stages": 3 if R <= 64 else 2}
 
 
