@@ -42,6 +42,23 @@ def test_linear_and_gradients_are_those_of_the_dequantized_weight(dtype, quantiz
             assert (got.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
 
 
+def test_an_adapter_beside_it_and_every_gradient(quantizer):
+    config = lowrank.LoRAConfig(r=4, lora_alpha=8)
+    layer = lowrank.LoRALinear(123, 20, config=config, quantizer=quantizer)
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    torch.nn.init.normal_(B)
+    x, dy = torch.randn(7, 123, requires_grad=True), torch.randn(7, 20)
+    y = layer(x)
+    got = (y, *torch.autograd.grad(y, (x, A, B), dy))
+    W = layer.base_layer.dequantize(torch.float64)
+    x64, A64, B64 = (t.detach().double().requires_grad_(True) for t in (x, A, B))
+    y64 = x64 @ W.T + layer.bias.double() + layer.scaling["default"] * x64 @ A64.T @ B64.T
+    expected = (y64, *torch.autograd.grad(y64, (x64, A64, B64), dy.double()))
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == torch.float32
+        assert (a.double() - b).norm() <= 3e-6 * b.norm()
+
+
 def test_no_rows_of_x_and_wrong_widths(quantizer):
     storage = quantizer.quantize(torch.randn(20, 64))
     assert quant.linear(quantizer, torch.randn(2, 0, 64), storage).shape == (2, 0, 20)
