@@ -34,18 +34,19 @@ def test_forward_and_gradients_are_those_of_the_dequantized_linear(
     K, N, dtype, tolerance, quantizer
 ):
     layer = QuantLinear(K, N, quantizer=quantizer).to(dtype)
-    W = layer.dequantize(torch.float64)
     x = torch.randn(2, 5, K, dtype=dtype, requires_grad=True)
     dy = torch.randn(2, 5, N, dtype=dtype)
     y = layer(x)
     dx, dbias = torch.autograd.grad(y, (x, layer.bias), dy)
+    assert y.dtype == dx.dtype == dbias.dtype == dtype
+    # a CPU made for bfloat16 multiplies by the weight rounded to it, others by the weight itself
+    weights = [layer.dequantize(kind).double() for kind in (torch.float64, dtype)]
     for got, expected in (
-        (y, x.double() @ W.T + layer.bias.double()),
-        (dx, dy.double() @ W),
-        (dbias, dy.double().sum((0, 1))),
+        (y, [x.double() @ W.T + layer.bias.double() for W in weights]),
+        (dx, [dy.double() @ W for W in weights]),
+        (dbias, [dy.double().sum((0, 1))]),
     ):
-        assert got.dtype == dtype
-        assert (got.double() - expected).norm() / expected.norm() < tolerance
+        assert min((got.double() - e).norm() / e.norm() for e in expected) < tolerance
 
 
 def test_from_linear_quantizes_the_weight_and_keeps_the_bias():
