@@ -52,7 +52,7 @@ def lora_linear(
     *branch,
 ) -> tuple[Tensor, Tensor]:
     """y = x Wᵀ + b + scale * h B[e]ᵀ [..., N], and h [M, R]; only the product with W is inexact."""
-    if codebook is None:
+    if codebook is None or exact.rows_of(x) > _DIRECT_M:
         packed = (weight, absmax, absmax_scale, codebook)
         return lora.lora_linear(x, *packed, bias, block_size, *branch)
     y = codebook_linear(x, weight, absmax, absmax_scale, codebook, bias, block_size)

@@ -5,6 +5,7 @@ The oracle is torch in float64 on the reference's mask of dropout, and autograd 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 import pytest
@@ -214,7 +215,7 @@ def test_an_adapter_for_every_order_of_rows(backend):
         check(replace(made, ids=ids), backend)
 
 
-@pytest.mark.parametrize("needs", [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)])
+@pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=3)))
 def test_what_is_not_needed_is_not_formed(backend, needs):
     made = case("plain", torch.float32, grouped=True, p=0.3)
     leaves = [t.clone().requires_grad_() for t in (made.x, made.A, made.B)]

@@ -63,21 +63,36 @@ def codebook_linear(
     block_size: int,
 ) -> Tensor:
     """y = x Wᵀ + b for x [..., K]: [..., N] in the dtype of x."""
-    weight, N, K = (packed, absmax, absmax_scale, codebook), packed.shape[0], x.shape[-1]
+    weight = (packed, absmax, absmax_scale, codebook)
     if rows_of(x) <= _DIRECT_M:
         return linear_from_packed("lowrank_codebook_linear", x, weight, bias, block_size)
     if multiplies_bfloat16(x.dtype):
         return _bfloat16_linear(x, weight, bias, block_size)
+    return linear_by_panels(x, weight, bias, block_size)
+
+
+def goes_by_panels(x: Tensor) -> bool:
+    """Whether codebook_linear of x decodes panels to float32."""
+    return rows_of(x) > _DIRECT_M and not multiplies_bfloat16(x.dtype)
+
+
+def linear_by_panels(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    block_size: int,
+    branch: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """y = x Wᵀ + b, and + h Bᵀ of `branch` (h [M, R], B [N, R]) while a panel of y is in cache."""
+    N, K = weight[0].shape[0], x.shape[-1]
     rows = x.reshape(-1, K).float()  # [M, K]
-    if rows.shape[0] <= _WIDE_M:
-        y_t = empty(N, rows.shape[0])
-        for n0, n1, w in panels(weight, K, block_size):
-            torch.mm(w, rows.T, out=y_t[n0:n1])
-        y = y_t.T.contiguous()
-    else:
-        y = empty(rows.shape[0], N)
-        for n0, n1, w in panels(weight, K, block_size):
-            torch.mm(rows, w.T, out=y[:, n0:n1])
+    M = rows.shape[0]
+    y_t = empty(N, M) if M <= _WIDE_M else empty(M, N).T
+    for n0, n1, w in panels(weight, K, block_size):
+        torch.mm(w, rows.T, out=y_t[n0:n1])
+        if branch is not None:
+            y_t[n0:n1].addmm_(branch[1][n0:n1], branch[0].T)
+    y = y_t.T.contiguous()
     if bias is not None:
         y += bias
     return y.to(x.dtype).view(*x.shape[:-1], N)

@@ -1,4 +1,4 @@
-"""The LoRA branch beside a frozen weight: in place, some rows at a time while they are in cache.
+"""The LoRA branch beside a frozen weight: in place, on a part of y at a time while it is in cache.
 
 Where x is float32 and keeps all its elements, BLAS works on its rows where they lie. Else one
 native pass brings them into a panel of float32: gathered, widened and dropped out at once.
@@ -54,6 +54,11 @@ def lora_linear(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y = x Wᵀ + b + scale * h B[e]ᵀ [..., N] and h = z A[e]ᵀ [M, R], z = x after dropout."""
+    if codebook is not None and order is None and products.goes_by_panels(x):
+        h = _down(x, A, order, offsets, p, seed)
+        packed = (weight, absmax, absmax_scale, codebook)
+        branch = (h * scale, B[0].float())
+        return products.linear_by_panels(x, packed, bias, block_size, branch), h
     if weight is None:
         y = None
     elif codebook is None:
@@ -75,18 +80,30 @@ def with_branch(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The results of lora_linear from y, the fresh and contiguous product of the base, if any."""
-    N, K, R = B.shape[1], A.shape[2], A.shape[1]
-    dropout, rows_of_x, fresh = _dropout(p, seed), _matrix(x, K), y is None
-    M = rows_of_x.shape[0]
-    h = torch.zeros(M, R, dtype=torch.float32, device="cpu")
+    N, fresh = B.shape[1], y is None
+    h = _down(x, A, order, offsets, p, seed)
     if y is None:
         y = _room((*x.shape[:-1], N), x.dtype, order)
-    A, B, rows_of_y = A.float(), B.float(), y.view(M, N)
-    for e, rows in _rows_of_adapters(M, max(N, K), order, offsets):
-        h_rows = torch.mm(_panel(rows_of_x, rows, dropout), A[e].T)
-        h[rows.index] = h_rows
-        _put_product(h_rows.mul_(scale), B[e].T, rows_of_y, rows, None, add=not fresh)
+    B, rows_of_y = B.float(), y.view(-1, N)
+    for e, rows in _rows_of_adapters(len(h), N, order, offsets):
+        _put_product(h[rows.index] * scale, B[e].T, rows_of_y, rows, None, add=not fresh)
     return y, h
+
+
+def _down(
+    x: Tensor,
+    A: Tensor,
+    order: Tensor | None,
+    offsets: Tensor | None,
+    p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """h = z A[e]ᵀ [M, R] in float32, 0 in rows of no adapter."""
+    rows_of_x, dropout, A = _matrix(x, A.shape[2]), _dropout(p, seed), A.float()
+    h = torch.zeros(rows_of_x.shape[0], A.shape[1], dtype=torch.float32, device="cpu")
+    for e, rows in _rows_of_adapters(*rows_of_x.shape, order, offsets):
+        h[rows.index] = torch.mm(_panel(rows_of_x, rows, dropout), A[e].T)
+    return h
 
 
 def lora_linear_backward(
