@@ -31,9 +31,12 @@ MOST_SHARED = 99 << 10  # of one program on sm_86, 89 and 120; the others have m
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 HEADER = """\
-{}. Each cell: registers a thread / KiB of shared memory of a program; `+` where its matrix
-products are tensor-core instructions. Every kernel of every cell has 0 bytes of local memory and 0
-spills. `make compile-all` writes this.
+# What the Triton kernels take of six generations of GPUs
+
+{}. `make compile-all` writes this.
+
+Each cell: registers a thread / KiB of shared memory of a program; `+` where its matrix products are
+tensor-core instructions. No kernel spills, and none has local memory.
 """
 
 
@@ -112,7 +115,7 @@ def _cell(number: int, arch: int) -> tuple[str, list[str]]:
     case = next(itertools.islice(cases(), number, None))
     with tempfile.TemporaryDirectory() as folder:
         used = compile_case(case, arch, Path(folder))
-    cell = f"{used.registers} / {used.shared / 1024:g}" + " +" * bool(used.tensor_cores)
+    cell = f"{used.registers} / {used.shared / 1024:.3g}" + " +" * bool(used.tensor_cores)
     return cell, faults(case, used)
 
 

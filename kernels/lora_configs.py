@@ -48,7 +48,7 @@ def expand(M: int, N: int, E: int, R: int, float32: bool) -> dict:
     """lora_expand_kernel."""
     tile = _tile(M, E, R, float32)
     tile["BLOCK_N"] = 64 if float32 or R > 64 else _columns(N, 128)
-    return tile | {"num_warps": 4, "num_stages": 1}
+    return tile | {"num_warps": 4, "num_stages": 2 if float32 else 1}
 
 
 def dy(M: int, N: int, E: int, R: int, float32: bool) -> dict:
@@ -66,7 +66,7 @@ def dx(M: int, E: int, R: int, float32: bool) -> dict:
     """lora_dx_kernel: beyond the ranks of a block it runs once for dA and once for dx."""
     tile = _tile(M, E, R, float32)
     tile["BLOCK_K"] = 64 if float32 or R > 64 else 128
-    return tile | {"num_warps": 8, "num_stages": 2}
+    return tile | {"num_warps": 8, "num_stages": 3 if float32 else 2}
 
 
 def chunk(M: int, E: int, blocks: int, BLOCK_M: int) -> int:
