@@ -29,6 +29,12 @@ def oracle(x, weight, labels):
     return loss.detach(), dx
 
 
+def logits_gradient(x, weight, labels):
+    logits = (x.detach().double() @ weight.double().T).requires_grad_()
+    loss = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+    return torch.autograd.grad(loss, logits)[0]
+
+
 @pytest.mark.parametrize(
     ("dtype", "weight_dtype", "tolerance"),
     [
@@ -51,8 +57,10 @@ def test_loss_and_gradient(T, H, V, dtype, weight_dtype, tolerance):
     (dx,) = torch.autograd.grad(loss, x)
     assert dx.dtype == dtype
     rows = weight[labels.clamp(min=0)].double()[labels >= 0]  # dx is a difference to these
-    error = (dx.double() - expected_dx).norm()
-    assert error < tolerance * expected_dx.norm() + 1e-6 * rows.norm()
+    allowed = tolerance * expected_dx.norm() + 1e-6 * rows.norm()
+    if dtype == torch.bfloat16:  # the logits' gradient too is rounded to it, where it is fast
+        allowed += 2**-9 * logits_gradient(x, weight, labels).abs().mm(weight.double().abs()).norm()
+    assert (dx.double() - expected_dx).norm() < allowed
     assert (dx[labels == -100] == 0).all()
 
 
