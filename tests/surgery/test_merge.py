@@ -19,7 +19,7 @@ PATTERNS = {
 
 @pytest.mark.parametrize("options", [{}, PATTERNS, {"use_rslora": True}])
 def test_logits_gradients_and_merge_are_pefts(options, generator):
-    model = tiny_llama()
+    model = tiny_llama().double()  # where gradients cancel, float32 sums in another order differ
     options = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", **options}
     options["init_lora_weights"] = False
     theirs = peft_model(model, **options)
@@ -34,9 +34,9 @@ def test_logits_gradients_and_merge_are_pefts(options, generator):
     assert grads
     for name, grad in grads.items():
         want = theirs.base_model.model.get_parameter(name).grad
-        assert (grad - want).norm() <= 1e-5 * want.norm(), name
+        assert (grad - want).norm() <= 1e-9 * want.norm(), name
     with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-9, atol=1e-9)
         ours, merged = lowrank.merge_and_unload(model), theirs.merge_and_unload()
         assert ours.state_dict().keys() == merged.state_dict().keys()
         for name, weight in merged.state_dict().items():
