@@ -14,7 +14,6 @@ import re
 
 import hypothesis
 import hypothesis.strategies as st
-import pytest
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
