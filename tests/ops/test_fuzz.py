@@ -1,12 +1,13 @@
 """Wrong arguments of every kind: one line that names what is wrong, or the reference's result.
 
 Each example is a right call of which one or two arguments were changed, in shape, dtype, strides,
-layout, device or kind. Calls of `torch.ops.lowrank` itself are not among them: what is no tensor,
-torch parses before any line of ours, and has been seen to end the process.
+layout, device or kind. `torch.ops.lowrank` itself, which compiled graphs call, may complain in
+torch's words, and never ends the process: the backends refuse what their pointers cannot take.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import random
@@ -14,6 +15,7 @@ import re
 
 import hypothesis
 import hypothesis.strategies as st
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
@@ -220,6 +222,26 @@ def check(got, expected, context) -> None:
             torch.testing.assert_close(a, b, rtol=near, atol=atol, equal_nan=True, msg=str(context))
 
 
+@st.composite
+def wrong_operator_calls(draw) -> tuple[str, list]:
+    """The same of `torch.ops.lowrank`, whose arguments have no names and no defaults."""
+    name, arguments = draw(calls().filter(lambda call: call[0] in ops.schema.OPERATORS))
+    if "groups" in arguments:
+        order, offsets = arguments.pop("groups") or (None, None)
+        needs = [list(arguments.pop("needs"))] if "needs" in arguments else []
+        p, seed = arguments.pop("p", 0.0), arguments.pop("seed", None)
+        raw = [*arguments.values(), order, offsets, p, seed, *needs]
+    else:
+        raw = list(arguments.values()) + [True] * (name == "linear_cross_entropy")
+    for at in draw(st.lists(st.integers(0, len(raw) - 1), min_size=1, max_size=2, unique=True)):
+        was, raw[at] = raw[at], wrong(draw, raw[at])
+        # Torch 2.13 hands a kernel in Python whatever lies at that index in its memory: in place of
+        # a dtype, -1 is a layout, and 64 the end of the process once torch.Generator() was called.
+        if isinstance(was, torch.dtype) and type(raw[at]) is int:
+            raw[at] = None
+    return name, raw
+
+
 # What a message may name that is no argument but in one: the weight's codes, the parts of groups.
 INSIDE = ("packed", "order", "offsets")
 EXAMPLES = hypothesis.settings(
@@ -258,3 +280,13 @@ def test_right_arguments_are_taken(call):
     name, arguments = call
     got = outcome(getattr(ops, name), arguments)
     assert not isinstance(got, LowrankError), (name, str(got))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of what it makes of such arguments
+@hypothesis.seed(SEED)
+@EXAMPLES
+@hypothesis.given(wrong_operator_calls(), st.sampled_from((None, "cpu", "cpu_int16", "reference")))
+def test_no_argument_of_an_operator_ends_the_process(call, backend):
+    name, raw = call
+    with ops.use_backend(backend), contextlib.suppress(Exception):
+        getattr(torch.ops.lowrank, name)(*raw)
