@@ -2,6 +2,7 @@
 
 from . import af4 as af4
 from . import affine as affine
+from . import flat as flat
 from . import fp4 as fp4
 from . import hqq as hqq
 from . import int4 as int4

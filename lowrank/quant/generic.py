@@ -18,9 +18,9 @@ from .storage import Storage
 def linear(quantizer: Quantizer, x: Tensor, storage: Storage, bias: Tensor | None = None) -> Tensor:
     """y [..., N] in the dtype of x [..., K], differentiable in x and bias.
 
-    A row-local scheme is dequantized some rows at a time, a few MB, in the forward and in the
-    backward; another as a whole. Between the two only the storage's tensors are kept, compiled or
-    not: torch.compile breaks its graph here.
+    A scheme that is row-local, or has `dequantize_rows`, is dequantized some rows at a time, a few
+    MB, in the forward and in the backward; another as a whole. Between the two only the storage's
+    tensors are kept, compiled or not: torch.compile breaks its graph here.
     """
     fast = getattr(quantizer, "linear", None)
     if fast is not None:
@@ -76,12 +76,16 @@ def _panels(
 ) -> Iterator[tuple[int, int, Tensor]]:
     """(start, stop, the weight's rows from start to stop in `dtype`) over all rows."""
     N, K = storage.shape
-    if not getattr(quantizer, "row_local", False):
+    rows_of = getattr(quantizer, "dequantize_rows", None)
+    if rows_of is None and not getattr(quantizer, "row_local", False):
         yield 0, N, quantizer.dequantize(storage, dtype)
         return
     device = next(iter(storage.tensors.values())).device
     for start, stop in panels(N, K, device):
-        yield start, stop, quantizer.dequantize(storage.rows(start, stop), dtype)
+        if rows_of is None:
+            yield start, stop, quantizer.dequantize(storage.rows(start, stop), dtype)
+        else:
+            yield start, stop, rows_of(storage, start, stop, dtype)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -23,6 +23,8 @@ class Quantizer(Protocol):
     - `row_local = True`: rows know nothing of each other. Every tensor of its Storage is [N, ...],
       a part for each row, or [1, ...], shared, and a slice of rows quantizes to that slice. Such a
       weight is dequantized some rows at a time when training, and may be sharded;
+    - `dequantize_rows(storage, start, stop, dtype)`: rows start <= n < stop of the weight, where a
+      scheme that is not row_local can decode them without the others;
     - `linear(x, storage, bias) -> y`: a faster y = x Wᵀ + b than dequantizing;
     - `codebook_operands(storage)`: the operands of `ops.codebook_linear`, if that is the product;
       LoRA is then fused with it;

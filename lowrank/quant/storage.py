@@ -38,8 +38,8 @@ class Storage:
         for name, tensor in self.tensors.items():
             if tensor.shape[:1] not in ((N,), (1,)):
                 raise ShapeError(
-                    f"{name}: expected [N={N}, ...] or [1, ...], as the scheme {self.scheme!r} is "
-                    f"row_local; got {list(tensor.shape)}"
+                    f"{name}: expected [N={N}, ...] or [1, ...], as row_local schemes have it, to "
+                    f"take rows of; got {list(tensor.shape)} of {self.scheme!r}; keep it whole"
                 )
         part = {k: t[start:stop] if t.shape[0] == N else t for k, t in self.tensors.items()}
         return replace(self, shape=(stop - start, *self.shape[1:]), tensors=part)

@@ -14,6 +14,7 @@ NAMES = quant.names()  # before any test registers one of its own
 CHOICES = {
     "double_quant": [False, True],
     "per": ["tensor", "row"],
+    "quant_type": ["nf4", "fp4"],
     "codebook": [TABLE],  # neither sorted nor without doubles
 }
 

@@ -100,7 +100,9 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("name", ["nf3", "int4_affine", "hqq", "int8", "int8_blockwise", "none"])
+@pytest.mark.parametrize(
+    "name", ["nf3", "int4_affine", "hqq", "int8", "int8_blockwise", "flat", "none"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_dense_weight_exists_in_training(dtype, name):
     N, K, panel = 700, 3000, 1 << 20

@@ -12,7 +12,14 @@ pytestmark = pytest.mark.slow
 # Relative RMSE at block size 64 (int8_blockwise: 256), without quantized scales.
 EXPECTED = {"nf4": 0.0939, "int4": 0.1147, "fp4": 0.1271, "af4": 0.0973, "int4_affine": 0.0938}
 EXPECTED |= {"hqq": 0.0895, "fitted-tensor": 0.0905, "fitted-row": 0.0856, "nf3": 0.2057}
-EXPECTED |= {"nf2": 0.5696, "int8": 0.0100, "int8_blockwise": 0.0113, "none": 0}
+EXPECTED |= {
+    "flat-nf4": 0.0939,
+    "flat-fp4": 0.1271,
+    "nf2": 0.5696,
+    "int8": 0.0100,
+    "int8_blockwise": 0.0113,
+    "none": 0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +40,7 @@ def relative_rmse(quantizer, weights):
 def test_error_of_each_scheme(variant, weights):
     name, options = variant
     error = relative_rmse(quant.get(name, **options), weights)
-    key = f"{name}-{options['per']}" if "per" in options else name
+    key = "-".join([name, *(options[k] for k in ("per", "quant_type") if k in options)])
     assert error == pytest.approx(EXPECTED[key], abs=1e-4)
 
 
