@@ -21,7 +21,7 @@ OPTIONAL = {
     "gguf": "pip install 'lowrank-torch[gguf]'",
     "matplotlib": "pip install 'lowrank-torch[plots]'",
 }
-REQUIRED = ("safetensors", "numpy", "huggingface_hub", "tqdm")
+REQUIRED = ("numpy", "huggingface_hub", "tqdm")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

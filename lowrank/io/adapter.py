@@ -25,6 +25,7 @@ from lowrank.surgery.inject import attach
 from lowrank.surgery.targets import check_adapters, find_targets, lora_layers, walk
 
 from .atomic import write_files
+from .json_files import read_json
 from .safetensors import load_safetensors, write_safetensors
 
 CONFIG_FILE = "adapter_config.json"
@@ -232,17 +233,7 @@ def _warn_of_other_base(model: nn.Module, config: LoRAConfig, directory: Path) -
 
 def _read_config(path: Path) -> LoRAConfig:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FileFormatError(
-            f"{path}: no such file; expected a directory that PEFT or lowrank wrote"
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise FileFormatError(f"{path}: not a JSON file ({error})") from error
-    if not isinstance(content, dict):
-        raise FileFormatError(f"{path}: expected a JSON object; got {type(content).__name__}")
-    try:
-        return LoRAConfig.from_peft(content)
+        return LoRAConfig.from_peft(read_json(path))
     except ConfigError as error:
         raise FileFormatError(f"{path}: {error}") from error
 

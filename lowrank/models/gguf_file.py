@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import FileFormatError, MissingPackageError
-from lowrank.models.pages import empty_bytes
+from lowrank.io.pages import empty_bytes
 
 _PANEL_BYTES = 1 << 18  # of a tensor in the file, expanded at once
 _SCALARS = {

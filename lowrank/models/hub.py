@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 from lowrank.errors import ConfigError, FileFormatError, MissingPackageError
-from lowrank.models.hf import INDEX, SINGLE, read_json, refusal_of_pickles, shards
+from lowrank.io.json_files import read_json
+from lowrank.io.shards import INDEX, SINGLE, files_of, refusal_of_pickles
 
 
 def is_repo_id(source: str) -> bool:
@@ -20,7 +21,7 @@ def fetch_model(repo: str, revision: str | None = None, token: str | None = None
     _fetch_if_there(repo, "generation_config.json", revision, token)
     index = _fetch_if_there(repo, INDEX, revision, token)
     if index is not None:
-        for filename in shards(read_json(index), index):
+        for filename in files_of(read_json(index), index):
             _fetch(repo, filename, revision, token)
     else:
         _fetch_single(repo, revision, token)
