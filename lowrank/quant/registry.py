@@ -82,7 +82,12 @@ def get(name: str, **options) -> Quantizer:
 def quantizer_of(storage: Storage) -> Quantizer:
     """A quantizer that reads `storage`, by its scheme's name and its options."""
     from_storage = getattr(_find(storage.scheme), "from_storage", None)
-    return from_storage(storage) if from_storage else get(storage.scheme, **storage.options)
+    if from_storage is None:
+        return get(storage.scheme, **storage.options)
+    try:
+        return from_storage(storage)
+    except (TypeError, KeyError) as error:
+        raise ConfigError(f"quantizer {storage.scheme!r}: {error}") from error
 
 
 def _find(name: str) -> type:

@@ -62,7 +62,7 @@ def test_the_storage_can_be_replaced_and_keeps_its_kind():
     layer = QuantLinear(64, 10)
     storage = quant.get("nf4", block_size=32, double_quant=False).quantize(torch.randn(10, 64))
     layer.storage = storage
-    assert sorted(layer.state_dict()) == ["absmax", "bias", "codebook", "packed"]
+    assert sorted(layer.state_dict()) == ["_extra_state", "absmax", "bias", "codebook", "packed"]
     assert layer.storage.options == storage.options and layer.storage.dtype == storage.dtype
     again = QuantLinear.from_storage(storage, "nf4")
     assert same_weight(layer, again) and again.bias is None
@@ -150,11 +150,13 @@ def test_missing_and_unexpected_keys_are_reported_as_torch_does():
     with pytest.raises(RuntimeError, match='Unexpected key.*"extra"'):
         QuantLinear(64, 8).load_state_dict(tensors | {"extra": torch.ones(1)})
     outcome = QuantLinear(64, 8).load_state_dict({"bias": tensors["bias"]}, strict=False)
-    assert outcome.missing_keys == ["packed", "absmax", "absmax_scale", "codebook"]
+    weight = ["packed", "absmax", "absmax_scale", "codebook"]
+    assert outcome.missing_keys == [*weight, "_extra_state"]
 
 
-def test_a_state_dict_of_other_options_is_refused_and_never_converted():
+def test_other_options_without_their_description_are_refused_and_never_converted():
     double = QuantLinear(128, 8).state_dict()
+    del double["_extra_state"]
     plain = QuantLinear(128, 8, quantizer=quant.get("nf4", double_quant=False))
     model = nn.ModuleDict({"up": plain})
     before = copy.deepcopy(plain)
@@ -164,8 +166,9 @@ def test_a_state_dict_of_other_options_is_refused_and_never_converted():
         ):
             model.load_state_dict({f"up.{k}": v for k, v in double.items()}, strict=strict)
     other = QuantLinear(128, 8, quantizer=quant.get("nf4", block_size=32, double_quant=False))
+    tensors = {k: v for k, v in other.state_dict().items() if k != "_extra_state"}
     with pytest.raises(ShapeError, match=r"absmax: expected \[8, 2\] for nf4.*got \[8, 4\]"):
-        plain.load_state_dict(other.state_dict())
+        plain.load_state_dict(tensors)
     assert same_weight(plain, before)
 
 

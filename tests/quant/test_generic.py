@@ -61,6 +61,7 @@ def test_a_layer_of_an_own_quantizer_trains_saves_and_survives_casts(tmp_path):
         "bias": torch.float32,
         "codes": torch.int8,
         "scale": torch.int16,
+        "_extra_state": torch.uint8,
     }
     W = layer.dequantize()
     assert (W - linear.weight).abs().max() < 0.01

@@ -1,0 +1,221 @@
+"""A frozen weight held in a quantizer's own tensors: what every quantized module is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lowrank import quant
+from lowrank.errors import ConfigError, DtypeError, FileFormatError, ShapeError, WeightError
+from lowrank.quant import Quantizer, Storage, bitsandbytes
+from lowrank.quant.description import Description, as_bits, read_description
+
+_DESCRIPTION = "_extra_state"  # torch's own key for what get_extra_state returns
+
+
+class QuantWeight(nn.Module):
+    """A weight of `shape` [N, K] that `quantizer` reads.
+
+    Each tensor of the Storage is a frozen integer parameter under its own name (floats as their
+    bits), so `.to(dtype)` cannot corrupt it, FSDP shards it, DDP does not broadcast it, and
+    safetensors stores it; `model.requires_grad_(True)` raises rather than training codes.
+
+    A state dict also has `_extra_state`, which describes the tensors: scheme, options, shape, dtype
+    and a version. `load_state_dict` takes
+
+    - such a state dict. The module becomes what it describes, another scheme or other options than
+      it was made with included; a scheme that is not known, or a newer version, is refused;
+    - a plain float `weight` [N, K], which is quantized;
+    - bitsandbytes' 4-bit keys, exactly: the module then holds them as they are, so its scheme,
+      block size and quantizer become the file's, and double-quantized scales become the plain
+      float32 ones that they stand for.
+    """
+
+    def __init__(self, storage: Storage, quantizer: str | Quantizer) -> None:
+        super().__init__()
+        self.quantizer = resolve(quantizer)
+        self.shape = tuple(storage.shape)
+        self._tensor_dtypes: dict[str, torch.dtype] = {}
+        self.storage = storage
+
+    @property
+    def storage(self) -> Storage:
+        """The quantized weight: the parameters viewed in the dtypes the quantizer computes with."""
+        parameters = self._parameters
+        tensors = {
+            name: parameters[name].view(dtype) for name, dtype in self._tensor_dtypes.items()
+        }
+        return Storage(self._scheme, self.shape, self.weight_dtype, tensors, self._options)
+
+    @storage.setter
+    def storage(self, storage: Storage) -> None:
+        if tuple(storage.shape) != self.shape:
+            raise ShapeError(
+                f"storage: expected a weight of shape {list(self.shape)}; got {list(storage.shape)}"
+            )
+        for name in storage.tensors.keys() - self._tensor_dtypes.keys():
+            if name in ("weight", "bias") or hasattr(self, name):
+                raise ConfigError(
+                    "storage: expected tensors not named weight or bias, nor as an attribute of a "
+                    f"module is; got {name!r}; choose another name"
+                )
+        for name in self._tensor_dtypes:
+            del self._parameters[name]
+        self._tensor_dtypes = {name: tensor.dtype for name, tensor in storage.tensors.items()}
+        self._scheme, self._options = storage.scheme, dict(storage.options)
+        self.weight_dtype = storage.dtype
+        for name, tensor in storage.tensors.items():
+            self.register_parameter(name, nn.Parameter(as_bits(tensor), requires_grad=False))
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [N, K] that the module computes with."""
+        return self.quantizer.dequantize(self.storage, dtype)
+
+    def extra_repr(self) -> str:
+        storage = self.storage
+        options = "".join(f", {key}={value}" for key, value in storage.options.items())
+        return f"quantizer={storage.scheme}{options}, {storage.bits_per_parameter:.2f} bits/weight"
+
+    def get_extra_state(self) -> Tensor:
+        """The description that goes into the state dict, JSON as uint8."""
+        return self._description().tensor()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Called by torch when the tensors are loaded; all but the dtype is settled by then."""
+        self.weight_dtype = read_description(state, _DESCRIPTION).dtype
+
+    def _description(self) -> Description:
+        return Description(
+            self._scheme, self.shape, self.weight_dtype, self._tensor_dtypes, self._options
+        )
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest) -> None:
+        own = {
+            key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)
+        }
+        if "weight" in own:
+            if any(name in own for name in (*self._tensor_dtypes, _DESCRIPTION)):
+                raise FileFormatError(
+                    f"{prefix}weight: expected it or the quantized tensors; got both"
+                )
+            if bitsandbytes.is_layer(own):
+                loaded = {key: value for key, value in own.items() if key.split(".")[0] != "weight"}
+                loaded |= self._take(*self._read_bitsandbytes(own, prefix))
+            else:
+                loaded = own | self._fill(self._quantize(own.pop("weight"), prefix))
+            loaded[_DESCRIPTION] = self.get_extra_state()
+        elif _DESCRIPTION in own and not self._is_described_by(own, prefix):
+            loaded = own | self._take(*self._read_described(own, prefix))
+        else:
+            loaded = own
+        self._check_tensors(loaded, prefix)
+        super()._load_from_state_dict(
+            {prefix + key: value for key, value in loaded.items()}, prefix, local_metadata, *rest
+        )
+
+    def _quantize(self, weight: Tensor, prefix: str) -> Storage:
+        if tuple(weight.shape) != self.shape:
+            raise ShapeError(
+                f"{prefix}weight: expected {list(self.shape)}; got {list(weight.shape)}"
+            )
+        try:
+            return self.quantizer.quantize(weight)
+        except (WeightError, DtypeError) as error:
+            raise type(error)(f"{prefix}{error}") from error
+
+    def _read_bitsandbytes(
+        self, own: Mapping[str, Tensor], prefix: str
+    ) -> tuple[Storage, Quantizer]:
+        storage = bitsandbytes.read(own, prefix)
+        if tuple(storage.shape) != self.shape:
+            raise ShapeError(
+                f"{prefix}weight: expected a weight of {list(self.shape)}; "
+                f"got {list(storage.shape)}"
+            )
+        return storage, bitsandbytes.quantizer(storage)
+
+    def _is_described_by(self, own: Mapping[str, Tensor], prefix: str) -> bool:
+        """Whether the description is of tensors like this module's."""
+        found, mine = (
+            read_description(own[_DESCRIPTION], prefix + _DESCRIPTION),
+            self._description(),
+        )
+        if found.shape != self.shape:
+            raise ShapeError(
+                f"{prefix}{_DESCRIPTION}: expected a weight of {list(self.shape)}; "
+                f"got {list(found.shape)}"
+            )
+        return (found.scheme, found.options, found.dtypes) == (
+            mine.scheme,
+            mine.options,
+            mine.dtypes,
+        ) and all(own[n].shape == self._parameters[n].shape for n in mine.dtypes if n in own)
+
+    def _read_described(self, own: Mapping[str, Tensor], prefix: str) -> tuple[Storage, Quantizer]:
+        name = prefix + _DESCRIPTION
+        storage = read_description(own[_DESCRIPTION], name).storage(own, prefix)
+        try:
+            quantizer = quant.quantizer_of(storage)
+        except (ConfigError, ShapeError, DtypeError) as error:
+            raise FileFormatError(f"{name}: {error}") from error
+        fresh = quantizer.quantize(torch.empty(self.shape, dtype=storage.dtype, device="meta"))
+        if fresh.tensors.keys() != storage.tensors.keys():
+            raise FileFormatError(
+                f"{name}: expected the tensors {', '.join(fresh.tensors)} for {storage.scheme}; "
+                f"got {', '.join(storage.tensors)}"
+            )
+        for key, tensor in storage.tensors.items():
+            _check(prefix + key, tensor, fresh[key], storage)
+        return storage, quantizer
+
+    def _fill(self, storage: Storage) -> dict[str, Tensor]:
+        """What to load so that the parameters hold this Storage of the module's own quantizer."""
+        if {name: t.dtype for name, t in storage.tensors.items()} != self._tensor_dtypes:
+            return self._take(storage, self.quantizer)  # dense ones may have another dtype now
+        self.weight_dtype = storage.dtype
+        return {name: as_bits(tensor) for name, tensor in storage.tensors.items()}
+
+    def _take(self, storage: Storage, quantizer: Quantizer) -> dict[str, Tensor]:
+        """Become this Storage, copied to where the module is; returns the parameters."""
+        device = next(iter(self.storage.tensors.values())).device
+        tensors = dict(storage.tensors)
+        if device.type != "meta":
+            tensors = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
+        self.storage = Storage(
+            storage.scheme, storage.shape, storage.dtype, tensors, storage.options
+        )
+        self.quantizer = quantizer
+        return {name: self._parameters[name] for name in self._tensor_dtypes}
+
+    def _check_tensors(self, loaded: Mapping[str, Tensor], prefix: str) -> None:
+        # copy_ would convert: other bits under the right name and shape are refused
+        for name in self._tensor_dtypes:
+            if name in loaded:
+                _check(prefix + name, loaded[name], self._parameters[name], self._description())
+
+
+def resolve(quantizer: str | Quantizer) -> Quantizer:
+    """The quantizer of this name, or the object itself if it is one."""
+    if isinstance(quantizer, str):
+        return quant.get(quantizer)
+    if not isinstance(quantizer, Quantizer):
+        raise ConfigError(
+            f"quantizer: expected a name or an object with quantize, dequantize; got {quantizer!r}"
+        )
+    return quantizer
+
+
+def _check(name: str, tensor: Tensor, expected: Tensor, of: Storage | Description) -> None:
+    what = f"{of.scheme}, {dict(of.options)}"
+    if tensor.dtype != expected.dtype:
+        raise DtypeError(
+            f"{name}: expected {expected.dtype} for {what}; got {tensor.dtype}; "
+            "make the layer with the options of the file"
+        )
+    if tensor.shape != expected.shape:
+        raise ShapeError(
+            f"{name}: expected {list(expected.shape)} for {what}; got {list(tensor.shape)}; "
+            "make the layer with the options of the file"
+        )
