@@ -36,7 +36,7 @@ sanitize: $(VENV)/.test
 		--build-base build/sanitize --build-lib $(SANITIZED)
 	LD_PRELOAD="$(RUNTIME)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(PYTEST) -n auto -s -o "pythonpath=$(SANITIZED) ." \
-		tests/ops/sanitized.py $(wildcard tests/ops/test_cpu_*.py)
+		tests/ops/sanitized.py tests/ops/test_fuzz.py $(wildcard tests/ops/test_cpu_*.py)
 
 bench: $(VENV)/.bench $(GGUF)
 	LOWRANK_SMOLLM2=$(abspath $(GGUF)) $(BIN)/python -m benchmarks

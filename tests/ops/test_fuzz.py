@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from lowrank import ops
 from lowrank.errors import LowrankError
+from tests.ops.isas import needs_library
 from tests.ops.weights import random_weight
 
 SEED = int(os.environ.get("LOWRANK_TEST_SEED", 0)) or random.SystemRandom().randrange(1, 2**31)
@@ -290,3 +291,16 @@ def test_no_argument_of_an_operator_ends_the_process(call, backend):
     name, raw = call
     with ops.use_backend(backend), contextlib.suppress(Exception):
         getattr(torch.ops.lowrank, name)(*raw)
+
+
+@needs_library
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_every_tensor_that_kernels_read_by_address_is_aligned_to_its_elements(double_quant):
+    weight = random_weight(3, 40, 32, double_quant)
+    right = [torch.randn(2, 40), *weight, torch.randn(3), 32]
+    for i, value in enumerate(right):
+        if isinstance(value, Tensor) and value.dtype == torch.float32:
+            call = [*right[:i], unaligned(value), *right[i + 1 :]]
+            assert "cpu: refuses: " in ops.explain("codebook_linear", *call), i
+            got = torch.ops.lowrank.codebook_linear(*call)
+            torch.testing.assert_close(got, torch.ops.lowrank.codebook_linear(*right))

@@ -23,14 +23,13 @@ def refuse_weight(weight: Weight, K: int, block_size: int) -> str | None:
     expected = torch.float32 if scale is None else torch.uint8
     if absmax.dtype != expected or absmax.shape != (N, (K + block_size - 1) // block_size):
         return f"absmax is not {expected} [N, ceil(K / block_size)]"
-    if scale is not None:
-        if scale.dtype != torch.float32 or scale.shape != (N, 2) or not scale.is_contiguous():
-            return "absmax_scale is not contiguous float32 [N, 2]"
-        if scale.device.type != "cpu":
-            return "absmax_scale is not on the CPU"
     if not (packed.is_contiguous() and absmax.is_contiguous()):
         return "packed or absmax is not contiguous"
-    return refuse_devices(packed, absmax, codebook)
+    if scale is None:
+        return refuse_devices(packed, absmax, codebook)
+    if scale.dtype != torch.float32 or scale.shape != (N, 2) or not scale.is_contiguous():
+        return "absmax_scale is not contiguous float32 [N, 2]"
+    return refuse_devices(packed, absmax, codebook, scale)
 
 
 def refuse_codebook(codebook: Tensor, N: int, block_size: int) -> str | None:
