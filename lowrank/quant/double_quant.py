@@ -16,30 +16,39 @@ from torch import Tensor
 def compress(absmax: Tensor) -> tuple[Tensor, Tensor]:
     """Codes uint8 [N, nb] and (step, offset) float32 [N, 2] of finite absmax [N, nb] of one sign.
 
-    offset = min of the row, so the min, and with it every zero scale, is exact. step = (max - min)
-    / c, c <= 255 being the largest whose code decodes to exactly the max; one does if the max is 0.
-    No c does where the last bit of the min lies just below the last bit of an odd max: there the
-    max decodes to its neighbour, 6e-8 of it away.
+    The least and the greatest magnitude of a row are exact, and so is every zero. With d for their
+    difference, step = d / c for the largest c with which, in float32, it is so:
+      the least has code 0 and is the offset, the greatest code c <= 255; or,
+      where least + d falls between two floats and is rounded away from the greatest, for every c,
+      the least has code 1 and the greatest code c + 1 <= 255, above an offset of least - step.
+    Of negative values step and offset are negative. Where the greatest is below 2^-118 or above
+    2^127, steps underflow and sums overflow: it may then be off by 128 of float32's least steps.
     """
     if absmax.is_meta:
         return absmax.new_empty(absmax.shape, dtype=torch.uint8), absmax.new_empty(
             absmax.shape[0], 2
         )
-    offset, largest = absmax.aminmax(dim=1)  # [N]
-    spread = largest - offset
-    step = spread / 255
-    pending = step * 255 + offset != largest
-    pending &= spread + offset == largest  # the sum that every c aims at; if it misses, all do
-    for top in range(254, 0, -1):
+    sign = torch.where(absmax.amin(dim=1) < 0, -1.0, 1.0)
+    magnitudes = absmax.abs()
+    least, greatest = magnitudes.aminmax(dim=1)  # [N]
+    spread = greatest - least
+    first = (spread + least != greatest).to(spread.dtype)  # the code of the least
+    step, offset = spread / 255, least
+    pending = torch.ones_like(first, dtype=torch.bool)
+    for count in range(255, 127, -1):
         if not pending.any():
             break
-        candidate = spread / top
-        step = torch.where(pending, candidate, step)
-        pending &= candidate * top + offset != largest
+        try_step = spread / count
+        try_offset = least - try_step * first
+        exact = try_step * first + try_offset == least
+        exact &= try_step * (first + count) + try_offset == greatest
+        exact &= pending & (first + count <= 255)
+        step, offset = torch.where(exact, try_step, step), torch.where(exact, try_offset, offset)
+        pending &= ~exact
     # step is 0 where all scales of a row are equal; any positive divisor then gives code 0
     divisor = torch.where(step > 0, step, 1)[:, None]
-    codes = ((absmax - offset[:, None]) / divisor).round_().clamp_(0, 255).to(torch.uint8)
-    return codes, torch.stack((step, offset), dim=1)
+    codes = ((magnitudes - offset[:, None]) / divisor).round_().clamp_(0, 255).to(torch.uint8)
+    return codes, torch.stack((step * sign, offset * sign), dim=1)
 
 
 def expand(codes: Tensor, absmax_scale: Tensor) -> Tensor:
