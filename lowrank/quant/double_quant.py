@@ -28,7 +28,7 @@ def compress(absmax: Tensor) -> tuple[Tensor, Tensor]:
         return absmax.new_empty(absmax.shape, dtype=torch.uint8), absmax.new_empty(
             absmax.shape[0], 2
         )
-    sign = torch.where(absmax.amin(dim=1) < 0, -1.0, 1.0)
+    sign = 1 - 2 * (absmax.amin(dim=1) < 0).to(absmax.dtype)
     magnitudes = absmax.abs()
     least, greatest = magnitudes.aminmax(dim=1)  # [N]
     spread = greatest - least
