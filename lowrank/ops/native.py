@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from ctypes import c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -28,6 +29,7 @@ _LIB = Path(__file__).resolve().parents[1] / "lib"
 _WEIGHT = (c_void_p, c_void_p, c_void_p, c_void_p, c_int64)
 
 _refused: dict[str, str] = {}  # by load_cpu
+_loading = threading.Lock()  # instruction sets are tried by using them, in all threads
 
 
 class Adamw8bitTensor(ctypes.Structure):
@@ -141,6 +143,12 @@ _STATUS = {
 @cache
 def load_cpu() -> ctypes.CDLL | str:
     """The CPU library, its signatures set, or the reason why there is none."""
+    with _loading:  # a cache alone would let every thread that comes early load it
+        return _load_cpu()
+
+
+@cache
+def _load_cpu() -> ctypes.CDLL | str:
     library = _open("liblowrank_cpu.so", "lowrank_abi", FUNCTIONS, "a C++ compiler")
     if isinstance(library, str):
         return library

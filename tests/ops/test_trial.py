@@ -165,3 +165,32 @@ print(native.isa())
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0 and done.stdout.strip() in native.ISAS, done.stderr
+
+
+@needs_library
+def test_threads_that_come_at_once_find_the_library_tried_and_try_it_once():
+    code = """
+import threading, time
+from lowrank.ops import native, trial
+tried, found, start = [], [], threading.Barrier(4)
+wrong_function = trial.wrong_function
+def slow(library, isa):
+    tried.append(isa)
+    time.sleep(0.2)
+    return wrong_function(library, isa)
+def first_call():
+    start.wait()
+    native.load_cpu()
+    found.append(native.isa())
+trial.wrong_function = slow
+threads = [threading.Thread(target=first_call) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert len(tried) == len(set(tried)), tried
+assert found == [native.usable_isas()[-1]] * 4, found
+"""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("LOWRANK_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
