@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lowrank.errors import ConfigError, FileFormatError
@@ -42,6 +43,11 @@ class Shards:
     def read(self, name: str) -> Tensor:
         """The tensor, in the dtype of the file and memory of its own."""
         return self._file_of[name].read(name)
+
+    def blank(self, name: str) -> Tensor:
+        """A tensor of that dtype and shape on the meta device."""
+        entry = self._file_of[name].entries[name]
+        return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
 
 
 def write_shards(
@@ -82,6 +88,28 @@ def write_shards(
         index = {"metadata": {"total_size": total}, "weight_map": placed}
         writers[INDEX] = partial(write_json, index)
     write_files(directory, {**writers, **(others or {})})
+
+
+def check_shapes(
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    source: str | Path,
+) -> None:
+    """Raises FileFormatError for a name that is in one of them alone, or has another shape."""
+    check_names(expected.keys() - found.keys(), found.keys() - expected.keys(), source)
+    for name, shape in expected.items():
+        if tuple(found[name]) != tuple(shape):
+            raise FileFormatError(
+                f"{source}: {name}: expected shape {tuple(shape)}; got {tuple(found[name])}"
+            )
+
+
+def check_names(missing: Iterable[str], unexpected: Iterable[str], source: str | Path) -> None:
+    """Raises FileFormatError, which names the first three, if there are any."""
+    for what, names in (("missing", sorted(missing)), ("unexpected", sorted(unexpected))):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise FileFormatError(f"{source}: {what} tensors: {', '.join(names[:3])}{more}")
 
 
 def files_of(index: Mapping[str, Any], path: Path | str) -> dict[str, list[str]]:

@@ -91,6 +91,13 @@ class Decoder(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
+    def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
+        """A tied head is stored once, as the embedding."""
+        embedding = state_dict.get(f"{prefix}model.embed_tokens.weight")
+        if self.config.tie_word_embeddings and embedding is not None:
+            state_dict.setdefault(f"{prefix}lm_head.weight", embedding)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def forward(
         self,
         input_ids: Tensor,

@@ -29,6 +29,8 @@ _IN_BLOCK = {
 class GGUFModel:
     """The config and the tensors of a GGUF file: `shapes` by HF name, `read(name)` as float32."""
 
+    quantization = None  # its blocks are decoded
+
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._file = GGUFFile(path)

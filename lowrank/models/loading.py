@@ -12,12 +12,22 @@ from torch import Tensor, nn
 
 from lowrank import quant
 from lowrank.errors import ConfigError, DtypeError, FileFormatError, WeightError
+from lowrank.io.quantized import (
+    QuantizedTensors,
+    join,
+    load_layer,
+    quantized_modules,
+    quantized_twin,
+)
+from lowrank.io.shards import check_shapes
 from lowrank.models.config import DecoderConfig
 from lowrank.models.decoder import Decoder
 from lowrank.models.gguf import GGUFModel
 from lowrank.models.hf import HFDirectory
 from lowrank.models.hub import fetch_model, is_repo_id
+from lowrank.models.quantization_config import QuantizationConfig
 from lowrank.nn.quant_linear import QuantLinear
+from lowrank.nn.quant_weight import QuantWeight
 from lowrank.quant import Quantizer
 from lowrank.surgery.targets import check_each_matches, matches
 
@@ -28,6 +38,7 @@ class Weights(Protocol):
     """Where tensors come from, one at a time, under Hugging Face's names."""
 
     config: DecoderConfig
+    quantization: QuantizationConfig | None
     shapes: dict[str, tuple[int, ...]]
 
     def read(self, name: str) -> Tensor: ...
@@ -47,8 +58,9 @@ def load_model(
     """The model in a Hugging Face directory, a hub repository `owner/name`, or a .gguf file.
 
     With a `quantizer` every nn.Linear becomes a QuantLinear as its weight is read, but those whose
-    name is or ends in one of `skip`; everything else is held in `dtype`. Memory peaks at the
-    finished model and twice the largest tensor. `compute_dtype` is that of QuantLinear. Raises
+    name is or ends in one of `skip`; everything else is held in `dtype`. What a directory holds
+    quantized, by bitsandbytes or by `save_model`, is taken as it is. Memory peaks at the finished
+    model and twice the largest tensor. `compute_dtype` is that of QuantLinear. Raises
     ConfigError for what is no known model, FileFormatError for damaged files and for tensors that
     are missing, unexpected or misshaped, WeightError for a NaN in what is to be quantized.
     """
@@ -64,9 +76,19 @@ def load_model(
     _check_layers(weights, source)
     with torch.device("meta"):
         model = Decoder(weights.config)
-    _check_names(model, weights, source)
+    quantized = quantized_modules(weights.shapes)
+    _check_quantized(model, weights, quantized, quantizer, source)
+    _check_names(model, weights, quantized, source)
     check_each_matches(model, [name for name in skip if name != "lm_head"], "skip")
+    if compute_dtype is None and weights.quantization is not None:
+        compute_dtype = weights.quantization.compute_dtype
     for name, module in _with_progress(_holders(model), source):
+        parent, _, child = name.rpartition(".")
+        if name in quantized:
+            own = {n: weights.read(join(name, n)).to(device) for n in quantized[name].names}
+            layer = _prequantized(module, own, dtype, compute_dtype, name, source)
+            setattr(model.get_submodule(parent), child, layer)
+            continue
         fill = {
             leaf: _read(weights, f"{name}.{leaf}", source).to(device)
             for leaf, _ in module.named_parameters(recurse=False)
@@ -75,7 +97,6 @@ def load_model(
             for leaf, tensor in fill.items():
                 setattr(module, leaf, nn.Parameter(tensor.to(dtype)))
         else:
-            parent, _, child = name.rpartition(".")
             layer = _quantized(name, fill, quantizer, dtype, compute_dtype)
             setattr(model.get_submodule(parent), child, layer)
     if isinstance(model.lm_head, nn.Linear):
@@ -129,6 +150,24 @@ def _quantized(
     return QuantLinear.from_storage(storage, quantizer, bias, compute_dtype)
 
 
+def _prequantized(
+    module: nn.Module,
+    own: dict[str, Tensor],
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype | None,
+    name: str,
+    source: str | Path,
+) -> QuantWeight:
+    """The layer that the files hold quantized, its codes and scales as they are."""
+    layer = quantized_twin(module, name, source)
+    if "bias" in own:
+        own["bias"] = own["bias"].to(dtype)
+    load_layer(layer, own, source, name)
+    layer.storage = replace(layer.storage, dtype=dtype)
+    layer.compute_dtype = compute_dtype
+    return layer
+
+
 def _read(weights: Weights, name: str, source: str | Path) -> Tensor:
     tensor = weights.read(name)
     if not tensor.is_floating_point():
@@ -145,24 +184,49 @@ def _check_layers(weights: Weights, source: str | Path) -> None:
         )
 
 
-def _check_names(model: Decoder, weights: Weights, source: str | Path) -> None:
+def _check_quantized(
+    model: Decoder,
+    weights: Weights,
+    quantized: Mapping[str, QuantizedTensors],
+    quantizer: Quantizer | None,
+    source: str | Path,
+) -> None:
+    config = weights.quantization
+    if config is None:
+        for name, tensors in quantized.items():
+            raise ConfigError(
+                f"{source}: {name}: is quantized, {tensors.format}, which config.json does not "
+                "say; get the config.json that came with these weights"
+            )
+        return
+    if quantizer is not None:
+        raise ConfigError(
+            f"quantizer: expected None for {source}, which is quantized already, {config.format}; "
+            "leave it out, or load the model that it was made from"
+        )
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    try:
+        config.check(linears, quantized)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
+
+
+def _check_names(
+    model: Decoder, weights: Weights, quantized: Mapping[str, QuantizedTensors], source: str | Path
+) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     found = dict(weights.shapes)
-    # tied models may store the head again, and old ones the rotary frequencies
-    optional = {name for name in found if name.endswith("rotary_emb.inv_freq")}
-    if model.config.tie_word_embeddings:
-        optional.add("lm_head.weight")
-    problems = {
-        "missing": sorted(expected.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - expected.keys() - optional),
-    }
-    for what, names in problems.items():
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise FileFormatError(f"{source}: {what} tensors: {', '.join(names[:3])}{more}")
-    for name, shape in expected.items():
-        if found[name] != shape:
-            raise FileFormatError(f"{source}: {name}: expected shape {shape}; got {found[name]}")
+    for module, tensors in quantized.items():  # the layer itself says what it takes
+        expected.pop(join(module, "weight"), None)
+        for name in tensors.names:
+            del found[join(module, name)]
+        expected.pop(join(module, "bias"), None)
+    for name in list(found):
+        # tied models may store the head again, and old ones the rotary frequencies
+        tied = name == "lm_head.weight" and model.config.tie_word_embeddings
+        if tied or name.endswith("rotary_emb.inv_freq"):
+            del found[name]
+    check_shapes(expected, found, source)
 
 
 def _with_progress(

@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 
-from lowrank.errors import WeightError
+from lowrank.errors import ConfigError, LowrankError, WeightError
 from lowrank.io.json_files import write_json
+from lowrank.io.quantized import join, state_tensors
 from lowrank.io.safetensors import Lazy
 from lowrank.io.shards import write_shards
 from lowrank.models.decoder import Decoder
+from lowrank.models.quantization_config import bitsandbytes_config, lowrank_config
 from lowrank.nn.lora_linear import LoRALinear
 from lowrank.nn.quant_linear import QuantLinear
+from lowrank.nn.quant_weight import QuantWeight
+from lowrank.quant import bitsandbytes
+
+Tensors = dict[str, Tensor | Lazy]
 
 
 def save_model(
     model: Decoder,
     directory: str | Path,
     dtype: torch.dtype | None = None,
+    format: Literal["dense", "lowrank", "bitsandbytes"] = "dense",
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Write config.json and the weights as safetensors, all or nothing; quantized ones dequantized.
+    """Write config.json and the weights as safetensors, all or nothing; `load_model` reads it.
 
-    `dtype` None keeps each weight's own. Above `max_shard_bytes` the weights are split into shards
-    with an index; one dequantized weight at a time is in memory. A tied head is stored once. Raises
-    WeightError while adapters are in the model, ConfigError if the directory already holds weights.
+    What becomes of quantized layers is `format`: "dense" dequantizes them, to `dtype` or else to
+    each weight's own; "lowrank" keeps any scheme's tensors as they are, the state dict of the
+    model; "bitsandbytes" writes nf4, fp4 and int8 as that does, and transformers reads it.
+
+    Above `max_shard_bytes` there are shards and an index; one tensor at a time is made. A tied head
+    is stored once. Raises WeightError while adapters are in the model, ConfigError if the directory
+    already holds weights, or for layers that the format does not have.
     """
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
@@ -35,19 +47,72 @@ def save_model(
                 f"{name}: expected no adapter; save it with save_adapter, or merge it into "
                 "the model with merge_and_unload first"
             )
+    if format not in _FORMATS:
+        raise ConfigError(f"format: expected one of {', '.join(_FORMATS)}; got {format!r}")
+    if format != "dense":
+        if dtype is not None:
+            raise ConfigError(f'dtype: belongs to format="dense"; got {dtype} for {format!r}')
+        if not any(isinstance(module, QuantWeight) for module in model.modules()):
+            raise ConfigError(
+                f"format: {format!r} keeps quantized layers, and the model has none; quantize it "
+                "first, or leave format out"
+            )
+    tensors, quantization = _FORMATS[format](model, dtype)
     config = model.config.to_hf(dtype or model.model.norm.weight.dtype)
+    if quantization is not None:
+        config["quantization_config"] = quantization
     others = {"config.json": partial(write_json, config)}
-    write_shards(directory, dict(_weights(model, dtype)), max_shard_bytes, others)
+    write_shards(directory, tensors, max_shard_bytes, others)
 
 
-def _weights(model: Decoder, dtype: torch.dtype | None) -> Iterator[tuple[str, Lazy]]:
-    for module_name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
+def _dense(model: Decoder, dtype: torch.dtype | None) -> tuple[Tensors, None]:
+    tensors: Tensors = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantWeight):
             kept = dtype or module.weight_dtype
-            shape = (module.out_features, module.in_features)
-            yield f"{module_name}.weight", Lazy(kept, shape, partial(module.dequantize, kept))
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point():  # the others are QuantLinear's storage
-            kept = dtype or parameter.dtype
-            make = partial(parameter.detach().to, kept)
-            yield name, Lazy(kept, tuple(parameter.shape), make)
+            make = partial(module.dequantize, kept)
+            tensors[f"{name}.weight"] = Lazy(kept, module.shape, make)
+    for name, parameter in _floats(model).items():
+        kept = dtype or parameter.dtype
+        tensors[name] = Lazy(kept, tuple(parameter.shape), partial(parameter.to, kept))
+    return tensors, None
+
+
+def _lowrank(model: Decoder, _: None) -> tuple[Tensors, dict[str, Any]]:
+    return dict(state_tensors(model)), lowrank_config()
+
+
+def _bitsandbytes(model: Decoder, _: None) -> tuple[Tensors, dict[str, Any]]:
+    tensors: Tensors = {}
+    keys: set[str] = set()
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantWeight)}
+    for name, layer in layers.items():
+        if not isinstance(layer, QuantLinear):
+            raise ConfigError(
+                f"{name}: expected a linear layer, as bitsandbytes quantizes; got "
+                f'{type(layer).__name__}; format="lowrank" takes it'
+            )
+        try:
+            written = bitsandbytes.write(layer.storage)
+        except LowrankError as error:
+            raise ConfigError(f'{name}: {error}; format="lowrank" takes any scheme') from error
+        keys.update(written)
+        for key, tensor in written.items():
+            make = partial(_bitsandbytes_tensor, layer, key)
+            tensors[join(name, key)] = Lazy(tensor.dtype, tuple(tensor.shape), make)
+    dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    compute_dtype = next(iter(layers.values())).compute_dtype or model.model.norm.weight.dtype
+    config = bitsandbytes_config(keys, dense, compute_dtype)
+    return {**tensors, **_floats(model)}, config
+
+
+def _bitsandbytes_tensor(layer: QuantLinear, key: str) -> Tensor:
+    return bitsandbytes.write(layer.storage)[key]
+
+
+def _floats(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter but the storage of quantized layers, which is of integers."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.is_floating_point()}
+
+
+_FORMATS = {"dense": _dense, "lowrank": _lowrank, "bitsandbytes": _bitsandbytes}

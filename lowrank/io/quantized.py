@@ -1,0 +1,200 @@
+"""Models with quantized layers as files: their state dict as it is, in one safetensors or shards.
+
+A quantized module of ours describes itself in its `_extra_state`, so nothing but the tensors is
+needed to read it. Layers of bitsandbytes are told by the names of their tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.errors import FileFormatError, LowrankError
+from lowrank.nn.quant_linear import QuantLinear
+from lowrank.nn.quant_weight import QuantWeight
+from lowrank.surgery.inject import replace_modules
+
+from .shards import Shards, check_names, check_shapes, write_shards
+
+LOWRANK = "lowrank"
+BITSANDBYTES = {"4bit": "bitsandbytes 4-bit", "8bit": "bitsandbytes 8-bit"}
+_DESCRIPTION = "_extra_state"
+# the name that only a quantized module has among its tensors -> its format
+_MARKS = {
+    _DESCRIPTION: LOWRANK,
+    "weight.absmax": BITSANDBYTES["4bit"],
+    "SCB": BITSANDBYTES["8bit"],
+}
+
+
+def save_quantized(
+    model: nn.Module, directory: str | Path, max_shard_bytes: int = 5 * 10**9
+) -> None:
+    """Write a model's state dict as it is, codes and all, for `load_quantized`: all or nothing.
+
+    A tensor that has several names, a tied one, is stored under the first. Above `max_shard_bytes`
+    there are shards and an index. Raises ConfigError if the directory already holds weights.
+    """
+    write_shards(directory, state_tensors(model), max_shard_bytes)
+
+
+def load_quantized(
+    model: nn.Module, directory: str | Path, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """Read what `save_quantized` wrote into a model of the same modules, in place; returns it.
+
+    A linear layer that the files hold quantized is replaced by a QuantLinear; one that is quantized
+    already becomes what its description says. Tensors stream in, a module at a time, into what the
+    model has, or, where that is on the meta device, onto `device`. Raises FileFormatError for what
+    is damaged, missing, unexpected, misshaped, of an unknown scheme or a newer version; the model
+    is then as it was.
+    """
+    files = Shards(directory)
+    quantized = quantized_modules(files.shapes)
+    modules = dict(model.named_modules())
+    layers = {name: quantized_twin(modules.get(name), name, directory) for name in quantized}
+    for name, layer in layers.items():  # a rehearsal: the descriptions alone, on the meta device
+        rehearsed = {
+            n: files.read(join(name, n)) if n == _DESCRIPTION else files.blank(join(name, n))
+            for n in quantized[name].names
+        }
+        load_layer(copy.deepcopy(layer).to("meta"), rehearsed, directory, name)
+    dense = _dense(model, files, quantized)
+    for name, layer in layers.items():
+        own = {n: files.read(join(name, n)) for n in quantized[name].names}
+        if any(parameter.is_meta for parameter in layer.parameters()):
+            own = {n: tensor.to(device) for n, tensor in own.items()}
+        load_layer(layer, own, directory, name)
+    replace_modules(model, {modules[n]: layer for n, layer in layers.items()})
+    for name, (old, names) in dense.items():
+        _fill(model, names, old, files.read(name), device)
+    return model
+
+
+def state_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state dict; of the names of one tensor, or of one module, only the first."""
+    firsts = {join(name, _DESCRIPTION) for name, _ in model.named_modules()}
+    seen: set[int] = set()
+    tensors = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            raise FileFormatError(
+                f"{name}: expected a tensor in the state dict; got {type(tensor).__name__}"
+            )
+        is_description = name.rpartition(".")[2] == _DESCRIPTION  # made afresh for each name
+        if name in firsts or not is_description and id(tensor) not in seen:
+            tensors[name] = tensor.detach()
+        seen.add(id(tensor))
+    return tensors
+
+
+@dataclass(frozen=True)
+class QuantizedTensors:
+    """The tensors of one quantized module: their names in the module, and their format."""
+
+    format: str
+    names: list[str] = field(default_factory=list)
+
+
+def quantized_modules(names: Iterable[str]) -> dict[str, QuantizedTensors]:
+    """The quantized modules by name, as the names in a state dict tell them."""
+    names, found = list(names), {}
+    for name in names:
+        for mark, kind in _MARKS.items():
+            if name == mark or name.endswith(f".{mark}"):
+                found[name.removesuffix(mark).removesuffix(".")] = QuantizedTensors(kind)
+    for name in names:
+        owner = name
+        while owner and owner not in found:
+            owner = owner.rpartition(".")[0]
+        if owner in found:
+            found[owner].names.append(name[len(owner) :].removeprefix("."))
+    return found
+
+
+def quantized_twin(module: nn.Module | None, name: str, source: str | Path) -> QuantWeight:
+    """The module itself if it is quantized; of a linear layer, a QuantLinear on the meta device."""
+    if isinstance(module, QuantWeight):
+        return module
+    if not isinstance(module, nn.Linear):
+        got = "none" if module is None else type(module).__name__
+        raise FileFormatError(
+            f"{source}: {name}: is quantized; expected a linear layer of this name; got {got}"
+        )
+    N, K = module.weight.shape
+    twin = QuantLinear.from_linear(nn.Linear(K, N, module.bias is not None, device="meta"), "nf4")
+    if module.bias is not None:
+        twin.bias.requires_grad_(module.bias.requires_grad)
+    return twin.train(module.training)
+
+
+def load_layer(
+    layer: nn.Module, tensors: Mapping[str, Tensor], source: str | Path, name: str
+) -> None:
+    """`layer.load_state_dict`, all of it there and nothing left; errors name `source` and `name`.
+
+    A layer on the meta device takes the very tensors; another copies them.
+    """
+    assign = any(parameter.is_meta for parameter in layer.parameters())
+    try:
+        outcome = layer.load_state_dict(tensors, strict=False, assign=assign)
+    except LowrankError as error:
+        raise type(error)(f"{source}: {join(name, str(error))}") from error
+    except RuntimeError as error:  # torch's, a line for each tensor
+        raise FileFormatError(f"{source}: {name}: {' '.join(str(error).split())}") from error
+    names = ([join(name, n) for n in keys] for keys in outcome)
+    check_names(*names, source)
+
+
+def join(module: str, tensor: str) -> str:
+    """The name in a state dict of a module's own tensor."""
+    return f"{module}.{tensor}" if module else tensor
+
+
+def _dense(
+    model: nn.Module, files: Shards, quantized: Mapping[str, QuantizedTensors]
+) -> dict[str, tuple[Tensor, list[str]]]:
+    """What the files hold dense, checked: {its name there: (the model's tensor, its names)}."""
+    claimed = {join(module, n) for module, own in quantized.items() for n in own.names}
+    places: dict[int, list[str]] = {}
+    state = {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if name.rpartition(".")[0] not in quantized
+    }
+    for name, tensor in state.items():
+        places.setdefault(id(tensor), []).append(name)
+    found = {name: shape for name, shape in files.shapes.items() if name not in claimed}
+    chosen = {}
+    for names in places.values():  # a tied tensor may be there under any of its names, or several
+        there = [name for name in names if name in found]
+        chosen[(there or names)[0]] = (state[names[0]], names)
+        for name in there[1:]:
+            del found[name]
+    check_shapes({name: tuple(old.shape) for name, (old, _) in chosen.items()}, found, files.path)
+    for name, (old, _) in chosen.items():
+        got = files.blank(name).dtype
+        if old.is_floating_point() != got.is_floating_point:
+            raise FileFormatError(f"{files.path}: {name}: expected {old.dtype}; got {got}")
+    return chosen
+
+
+def _fill(
+    model: nn.Module, names: list[str], old: Tensor, tensor: Tensor, device: torch.device | str
+) -> None:
+    """Copy into `old`, or, where that is on the meta device, put one on `device` in its places."""
+    if not old.is_meta:
+        with torch.no_grad():
+            old.copy_(tensor)
+        return
+    tensor = tensor.to(device)
+    if isinstance(old, nn.Parameter):
+        tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, tensor)
