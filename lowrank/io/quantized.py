@@ -48,29 +48,30 @@ def load_quantized(
 ) -> nn.Module:
     """Read what `save_quantized` wrote into a model of the same modules, in place; returns it.
 
-    A linear layer that the files hold quantized is replaced by a QuantLinear; one that is quantized
-    already becomes what its description says. Tensors stream in, a module at a time, into what the
-    model has, or, where that is on the meta device, onto `device`. Raises FileFormatError for what
-    is damaged, missing, unexpected, misshaped, of an unknown scheme or a newer version; the model
-    is then as it was.
+    What the files hold quantized takes the place of the model's layer, be that a linear one or a
+    quantized one of any scheme. Tensors stream in, each to where the model's is, or to `device`
+    where that is on the meta device: such a model takes no memory but its new tensors. Raises
+    FileFormatError for what is damaged, missing, unexpected, misshaped, of an unknown scheme or a
+    newer version; the model is then as it was.
     """
     files = Shards(directory)
     quantized = quantized_modules(files.shapes)
-    modules = dict(model.named_modules())
-    layers = {name: quantized_twin(modules.get(name), name, directory) for name in quantized}
-    for name, layer in layers.items():  # a rehearsal: the descriptions alone, on the meta device
-        rehearsed = {
-            n: files.read(join(name, n)) if n == _DESCRIPTION else files.blank(join(name, n))
-            for n in quantized[name].names
-        }
-        load_layer(copy.deepcopy(layer).to("meta"), rehearsed, directory, name)
     dense = _dense(model, files, quantized)
-    for name, layer in layers.items():
-        own = {n: files.read(join(name, n)) for n in quantized[name].names}
-        if any(parameter.is_meta for parameter in layer.parameters()):
-            own = {n: tensor.to(device) for n, tensor in own.items()}
-        load_layer(layer, own, directory, name)
-    replace_modules(model, {modules[n]: layer for n, layer in layers.items()})
+    modules = dict(model.named_modules())
+    layers = {}
+    for name, tensors in quantized.items():
+        if name == "":
+            raise FileFormatError(
+                f"{directory}: expected a model of several modules; got one layer; load it with "
+                "layer.load_state_dict(load_safetensors(file))"
+            )
+        twin = quantized_twin(modules.get(name), name, directory)
+        there = next(modules[name].parameters()).device
+        there = device if there.type == "meta" else there
+        own = {n: files.read(join(name, n)).to(there) for n in tensors.names}
+        load_layer(twin, own, directory, name)
+        layers[modules[name]] = twin
+    replace_modules(model, layers)
     for name, (old, names) in dense.items():
         _fill(model, names, old, files.read(name), device)
     return model
@@ -118,9 +119,9 @@ def quantized_modules(names: Iterable[str]) -> dict[str, QuantizedTensors]:
 
 
 def quantized_twin(module: nn.Module | None, name: str, source: str | Path) -> QuantWeight:
-    """The module itself if it is quantized; of a linear layer, a QuantLinear on the meta device."""
+    """A module like this one on the meta device, and quantized; `load_layer` fills it."""
     if isinstance(module, QuantWeight):
-        return module
+        return copy.deepcopy(module).to("meta")
     if not isinstance(module, nn.Linear):
         got = "none" if module is None else type(module).__name__
         raise FileFormatError(
@@ -134,15 +135,11 @@ def quantized_twin(module: nn.Module | None, name: str, source: str | Path) -> Q
 
 
 def load_layer(
-    layer: nn.Module, tensors: Mapping[str, Tensor], source: str | Path, name: str
+    twin: QuantWeight, tensors: Mapping[str, Tensor], source: str | Path, name: str
 ) -> None:
-    """`layer.load_state_dict`, all of it there and nothing left; errors name `source` and `name`.
-
-    A layer on the meta device takes the very tensors; another copies them.
-    """
-    assign = any(parameter.is_meta for parameter in layer.parameters())
+    """Give a layer on the meta device these very tensors: all it takes, and none left."""
     try:
-        outcome = layer.load_state_dict(tensors, strict=False, assign=assign)
+        outcome = twin.load_state_dict(tensors, strict=False, assign=True)
     except LowrankError as error:
         raise type(error)(f"{source}: {join(name, str(error))}") from error
     except RuntimeError as error:  # torch's, a line for each tensor

@@ -1,0 +1,62 @@
+"""Quantize a model, as a new directory that loads as it is.
+
+  lowrank quantize --model DIR --quantizer nf4 --output quantized
+  lowrank quantize --model DIR --quantizer nf4 --format bitsandbytes --output for-transformers
+
+Train, generate and merge then take the directory as --model, without --quantizer. The format
+lowrank holds any scheme; bitsandbytes holds nf4, fp4 and int8, for transformers too.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lowrank.cli.merge import new_directory
+from lowrank.cli.options import add_fields
+from lowrank.cli.source import Source, from_args
+from lowrank.errors import ConfigError
+from lowrank.models.saving import save_model
+from lowrank.nn.quant_weight import QuantWeight
+
+FORMATS = ("lowrank", "bitsandbytes")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where to write")
+    parser.add_argument(
+        "--format", choices=FORMATS, default="lowrank", help="of the files (default: lowrank)"
+    )
+    add_fields(parser, Source, "source", "the model")
+
+
+def run(args: argparse.Namespace) -> int:
+    source = from_args(args)
+    if source.quantizer is None:
+        raise ConfigError("quantizer: expected a scheme; got none: pass --quantizer nf4")
+    with new_directory(args.output) as folder:
+        model, tokenizer = source.load(), source.load_tokenizer()
+        save_model(model, folder, format=args.format)
+        tokenizer.save(folder)
+        written = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    print(_summary(model))
+    print(f"{source.model} in {source.quantizer}, {_size(written)}: {args.output}")
+    return 0
+
+
+def _summary(model: nn.Module) -> str:
+    storages = [m.storage for m in model.modules() if isinstance(m, QuantWeight)]
+    count = sum(torch.Size(storage.shape).numel() for storage in storages)
+    held = sum(storage.nbytes for storage in storages)
+    dense = [p for p in model.parameters() if p.is_floating_point()]
+    return (
+        f"{len(storages)} layers of {count} weights at {8 * held / count:.2f} bits: {_size(held)}; "
+        f"{sum(p.numel() for p in dense)} other parameters: {_size(sum(p.nbytes for p in dense))}"
+    )
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e6:.1f} MB"
