@@ -6,8 +6,11 @@ from . import quant as quant
 from .adapters.config import LoRAConfig as LoRAConfig
 from .io.adapter import load_adapter as load_adapter
 from .io.adapter import save_adapter as save_adapter
+from .io.quantized import load_quantized as load_quantized
+from .io.quantized import save_quantized as save_quantized
 from .models.generate import generate as generate
 from .models.loading import load_model as load_model
+from .models.saving import save_model as save_model
 from .models.tokenizer import load_tokenizer as load_tokenizer
 from .nn.lora_linear import LoRALinear as LoRALinear
 from .nn.quant_linear import QuantLinear as QuantLinear

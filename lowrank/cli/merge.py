@@ -21,7 +21,6 @@ import lowrank
 from lowrank.cli.options import add_fields
 from lowrank.cli.source import Source, from_args
 from lowrank.errors import ConfigError
-from lowrank.models.saving import save_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
         model, tokenizer = source.load(), source.load_tokenizer()
         lowrank.load_adapter(model, args.adapter)
         lowrank.merge_and_unload(model, dtype=source.torch_dtype)
-        save_model(model, folder, source.torch_dtype)
+        lowrank.save_model(model, folder, source.torch_dtype)
         tokenizer.save(folder)
     print(f"merged {args.adapter} into {source.model}, {source.dtype}: {args.output}")
     return 0

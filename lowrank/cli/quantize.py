@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import lowrank
 from lowrank.cli.merge import new_directory
 from lowrank.cli.options import add_fields
 from lowrank.cli.source import Source, from_args
 from lowrank.errors import ConfigError
-from lowrank.models.saving import save_model
 from lowrank.nn.quant_weight import QuantWeight
 
 FORMATS = ("lowrank", "bitsandbytes")
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("quantizer: expected a scheme; got none: pass --quantizer nf4")
     with new_directory(args.output) as folder:
         model, tokenizer = source.load(), source.load_tokenizer()
-        save_model(model, folder, format=args.format)
+        lowrank.save_model(model, folder, format=args.format)
         tokenizer.save(folder)
         written = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     print(_summary(model))

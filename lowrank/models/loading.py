@@ -216,11 +216,11 @@ def _check_names(
 ) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     found = dict(weights.shapes)
-    for module, tensors in quantized.items():  # the layer itself says what it takes
-        expected.pop(join(module, "weight"), None)
-        for name in tensors.names:
-            del found[join(module, name)]
-        expected.pop(join(module, "bias"), None)
+    for module, tensors in quantized.items():
+        if expected.pop(f"{module}.weight", None) is not None:  # the layer itself checks its own
+            expected.pop(f"{module}.bias", None)
+            for name in tensors.names:
+                del found[join(module, name)]
     for name in list(found):
         # tied models may store the head again, and old ones the rotary frequencies
         tied = name == "lm_head.weight" and model.config.tie_word_embeddings

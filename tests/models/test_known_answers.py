@@ -10,7 +10,6 @@ from torch.testing import assert_close
 
 import lowrank
 from lowrank.models.generate import generate_ids
-from lowrank.models.saving import save_model
 
 STORY = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
@@ -119,6 +118,6 @@ def test_smollm2_perplexity_equals_transformers_and_its_dequantized_self(
     quantized = perplexity(four_bit, ids)
     assert quantized == pytest.approx(perplexity(dense, ids), rel=1e-4)
 
-    save_model(four_bit, tmp_path)
+    lowrank.save_model(four_bit, tmp_path)
     saved = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
     assert quantized == pytest.approx(perplexity(saved, ids), rel=1e-3)

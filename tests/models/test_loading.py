@@ -12,7 +12,6 @@ from torch.testing import assert_close
 import lowrank
 from lowrank import quant
 from lowrank.errors import ConfigError, DtypeError, FileFormatError, TargetError, WeightError
-from lowrank.models.saving import save_model
 from tests.models.helpers import llama, tokens
 
 transformers = pytest.importorskip("transformers", reason="the oracle; pip install transformers")
@@ -90,20 +89,20 @@ def test_save_model_is_read_by_transformers_and_by_us(tmp_path):
     for quantizer, options in [(None, {}), ("nf4", {"max_shard_bytes": 50_000})]:
         model = lowrank.load_model(tmp_path / "a", quantizer=quantizer)
         saved = tmp_path / f"saved {quantizer}"
-        save_model(model, saved, **options)
+        lowrank.save_model(model, saved, **options)
         assert (len(list(saved.glob("*.safetensors"))) > 1) == bool(options)
         oracle = transformers.LlamaForCausalLM.from_pretrained(saved).eval()
         assert_close(model(ids), oracle(ids).logits, atol=1e-4, rtol=1e-4)
         assert_close(lowrank.load_model(saved)(ids), model(ids), atol=1e-4, rtol=1e-4)
     with pytest.raises(ConfigError, match="expected no weights there"):
-        save_model(model, saved)
+        lowrank.save_model(model, saved)
     model = lowrank.load_model(tmp_path / "a", quantizer="nf4")
-    save_model(model, tmp_path / "half", dtype=torch.bfloat16)
+    lowrank.save_model(model, tmp_path / "half", dtype=torch.bfloat16)
     half = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "half")
     assert half.dtype == torch.bfloat16
     lowrank.inject(model, lowrank.LoRAConfig(r=4))
     with pytest.raises(WeightError, match="expected no adapter"):
-        save_model(model, tmp_path / "c")
+        lowrank.save_model(model, tmp_path / "c")
     assert not (tmp_path / "c").exists()
 
 
@@ -151,10 +150,10 @@ DAMAGES = {
         "expected a JSON object; got list",
     ),
     "unknown": (lambda d: edit_config(d, model_type="t5"), ConfigError, "got 't5'.*lowrank.inject"),
-    "quantized": (
-        lambda d: edit_config(d, quantization_config={"quant_method": "bitsandbytes"}),
+    "quantized, it says": (
+        lambda d: edit_config(d, quantization_config={"quant_method": "lowrank", "version": 1}),
         ConfigError,
-        "already quantized",
+        "quantizer: expected None for .*, which is quantized already, lowrank",
     ),
     "misshaped": (
         lambda d: edit_config(d, intermediate_size=128),

@@ -1,0 +1,283 @@
+"""Whole directories that transformers wrote with bitsandbytes' layers, and ours that it reads."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+import lowrank
+from lowrank import QuantLinear, quant
+from lowrank.errors import ConfigError, FileFormatError, LowrankError
+from tests.models.helpers import llama, tokens
+
+transformers = pytest.importorskip("transformers", reason="the oracle; pip install transformers")
+bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+
+SINGLE = "model.safetensors"
+UP = "model.layers.1.mlp.up_proj"
+KINDS = {
+    "nf4 nested": dict(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    ),
+    "nf4": dict(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    "fp4": dict(
+        load_in_4bit=True, llm_int8_skip_modules=["lm_head", "model.layers.0.mlp", "v_proj"]
+    ),
+    "nf4 in bfloat16": dict(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage="bfloat16"
+    ),
+    "all of it": dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=[]),
+}
+
+
+def from_pretrained(directory, **options):
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        directory, device_map="cpu", **options
+    ).eval()
+
+
+def write(folder, kind, dtype=torch.float32, shard="5GB", **changes):
+    """A random Llama, quantized by transformers and bitsandbytes on the CPU, and saved."""
+    llama(intermediate_size=192, attention_bias=True, **changes).save_pretrained(folder / "dense")
+    config = transformers.BitsAndBytesConfig(**KINDS[kind])
+    theirs = from_pretrained(folder / "dense", quantization_config=config, dtype=dtype)
+    theirs.save_pretrained(folder / "quantized", max_shard_size=shard)
+    return folder / "quantized", theirs
+
+
+def theirs_dense(model):
+    """{name: the weight that bitsandbytes computes with}."""
+    return {
+        name: bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        for name, layer in model.named_modules()
+        if isinstance(layer, bnb.nn.Linear4bit)
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_directory_of_transformers_gives_its_very_weights(tmp_path, kind, dtype):
+    shard = "5GB" if dtype == torch.float32 else "60KB"
+    directory, theirs = write(tmp_path, kind, dtype, shard)
+    assert (len(list(directory.glob("*.safetensors"))) > 1) == (dtype == torch.bfloat16)
+    weights = theirs_dense(theirs)
+    ours = lowrank.load_model(directory, dtype=dtype)
+    held = {name: m for name, m in ours.named_modules() if isinstance(m, QuantLinear)}
+    assert held.keys() == weights.keys()
+    assert len(held) == {"fp4": 9, "all of it": 15}.get(kind, 14)
+    for name, weight in weights.items():
+        assert torch.equal(held[name].dequantize(dtype), weight)
+    ids = tokens(2, 20)
+    if dtype == torch.float32:
+        assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_tied_head_and_sixteen_bit_compute(tmp_path):
+    directory, theirs = write(tmp_path, "nf4 nested", tie_word_embeddings=True)
+    assert lowrank.load_model(directory).model.layers[0].mlp.up_proj.compute_dtype is None
+    edit_quantization(directory, bnb_4bit_compute_dtype="bfloat16")
+    ours = lowrank.load_model(directory)
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+    assert ours.model.layers[0].mlp.up_proj.compute_dtype == torch.bfloat16
+    ids = tokens(1, 20)
+    difference = (ours(ids) - theirs(ids).logits).abs().max()
+    assert 0 < difference < 0.1 * theirs(ids).logits.abs().max()
+    exact = lowrank.load_model(directory, compute_dtype=torch.float32)
+    assert_close(exact(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shard", [10**9, 60_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_what_we_write_transformers_loads_with_the_same_weights(
+    tmp_path, double_quant, dtype, shard
+):
+    llama(intermediate_size=192, attention_bias=True).save_pretrained(tmp_path / "dense")
+    quantizer = quant.get("nf4", double_quant=double_quant)
+    skip = ["lm_head", "layers.1.mlp.down_proj"]
+    ours = lowrank.load_model(tmp_path / "dense", quantizer, dtype=dtype, skip=skip)
+    lowrank.save_model(ours, tmp_path / "out", format="bitsandbytes", max_shard_bytes=shard)
+    assert (len(list((tmp_path / "out").glob("*.safetensors"))) > 1) == (shard == 60_000)
+    theirs = from_pretrained(tmp_path / "out")
+    assert theirs.dtype == dtype
+    weights = theirs_dense(theirs)
+    assert len(weights) == 13
+    for name, weight in weights.items():
+        assert torch.equal(ours.get_submodule(name).dequantize(dtype), weight)
+    ids = tokens(2, 20)
+    if dtype == torch.float32:
+        assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
+    again = lowrank.load_model(tmp_path / "out", dtype=dtype)
+    for name, tensor in theirs.state_dict().items():  # and biases, norms, the embedding
+        if name in dict(again.named_parameters()):
+            assert torch.equal(tensor, again.get_parameter(name))
+    for name in weights:
+        assert torch.equal(
+            again.get_submodule(name).dequantize(), ours.get_submodule(name).dequantize()
+        )
+
+
+def test_a_directory_that_was_read_is_written_back_unchanged(tmp_path):
+    directory, _ = write(tmp_path, "nf4")
+    lowrank.save_model(lowrank.load_model(directory), tmp_path / "back", format="bitsandbytes")
+    before, after = (load_file(d / SINGLE) for d in (directory, tmp_path / "back"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype and torch.equal(tensor, after[name])
+
+
+def test_schemes_that_bitsandbytes_lacks_are_not_written(tmp_path):
+    llama(intermediate_size=192).save_pretrained(tmp_path / "dense")
+    model = lowrank.load_model(tmp_path / "dense", quantizer="int4")
+    with pytest.raises(ConfigError, match=r"layers\.0\.self_attn\.q_proj: .*lowrank.* any scheme"):
+        lowrank.save_model(model, tmp_path / "out", format="bitsandbytes")
+    assert not (tmp_path / "out").exists()
+
+
+def edit_config(directory, change):
+    path = directory / "config.json"
+    raw = json.loads(path.read_text())
+    change(raw)
+    path.write_text(json.dumps(raw))
+
+
+def edit_quantization(directory, **changes):
+    edit_config(directory, lambda raw: raw["quantization_config"].update(changes))
+
+
+def edit_tensors(directory, change):
+    tensors = load_file(directory / SINGLE)
+    change(tensors)
+    save_file(tensors, directory / SINGLE)
+
+
+def replace_layer(directory, **own):
+    def change(tensors):
+        for name in [name for name in tensors if name.startswith(f"{UP}.")]:
+            del tensors[name]
+        tensors.update({f"{UP}.{name}": tensor for name, tensor in own.items()})
+
+    edit_tensors(directory, change)
+
+
+DAMAGES = {
+    "another method": (
+        lambda d: edit_quantization(d, quant_method="gptq"),
+        ConfigError,
+        "got 'gptq'; load the model it was made from, with quantizer=",
+    ),
+    "no object": (
+        lambda d: edit_config(d, lambda raw: raw.update(quantization_config="awq")),
+        ConfigError,
+        "quantization_config: expected an object; got 'awq'",
+    ),
+    "no bits": (
+        lambda d: edit_quantization(d, load_in_4bit=False),
+        ConfigError,
+        "expected load_in_4bit or load_in_8bit; got neither",
+    ),
+    "both bits": (
+        lambda d: edit_quantization(d, load_in_8bit=True),
+        ConfigError,
+        "expected load_in_4bit or load_in_8bit; got both",
+    ),
+    "eight for four": (
+        lambda d: edit_quantization(d, load_in_8bit=True, load_in_4bit=False),
+        ConfigError,
+        r"layers\.0\..*: expected bitsandbytes 8-bit by the quantization_config; got .* 4-bit",
+    ),
+    "ours, it says": (
+        lambda d: edit_quantization(d, quant_method="lowrank", version=1),
+        ConfigError,
+        "expected lowrank by the quantization_config; got bitsandbytes 4-bit",
+    ),
+    "not quantized, it says": (
+        lambda d: edit_config(d, lambda raw: raw.pop("quantization_config")),
+        ConfigError,
+        r"layers\.0\..*: is quantized, bitsandbytes 4-bit, which config\.json does not say",
+    ),
+    "skipped, it says": (
+        lambda d: edit_quantization(d, llm_int8_skip_modules=["lm_head", "up_proj"]),
+        ConfigError,
+        r"layers\.0\.mlp\.up_proj: is quantized, which llm_int8_skip_modules=.* correct that list",
+    ),
+    "dense where none is skipped": (
+        lambda d: replace_layer(d, weight=torch.randn(192, 64)),
+        ConfigError,
+        rf"{UP}: is dense, which llm_int8_skip_modules=\['lm_head'\]",
+    ),
+    "skip no list": (
+        lambda d: edit_quantization(d, llm_int8_skip_modules="lm_head"),
+        ConfigError,
+        "llm_int8_skip_modules: expected a list of names; got 'lm_head'",
+    ),
+    "skip no pattern": (
+        lambda d: edit_quantization(d, llm_int8_skip_modules=["*"]),
+        ConfigError,
+        r"llm_int8_skip_modules: expected names; got '\*'",
+    ),
+    "no state": (
+        lambda d: edit_tensors(d, lambda t: t.pop(f"{UP}.weight.quant_state.bitsandbytes__nf4")),
+        FileFormatError,
+        rf"{UP}\.weight: expected .*quant_state",
+    ),
+    "cut scales": (
+        lambda d: edit_tensors(
+            d, lambda t: t.update({f"{UP}.weight.absmax": t[f"{UP}.weight.absmax"][1:]})
+        ),
+        FileFormatError,
+        rf"{UP}\.weight\.absmax: expected 192 elements; got 191",
+    ),
+    "another layer's tensors": (
+        lambda d: edit_tensors(
+            d,
+            lambda t: t.update(
+                {
+                    name: t[name.replace("up_proj", "down_proj")].clone()
+                    for name in t
+                    if name.startswith(f"{UP}.")
+                }
+            ),
+        ),
+        LowrankError,
+        rf"{UP}\.weight: expected a weight of \[192, 64\]; got \[64, 192\]",
+    ),
+    "no bias": (
+        lambda d: edit_tensors(d, lambda t: t.pop("model.layers.0.self_attn.q_proj.bias")),
+        FileFormatError,
+        r"missing tensors: model\.layers\.0\.self_attn\.q_proj\.bias",
+    ),
+    "a layer too many": (
+        lambda d: edit_tensors(d, lambda t: t.update({"model.other.weight.absmax": torch.ones(1)})),
+        FileFormatError,
+        "unexpected tensors: model.other.weight.absmax",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("bitsandbytes"), "nf4")[0]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_bad_directory_is_refused_in_one_line(good, tmp_path, damage):
+    directory = tmp_path / "bad"
+    directory.mkdir()
+    for path in good.iterdir():
+        (directory / path.name).write_bytes(path.read_bytes())
+    lowrank.load_model(directory)
+    harm, error, says = DAMAGES[damage]
+    harm(directory)
+    with pytest.raises(error, match=says) as caught:
+        lowrank.load_model(directory)
+    assert "\n" not in str(caught.value) and str(directory) in str(caught.value)
+
+
+def test_a_quantizer_beside_a_quantized_directory_is_refused(good):
+    with pytest.raises(ConfigError, match="quantizer: expected None for .*bitsandbytes 4-bit"):
+        lowrank.load_model(good, quantizer="nf4")
