@@ -13,6 +13,7 @@ from .models.loading import load_model as load_model
 from .models.saving import save_model as save_model
 from .models.tokenizer import load_tokenizer as load_tokenizer
 from .nn.lora_linear import LoRALinear as LoRALinear
+from .nn.quant_embedding import QuantEmbedding as QuantEmbedding
 from .nn.quant_linear import QuantLinear as QuantLinear
 from .surgery import count_parameters as count_parameters
 from .surgery import delete_adapter as delete_adapter

@@ -83,12 +83,12 @@ class QuantLinear(QuantWeight):
     @property
     def in_features(self) -> int:
         """K."""
-        return self.shape[1]
+        return self.matrix_shape[1]
 
     @property
     def out_features(self) -> int:
         """N."""
-        return self.shape[0]
+        return self.matrix_shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class QuantWeight(nn.Module):
     def __init__(self, storage: Storage, quantizer: str | Quantizer) -> None:
         super().__init__()
         self.quantizer = resolve(quantizer)
-        self.shape = tuple(storage.shape)
+        self.matrix_shape = tuple(storage.shape)
         self._tensor_dtypes: dict[str, torch.dtype] = {}
         self.storage = storage
 
@@ -47,13 +48,14 @@ class QuantWeight(nn.Module):
         tensors = {
             name: parameters[name].view(dtype) for name, dtype in self._tensor_dtypes.items()
         }
-        return Storage(self._scheme, self.shape, self.weight_dtype, tensors, self._options)
+        return Storage(self._scheme, self.matrix_shape, self.weight_dtype, tensors, self._options)
 
     @storage.setter
     def storage(self, storage: Storage) -> None:
-        if tuple(storage.shape) != self.shape:
+        if tuple(storage.shape) != self.matrix_shape:
             raise ShapeError(
-                f"storage: expected a weight of shape {list(self.shape)}; got {list(storage.shape)}"
+                f"storage: expected a weight of shape {list(self.matrix_shape)}; "
+                f"got {list(storage.shape)}"
             )
         for name in storage.tensors.keys() - self._tensor_dtypes.keys():
             if name in ("weight", "bias") or hasattr(self, name):
@@ -68,6 +70,12 @@ class QuantWeight(nn.Module):
         self.weight_dtype = storage.dtype
         for name, tensor in storage.tensors.items():
             self.register_parameter(name, nn.Parameter(as_bits(tensor), requires_grad=False))
+
+    def tie(self, other: QuantWeight) -> None:
+        """Hold the very parameters of `other`, a weight of the same shape."""
+        self.storage, self.quantizer = other.storage, other.quantizer
+        for name in self._tensor_dtypes:
+            self._parameters[name] = other._parameters[name]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [N, K] that the module computes with."""
@@ -88,7 +96,7 @@ class QuantWeight(nn.Module):
 
     def _description(self) -> Description:
         return Description(
-            self._scheme, self.shape, self.weight_dtype, self._tensor_dtypes, self._options
+            self._scheme, self.matrix_shape, self.weight_dtype, self._tensor_dtypes, self._options
         )
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest) -> None:
@@ -116,9 +124,9 @@ class QuantWeight(nn.Module):
         )
 
     def _quantize(self, weight: Tensor, prefix: str) -> Storage:
-        if tuple(weight.shape) != self.shape:
+        if tuple(weight.shape) != self.matrix_shape:
             raise ShapeError(
-                f"{prefix}weight: expected {list(self.shape)}; got {list(weight.shape)}"
+                f"{prefix}weight: expected {list(self.matrix_shape)}; got {list(weight.shape)}"
             )
         try:
             return self.quantizer.quantize(weight)
@@ -129,9 +137,9 @@ class QuantWeight(nn.Module):
         self, own: Mapping[str, Tensor], prefix: str
     ) -> tuple[Storage, Quantizer]:
         storage = bitsandbytes.read(own, prefix)
-        if tuple(storage.shape) != self.shape:
+        if tuple(storage.shape) != self.matrix_shape:
             raise ShapeError(
-                f"{prefix}weight: expected a weight of {list(self.shape)}; "
+                f"{prefix}weight: expected a weight of {list(self.matrix_shape)}; "
                 f"got {list(storage.shape)}"
             )
         return storage, bitsandbytes.quantizer(storage)
@@ -142,9 +150,9 @@ class QuantWeight(nn.Module):
             read_description(own[_DESCRIPTION], prefix + _DESCRIPTION),
             self._description(),
         )
-        if found.shape != self.shape:
+        if found.shape != self.matrix_shape:
             raise ShapeError(
-                f"{prefix}{_DESCRIPTION}: expected a weight of {list(self.shape)}; "
+                f"{prefix}{_DESCRIPTION}: expected a weight of {list(self.matrix_shape)}; "
                 f"got {list(found.shape)}"
             )
         return (found.scheme, found.options, found.dtypes) == (
@@ -160,7 +168,11 @@ class QuantWeight(nn.Module):
             quantizer = quant.quantizer_of(storage)
         except (ConfigError, ShapeError, DtypeError) as error:
             raise FileFormatError(f"{name}: {error}") from error
-        fresh = quantizer.quantize(torch.empty(self.shape, dtype=storage.dtype, device="meta"))
+        fresh = quantizer.quantize(
+            torch.empty(self.matrix_shape, dtype=storage.dtype, device="meta")
+        )
+        if fresh.options != storage.options:  # what a file had, and no quantizer makes
+            return _readable(storage, quantizer, name), quantizer
         if fresh.tensors.keys() != storage.tensors.keys():
             raise FileFormatError(
                 f"{name}: expected the tensors {', '.join(fresh.tensors)} for {storage.scheme}; "
@@ -183,9 +195,7 @@ class QuantWeight(nn.Module):
         tensors = dict(storage.tensors)
         if device.type != "meta":
             tensors = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
-        self.storage = Storage(
-            storage.scheme, storage.shape, storage.dtype, tensors, storage.options
-        )
+        self.storage = replace(storage, tensors=tensors)
         self.quantizer = quantizer
         return {name: self._parameters[name] for name in self._tensor_dtypes}
 
@@ -205,6 +215,16 @@ def resolve(quantizer: str | Quantizer) -> Quantizer:
             f"quantizer: expected a name or an object with quantize, dequantize; got {quantizer!r}"
         )
     return quantizer
+
+
+def _readable(storage: Storage, quantizer: Quantizer, name: str) -> Storage:
+    """`storage`, if `quantizer` finds in it what it looks for."""
+    shapes = {key: tensor.to("meta") for key, tensor in storage.tensors.items()}
+    try:
+        quantizer.dequantize(replace(storage, tensors=shapes), storage.dtype)
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise FileFormatError(f"{name}: {storage.scheme!r} cannot read it: {error!r}") from error
+    return storage
 
 
 def _check(name: str, tensor: Tensor, expected: Tensor, of: Storage | Description) -> None:

@@ -20,4 +20,8 @@ from .registry import get as get
 from .registry import names as names
 from .registry import quantizer_of as quantizer_of
 from .registry import register as register
+from .rows import decodes_rows as decodes_rows
+from .rows import dequantize_rows as dequantize_rows
+from .rows import gather as gather
+from .rows import has_row_parts as has_row_parts
 from .storage import Storage as Storage

@@ -12,6 +12,7 @@ from lowrank.errors import ShapeError
 
 from .blocks import panels
 from .registry import Quantizer
+from .rows import decodes_rows, dequantize_rows
 from .storage import Storage
 
 
@@ -76,16 +77,12 @@ def _panels(
 ) -> Iterator[tuple[int, int, Tensor]]:
     """(start, stop, the weight's rows from start to stop in `dtype`) over all rows."""
     N, K = storage.shape
-    rows_of = getattr(quantizer, "dequantize_rows", None)
-    if rows_of is None and not getattr(quantizer, "row_local", False):
+    if not decodes_rows(quantizer):
         yield 0, N, quantizer.dequantize(storage, dtype)
         return
     device = next(iter(storage.tensors.values())).device
     for start, stop in panels(N, K, device):
-        if rows_of is None:
-            yield start, stop, quantizer.dequantize(storage.rows(start, stop), dtype)
-        else:
-            yield start, stop, rows_of(storage, start, stop, dtype)
+        yield start, stop, dequantize_rows(quantizer, storage, start, stop, dtype)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -34,6 +34,16 @@ class Storage:
 
         Its tensors are [N, ...], with a part for each row, or [1, ...], shared by all of them.
         """
+        part = {k: t[start:stop] if own else t for k, (t, own) in self._by_row().items()}
+        return replace(self, shape=(stop - start, *self.shape[1:]), tensors=part)
+
+    def take(self, index: Tensor) -> Storage:
+        """Rows `index` [n], int64 or int32, of such a weight, copied. IndexError: there is none."""
+        part = {k: t.index_select(0, index) if own else t for k, (t, own) in self._by_row().items()}
+        return replace(self, shape=(index.numel(), *self.shape[1:]), tensors=part)
+
+    def _by_row(self) -> dict[str, tuple[Tensor, bool]]:
+        """Each tensor, and whether it has a part for each row."""
         N = self.shape[0]
         for name, tensor in self.tensors.items():
             if tensor.shape[:1] not in ((N,), (1,)):
@@ -41,8 +51,7 @@ class Storage:
                     f"{name}: expected [N={N}, ...] or [1, ...], as row_local schemes have it, to "
                     f"take rows of; got {list(tensor.shape)} of {self.scheme!r}; keep it whole"
                 )
-        part = {k: t[start:stop] if t.shape[0] == N else t for k, t in self.tensors.items()}
-        return replace(self, shape=(stop - start, *self.shape[1:]), tensors=part)
+        return {name: (tensor, tensor.shape[0] == N) for name, tensor in self.tensors.items()}
 
     @property
     def nbytes(self) -> int:

@@ -124,6 +124,7 @@ def test_a_description_that_cannot_be_believed_is_refused_and_changes_nothing():
         (FileFormatError, "block_size", edited(state, options={"block_size": 65})),
         (FileFormatError, "argument 'group'", edited(state, options={"group": 64})),
         (FileFormatError, "expected version, scheme", edited(state, options={"group": [64]})),
+        (FileFormatError, "'nf4' cannot read it: KeyError", edited(state, options={})),
         (FileFormatError, "expected the tensors packed, absmax", edited(state, tensors=tensors)),
         (FileFormatError, "CB: expected for nf4", edited(state, tensors={"CB": "int8"})),
         (DtypeError, "absmax: expected torch.uint8", state | {"absmax": torch.zeros(8, 1)}),
