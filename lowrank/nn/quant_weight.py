@@ -71,6 +71,11 @@ class QuantWeight(nn.Module):
         for name, tensor in storage.tensors.items():
             self.register_parameter(name, nn.Parameter(as_bits(tensor), requires_grad=False))
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight, as `dequantize` gives it."""
+        return self.matrix_shape
+
     def tie(self, other: QuantWeight) -> None:
         """Hold the very parameters of `other`, a weight of the same shape."""
         self.storage, self.quantizer = other.storage, other.quantizer
