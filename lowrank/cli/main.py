@@ -14,10 +14,10 @@ from typing import NoReturn
 
 import torch
 
-from lowrank.cli import demo, env, generate, merge, quantize, train
+from lowrank.cli import demo, env, generate, merge, quantize, report, train
 from lowrank.errors import LowrankError
 
-COMMANDS = (train, generate, merge, quantize, env, demo)
+COMMANDS = (train, generate, merge, quantize, report, env, demo)
 
 OK, USER_ERROR, INTERRUPTED = 0, 2, 130
 

@@ -73,6 +73,12 @@ class GGUFFile:
                 raise
             raise FileFormatError(f"{self.path}: not a whole GGUF file: {error}") from error
 
+    def kind(self, name: str) -> str:
+        """How the tensor is stored, as "Q4_1"."""
+        from gguf import GGMLQuantizationType
+
+        return GGMLQuantizationType(self.tensors[name].kind).name
+
     def read(self, name: str) -> Tensor:
         """The tensor as float32, expanded a few rows at a time."""
         from gguf import GGMLQuantizationType

@@ -1,5 +1,7 @@
 """Quantizers: a protocol, a registry, one scheme a file."""
 
+from typing import TYPE_CHECKING, Any
+
 from . import af4 as af4
 from . import affine as affine
 from . import flat as flat
@@ -25,3 +27,14 @@ from .rows import dequantize_rows as dequantize_rows
 from .rows import gather as gather
 from .rows import has_row_parts as has_row_parts
 from .storage import Storage as Storage
+
+if TYPE_CHECKING:
+    from lowrank.report import report as report
+
+
+def __getattr__(name: str) -> Any:
+    if name == "report":  # it compares whole models, and all of them import this package
+        from lowrank.report import report
+
+        return report
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

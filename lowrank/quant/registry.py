@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from lowrank.errors import ConfigError
 from lowrank.quant.storage import Storage
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoints
 
 ENTRY_POINTS = "lowrank.quantizers"
 
@@ -61,6 +64,11 @@ def names() -> list[str]:
     return sorted(_REGISTRY)
 
 
+def known() -> list[str]:
+    """Names that `get` takes, sorted: the registered ones, and the entry points of packages."""
+    return sorted({*_REGISTRY, *(point.name for point in _entry_points())})
+
+
 def get(name: str, **options) -> Quantizer:
     """The quantizer registered as `name`, made with its own explicit options.
 
@@ -96,15 +104,17 @@ def _find(name: str) -> type:
     return _REGISTRY[name]
 
 
-def _load(name: str) -> None:
-    """Register the entry point of this name: a class, or a module that registers it."""
+def _entry_points() -> EntryPoints:
     from importlib.metadata import entry_points  # only here: it reads the disk
 
-    points = entry_points(group=ENTRY_POINTS)
-    found = [point for point in points if point.name == name]
+    return entry_points(group=ENTRY_POINTS)
+
+
+def _load(name: str) -> None:
+    """Register the entry point of this name: a class, or a module that registers it."""
+    found = [point for point in _entry_points() if point.name == name]
     if not found:
-        known = sorted({*_REGISTRY, *(point.name for point in points)})
-        raise ConfigError(f"quantizer: expected one of {', '.join(known)}; got {name!r}")
+        raise ConfigError(f"quantizer: expected one of {', '.join(known())}; got {name!r}")
     if len({point.value for point in found}) > 1:
         owners = ", ".join(sorted(point.value for point in found))
         raise ConfigError(f"quantizer {name!r}: expected one entry point; got {owners}")

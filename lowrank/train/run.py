@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import platform
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from lowrank.errors import ConfigError
@@ -122,17 +119,3 @@ class RunDirectory:
     def close(self) -> None:
         with contextlib.suppress(OSError):  # of a line that `log` could not write, and said so
             self._metrics.close()
-
-
-def versions() -> dict[str, str]:
-    """What the run was made with."""
-    try:
-        own = metadata.version("lowrank-torch")
-    except metadata.PackageNotFoundError:
-        own = "a source checkout, not installed"
-    return {
-        "lowrank": own,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-    }

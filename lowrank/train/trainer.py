@@ -24,6 +24,7 @@ from lowrank.data import (
 )
 from lowrank.data.tokens import Tokenizer
 from lowrank.errors import ConfigError, TrainingError
+from lowrank.io.versions import versions
 from lowrank.train.config import TrainConfig
 from lowrank.train.gradients import (
     can_checkpoint,
@@ -37,7 +38,7 @@ from lowrank.train.interrupt import Interrupt
 from lowrank.train.loss import batch_loss, packs
 from lowrank.train.optimizer import OPTIMIZERS, Optimizer
 from lowrank.train.record import Record, TrainResult
-from lowrank.train.run import CONFIG, RESULTS, RunDirectory, check_output_dir, versions
+from lowrank.train.run import CONFIG, RESULTS, RunDirectory, check_output_dir
 from lowrank.train.schedule import lr_multiplier, warmup_steps
 
 logger = logging.getLogger("lowrank.train")
