@@ -29,7 +29,7 @@ inline const float* codebook_of(const CodebookWeight& w, int64_t n) {
 // Rows are read once and in order; the hardware's prefetcher stops at each page, this does not.
 constexpr int64_t AHEAD = 4096;
 inline void prefetch(const void* at, int64_t bytes) {
-  __builtin_prefetch(static_cast<const char*>(at) + bytes, 0, 3);
+  __builtin_prefetch(static_cast<const char*>(at) + bytes, 0, 2);
 }
 
 inline int64_t block_of(const CodebookWeight& w, int64_t k) {

@@ -22,7 +22,7 @@ template <class T>
 struct FixedProduct {
   const int16_t* x;     // [M, units, 64] in the order of fixed_place
   const float* scales;  // [M, units]
-  int64_t M, units;
+  int64_t units;
   const CodebookWeight& w;
   const float* bias;
   T* y;
@@ -71,67 +71,74 @@ struct UnitScales {
   }
 };
 
-template <int M, bool TWO_BLOCKS, class T>
-void fixed_row(const FixedProduct<T>& p, int64_t n, const FixedTable& table) {
-  const int64_t Kp = padded(p.w.K), whole = Kp / UNIT;
-  const uint8_t* packed = p.w.packed + n * (Kp / 2);
-  const RowScales absmax(p.w, n);
-  UnitScales<M> scales;
-  Vec sums[M][2];
-  for (int m = 0; m < M; ++m) sums[m][0] = sums[m][1] = set1(0);
+template <int M, bool TWO_BLOCKS, int ROWS, class T>
+void fixed_rows(const FixedProduct<T>& p, const Rows<ROWS>& rows, const FixedTable& table) {
+  const int64_t whole = padded(p.w.K) / UNIT;
+  UnitScales<M> scales[ROWS];
+  Vec sums[ROWS][M];
+  for (int r = 0; r < ROWS; ++r)
+    for (int m = 0; m < M; ++m) sums[r][m] = set1(0);
   for (int64_t u0 = 0; u0 < p.units; u0 += UNITS) {
     const int64_t count = smaller(UNITS, p.units - u0), full = smaller(count, whole - u0);
-    scales.fill(p, absmax, u0, count);
-    const auto multiply_unit = [&](const uint8_t* from, int64_t i, int which) {
+    for (int r = 0; r < ROWS; ++r) scales[r].fill(p, RowScales(p.w, rows.n[r]), u0, count);
+    const auto multiply_unit = [&](const uint8_t* from, int64_t i, int r) {
       const FixedWeights weights(from, table);
       for (int m = 0; m < M; ++m) {
         const Vec products = weights.times(p.x + (m * p.units + u0 + i) * UNIT);
-        const Vec scale = TWO_BLOCKS ? halves(scales.first[m][i], scales.second[m][i])
-                                     : set1(scales.first[m][i]);
-        sums[m][which] = fma(products, scale, sums[m][which]);
+        const Vec scale = TWO_BLOCKS ? halves(scales[r].first[m][i], scales[r].second[m][i])
+                                     : set1(scales[r].first[m][i]);
+        sums[r][m] = fma(products, scale, sums[r][m]);
       }
     };
-    const uint8_t* from = packed + u0 * UNIT / 2;
-    int64_t i = 0;
-    for (; i + 2 <= full; i += 2, from += UNIT) {
-      prefetch(from, AHEAD);
-      multiply_unit(from, i, 0);
-      multiply_unit(from + UNIT / 2, i + 1, 1);
+    const int64_t pairs = full / 2 * 2;
+    for (int64_t i = 0; i < pairs; i += 2) {
+      for (int r = 0; r < ROWS; ++r) {
+        const uint8_t* from = rows.packed[r] + (u0 + i) * UNIT / 2;
+        prefetch(from, AHEAD);
+        multiply_unit(from, i, r);
+        multiply_unit(from + UNIT / 2, i + 1, r);
+      }
     }
-    if (i < full) multiply_unit(from, i, 0);
-    if (full < count) {  // half a unit: a row ends after 32 weights
-      uint8_t rest[UNIT / 2] = {};
-      memcpy(rest, packed + whole * UNIT / 2, UNIT / 4);
-      multiply_unit(rest, full, 1);
+    for (int r = 0; r < ROWS && pairs < count; ++r) {
+      const uint8_t* from = rows.packed[r] + (u0 + pairs) * UNIT / 2;
+      if (pairs < full) multiply_unit(from, pairs, r);
+      if (full < count) {  // half a unit: a row ends after 32 weights
+        uint8_t rest[UNIT / 2] = {};
+        memcpy(rest, rows.packed[r] + whole * UNIT / 2, UNIT / 4);
+        multiply_unit(rest, full, r);
+      }
     }
   }
-  for (int m = 0; m < M; ++m) {
-    const float y = sum(add(sums[m][0], sums[m][1])) * table.unit;
-    from_float(p.bias ? y + p.bias[n] : y, p.y + m * p.w.N + n);
+  for (int r = 0; r < rows.count; ++r) {
+    const int64_t n = rows.n[r];
+    for (int m = 0; m < M; ++m) {
+      const float y = sum(sums[r][m]) * table.unit;
+      from_float(p.bias ? y + p.bias[n] : y, p.y + m * p.w.N + n);
+    }
+  }
+}
+
+template <int M, bool TWO_BLOCKS, class T>
+void fixed_multiply(const FixedProduct<T>& p, int32_t threads) {
+  const int64_t apart = rows_apart(p.w);
+#pragma omp parallel num_threads(threads) if (p.w.N * p.w.K > WORTH_THREADS)
+  if (p.w.codebook_rows == 1) {
+    const FixedTable table{FixedPoint(p.w.codebook)};
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < apart; ++n)
+      fixed_rows<M, TWO_BLOCKS>(p, Rows<STREAMS>(p.w, n, apart), table);
+  } else {
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < p.w.N; ++n)
+      fixed_rows<M, TWO_BLOCKS>(p, Rows<1>(p.w, n, 0),
+                                FixedTable(FixedPoint(codebook_of(p.w, n))));
   }
 }
 
 template <int M, class T>
-void fixed_row(const FixedProduct<T>& p, int64_t n, const FixedTable& table) {
-  if (p.w.block_size == UNIT / 2) return fixed_row<M, true>(p, n, table);
-  fixed_row<M, false>(p, n, table);
-}
-
-template <class T>
 void fixed_multiply(const FixedProduct<T>& p, int32_t threads) {
-#pragma omp parallel num_threads(threads) if (p.w.N * p.w.K > WORTH_THREADS)
-  {
-    const FixedTable shared{FixedPoint(p.w.codebook)};
-#pragma omp for schedule(static)
-    for (int64_t n = 0; n < p.w.N; ++n) {
-      const FixedTable table =
-          p.w.codebook_rows == 1 ? shared : FixedTable(FixedPoint(codebook_of(p.w, n)));
-      if (p.M == 1) fixed_row<1>(p, n, table);
-      if (p.M == 2) fixed_row<2>(p, n, table);
-      if (p.M == 3) fixed_row<3>(p, n, table);
-      if (p.M == 4) fixed_row<4>(p, n, table);
-    }
-  }
+  if (p.w.block_size == UNIT / 2) return fixed_multiply<M, true>(p, threads);
+  fixed_multiply<M, false>(p, threads);
 }
 
 template <class T>
@@ -150,7 +157,11 @@ int32_t linear_int16_of(const T* x, int64_t M, const CodebookWeight& w, const fl
       const int64_t m = m0 + i / units, k = i % units * UNIT;
       scales[i] = fix_unit(x + m * w.K + k, smaller(UNIT, w.K - k), fixed + i * UNIT);
     }
-    fixed_multiply(FixedProduct<T>{fixed, scales, some, units, w, bias, y + m0 * w.N}, threads);
+    const FixedProduct<T> p{fixed, scales, units, w, bias, y + m0 * w.N};
+    if (some == 1) fixed_multiply<1>(p, threads);
+    if (some == 2) fixed_multiply<2>(p, threads);
+    if (some == 3) fixed_multiply<3>(p, threads);
+    if (some == 4) fixed_multiply<4>(p, threads);
   }
   free(room);
   return LOWRANK_OK;

@@ -154,7 +154,7 @@ struct Spread {
   bool two;
   explicit Spread(int64_t G) : two(G == 32) {}
   Vec of(const float* absmax) const {
-    return _mm256_set_m128(_mm_set1_ps(absmax[two]), _mm_set1_ps(absmax[0]));
+    return two ? _mm256_set_m128(_mm_set1_ps(absmax[1]), _mm_set1_ps(absmax[0])) : set1(absmax[0]);
   }
 };
 
