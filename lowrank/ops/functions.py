@@ -225,5 +225,7 @@ def adamw8bit_state(p: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         torch.full(p.shape, code_of_zero, dtype=torch.uint8, device=p.device)
         for code_of_zero in (ZERO_OF_M, ZERO_OF_V)
     )
-    m_scale, v_scale = (torch.zeros(scale_shape(p.shape), device=p.device) for _ in range(2))
+    m_scale, v_scale = (
+        torch.zeros(scale_shape(p.shape), dtype=torch.float32, device=p.device) for _ in range(2)
+    )
     return m, m_scale, v, v_scale

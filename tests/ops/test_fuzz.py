@@ -276,11 +276,19 @@ def test_wrong_arguments_are_named_in_one_line_or_change_nothing(call):
 
 @hypothesis.seed(SEED)
 @EXAMPLES
-@hypothesis.given(calls())
-def test_right_arguments_are_taken(call):
+@hypothesis.given(calls(), st.sampled_from((torch.bfloat16, torch.float64)))
+def test_right_arguments_are_taken_whatever_the_default_dtype(call, dtype):
     name, arguments = call
-    got = outcome(getattr(ops, name), arguments)
+    expected = outcome(getattr(ops, name), arguments)
+    assert not isinstance(expected, LowrankError), (name, str(expected))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        got = outcome(getattr(ops, name), arguments)
+    finally:
+        torch.set_default_dtype(before)
     assert not isinstance(got, LowrankError), (name, str(got))
+    check(got, expected, (name, f"LOWRANK_TEST_SEED={SEED}"))
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, of what it makes of such arguments
