@@ -15,6 +15,7 @@ from . import none as none
 from . import normal_float as normal_float
 from .codebook import CodebookQuantizer as CodebookQuantizer
 from .codebook import FixedCodebook as FixedCodebook
+from .double_quant import requantize_scales as requantize_scales
 from .fitted import Fitted as Fitted
 from .generic import linear as linear
 from .registry import Quantizer as Quantizer

@@ -23,7 +23,7 @@ NF4 = (
 )
 
 # Sign, two bits of exponent, one of mantissa, over the largest: bitsandbytes' numbering, in which 8
-# is a second zero.
+# is a second zero, as good as 0 (no -0.0).
 FP4 = tuple(
-    sign * magnitude / 12 for sign in (1, -1) for magnitude in (0.0, 0.0625, 8, 12, 4, 6, 2, 3)
+    sign * magnitude / 12 + 0.0 for sign in (1, -1) for magnitude in (0, 0.0625, 8, 12, 4, 6, 2, 3)
 )

@@ -1,0 +1,45 @@
+"""One tensor of a layer: there, of the right dtype and size, finite; or refused by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lowrank.errors import FileFormatError
+
+FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def entry(
+    tensors: Mapping[str, Tensor],
+    key: str,
+    name: str,
+    dtypes: Sequence[torch.dtype] | None = None,
+    size: int | None = None,
+) -> Tensor:
+    """`tensors[key]` as it is, after the checks; `name` is the layer's prefix."""
+    tensor = tensors.get(key)
+    if tensor is None:
+        raise FileFormatError(f"{name}{key}: missing; expected beside the layer's other tensors")
+    if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.layout != torch.strided:
+        raise FileFormatError(
+            f"{name}{key}: expected a dense tensor with values; got {describe(tensor)}"
+        )
+    if dtypes is not None and tensor.dtype not in dtypes:
+        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise FileFormatError(f"{name}{key}: expected {expected}; got {describe(tensor)}")
+    if size is not None and tensor.numel() != size:
+        raise FileFormatError(f"{name}{key}: expected {size} elements; got {describe(tensor)}")
+    if tensor.is_floating_point() and dtypes and not bool(torch.isfinite(tensor).all()):
+        raise FileFormatError(f"{name}{key}: expected finite numbers; got NaN or inf")
+    return tensor
+
+
+def describe(value: object) -> str:
+    """Dtype and shape, or the type of what is no tensor."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    where = " on meta" if value.is_meta else ""
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}{where}"

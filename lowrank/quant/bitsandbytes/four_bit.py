@@ -1,0 +1,169 @@
+"""nf4 and fp4 layers: every one is read as flat, and where blocks end with the rows, as rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lowrank.errors import ConfigError, DtypeError, FileFormatError
+from lowrank.ops.adamw8bit import dynamic_map
+from lowrank.quant.double_quant import expand
+from lowrank.quant.flat import TABLES, Flat, absmax_of, table
+from lowrank.quant.storage import Storage
+
+from . import quant_state
+from .entries import FLOATS, describe, entry
+
+_NESTED = ("nested_absmax", "nested_quant_map")
+KEYS = {"weight.absmax", "weight.quant_map", *(f"weight.{key}" for key in _NESTED)}
+KEYS |= quant_state.KEYS.keys()
+
+
+def is_layer(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether one of the keys is there that only a 4-bit layer has."""
+    return any(key in KEYS for key in tensors)
+
+
+def read(tensors: Mapping[str, Tensor], name: str) -> Storage:
+    """See `bitsandbytes.read`."""
+    storage = _read_flat(tensors, name)
+    N, K = storage.shape
+    block_size = storage.options["block_size"]
+    if K % block_size:
+        return storage
+    return Storage(
+        storage.options["quant_type"],
+        (N, K),
+        storage.dtype,
+        {
+            "packed": storage["packed"].view(N, K // 2),
+            "absmax": absmax_of(storage).view(N, K // block_size),
+            "codebook": storage["codebook"],
+        },
+        {"block_size": block_size, "double_quant": False},
+    )
+
+
+def as_flat(storage: Storage) -> Storage:
+    """A weight of 4-bit codes in rows as flat, if bitsandbytes has its table and its blocks."""
+    N, K = storage.shape
+    block_size, codebook = storage.options["block_size"], storage["codebook"].cpu()
+    kind = next((kind for kind in TABLES if torch.equal(codebook, table(kind))), None)
+    if kind is None:
+        raise ConfigError(
+            "scheme: expected the table of nf4 or fp4, which bitsandbytes computes with; got "
+            f"{storage.scheme!r}; quantize the original weights with one of these"
+        )
+    if K % block_size:
+        raise ConfigError(
+            f"K: expected a multiple of the block size {block_size}, as bitsandbytes' blocks run "
+            f"on over the ends of rows; got {K}; quantize the original weights with 'flat'"
+        )
+    absmax = storage["absmax"]
+    if "absmax_scale" in storage.tensors:
+        absmax = expand(absmax, storage["absmax_scale"])
+    tensors = {"packed": storage["packed"].flatten(), "absmax": absmax.flatten()}
+    options = {"quant_type": kind, "block_size": block_size}
+    return Storage(
+        Flat.name,
+        (N, K),
+        storage.dtype,
+        tensors | {"codebook": storage["codebook"]},
+        options,
+    )
+
+
+def write(storage: Storage) -> dict[str, Tensor]:
+    """The tensors of a flat Storage, in the order in which bitsandbytes has them."""
+    options, dtype = storage.options, str(storage.dtype).removeprefix("torch.")
+    if dtype not in FLOATS:
+        raise DtypeError(
+            f"storage: expected the dtype to be one of {', '.join(FLOATS)} for bitsandbytes; got "
+            f"{dtype}; dataclasses.replace(storage, dtype=torch.float32) rounds the weights to it"
+        )
+    nested = [key for key in _NESTED if key in storage.tensors]
+    fields = {
+        "quant_type": options["quant_type"],
+        "blocksize": options["block_size"],
+        "dtype": dtype,
+        "shape": list(storage.shape),
+    }
+    fields |= {key: value for key, value in options.items() if key.startswith("nested_")}
+    packed = storage["packed"].view(getattr(torch, options.get("quant_storage", "uint8")))
+    return {
+        "weight": packed.view(-1, 1),
+        "weight.absmax": storage["absmax"],
+        "weight.quant_map": storage["codebook"][0],
+        **{f"weight.{key}": storage[key] for key in nested},
+        **quant_state.write(fields),
+    }
+
+
+def _read_flat(tensors: Mapping[str, Tensor], name: str) -> Storage:
+    state = quant_state.read(tensors, name)
+    size = math.prod(state["shape"])
+    blocks = -(-size // state["blocksize"])
+    weight = entry(tensors, "weight", name)
+    absmax_dtypes = tuple(FLOATS.values())
+    options = {"quant_type": state["quant_type"], "block_size": state["blocksize"]}
+    nested = {}
+    if "nested_blocksize" in state:
+        absmax_dtypes = (torch.uint8,)
+        options |= {key: value for key, value in state.items() if key.startswith("nested_")}
+        nested = _nested(tensors, name, -(-blocks // state["nested_blocksize"]))
+    elif any(f"weight.{key}" in tensors for key in _NESTED):
+        raise FileFormatError(
+            f"{name}weight: expected nested_blocksize, nested_dtype and nested_offset in its "
+            "quant_state, as there are nested scales; got none"
+        )
+    absmax = entry(tensors, "weight.absmax", name, absmax_dtypes, blocks).flatten()
+    _check_table(tensors, name, state["quant_type"])
+    if weight.dtype != torch.uint8:
+        options["quant_storage"] = str(weight.dtype).removeprefix("torch.")
+    return Storage(
+        Flat.name,
+        tuple(state["shape"]),
+        FLOATS[state["dtype"]],
+        {
+            "packed": _bytes(weight, f"{name}weight", -(-size // 2)),
+            "absmax": absmax,
+            "codebook": table(state["quant_type"], weight.device),
+            **nested,
+        },
+        options,
+    )
+
+
+def _bytes(weight: Tensor, where: str, size: int) -> Tensor:
+    n_bytes = weight.numel() * weight.element_size()
+    is_row = weight.shape[:1] == (1,) and weight.numel() > 1  # to bitsandbytes a transposed weight
+    if n_bytes != size or is_row:
+        hint = "; its bytes were converted" if weight.numel() == size != n_bytes else ""
+        raise FileFormatError(
+            f"{where}: expected {size} bytes as [n, 1] in any dtype; got {describe(weight)}{hint}"
+        )
+    return weight.contiguous().flatten().view(torch.uint8)
+
+
+def _nested(tensors: Mapping[str, Tensor], name: str, groups: int) -> dict[str, Tensor]:
+    """The two tensors of nested scales; bitsandbytes reads them as float32 whatever they are."""
+    scales = entry(tensors, "weight.nested_absmax", name, (torch.float32,), groups)
+    if bool((scales < 0).any()):
+        raise FileFormatError(f"{name}weight.nested_absmax: expected none below 0; got some")
+    values = entry(tensors, "weight.nested_quant_map", name, (torch.float32,), 256)
+    # its own map may be an ulp off by another version's arithmetic, and is used as it is
+    if not torch.allclose(values.flatten().cpu(), dynamic_map(signed=True), rtol=1e-5, atol=0):
+        raise FileFormatError(
+            f"{name}weight.nested_quant_map: expected bitsandbytes' signed dynamic map; got others"
+        )
+    return {"nested_absmax": scales.flatten(), "nested_quant_map": values.flatten()}
+
+
+def _check_table(tensors: Mapping[str, Tensor], name: str, kind: str) -> None:
+    """bitsandbytes computes with the table of `kind`; a copy of it is all that the file holds."""
+    values = entry(tensors, "weight.quant_map", name, tuple(FLOATS.values()), 16)
+    if not torch.equal(values.flatten().cpu(), table(kind)[0].to(values.dtype)):
+        raise FileFormatError(f"{name}weight.quant_map: expected the table of {kind}; got another")
