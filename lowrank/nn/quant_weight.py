@@ -29,9 +29,8 @@ class QuantWeight(nn.Module):
     - such a state dict. The module becomes what it describes, another scheme or other options than
       it was made with included; a scheme that is not known, or a newer version, is refused;
     - a plain float `weight` [N, K], which is quantized;
-    - bitsandbytes' 4-bit keys, exactly: the module then holds them as they are, so its scheme,
-      block size and quantizer become the file's, and double-quantized scales become the plain
-      float32 ones that they stand for.
+    - bitsandbytes' keys of 4 bits and of int8, exactly (`quant.bitsandbytes.read`): the scheme,
+      block size and quantizer of the module become the file's.
     """
 
     def __init__(self, storage: Storage, quantizer: str | Quantizer) -> None:
@@ -108,13 +107,15 @@ class QuantWeight(nn.Module):
         own = {
             key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)
         }
-        if "weight" in own:
-            if any(name in own for name in (*self._tensor_dtypes, _DESCRIPTION)):
-                raise FileFormatError(
-                    f"{prefix}weight: expected it or the quantized tensors; got both"
-                )
-            if bitsandbytes.is_layer(own):
-                loaded = {key: value for key, value in own.items() if key.split(".")[0] != "weight"}
+        is_bitsandbytes = bitsandbytes.is_layer(own)
+        if "weight" in own or is_bitsandbytes:
+            for name in (*self._tensor_dtypes, _DESCRIPTION):
+                if name in own and not (is_bitsandbytes and bitsandbytes.is_key(name)):
+                    raise FileFormatError(
+                        f"{prefix}weight: expected it or the quantized tensors; got both"
+                    )
+            if is_bitsandbytes:
+                loaded = {key: t for key, t in own.items() if not bitsandbytes.is_key(key)}
                 loaded |= self._take(*self._read_bitsandbytes(own, prefix))
             else:
                 loaded = own | self._fill(self._quantize(own.pop("weight"), prefix))
@@ -147,7 +148,7 @@ class QuantWeight(nn.Module):
                 f"{prefix}weight: expected a weight of {list(self.matrix_shape)}; "
                 f"got {list(storage.shape)}"
             )
-        return storage, bitsandbytes.quantizer(storage)
+        return storage, quant.quantizer_of(storage)
 
     def _is_described_by(self, own: Mapping[str, Tensor], prefix: str) -> bool:
         """Whether the description is of tensors like this module's."""

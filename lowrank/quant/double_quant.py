@@ -28,12 +28,13 @@ def requantize_scales(storage: Storage) -> Storage:
     """
     if storage.options.get("double_quant") is True:
         return storage
-    if storage.options.get("double_quant") is not False or "absmax" not in storage.tensors:
+    absmax = storage.tensors.get("absmax")
+    if "double_quant" not in storage.options or absmax is None or absmax.dim() != 2:
         raise ConfigError(
-            "storage: expected absmax of a scheme that has the option double_quant; got "
+            "storage: expected absmax [N, blocks] of a scheme with the option double_quant; got "
             f"{storage.scheme!r}, {dict(storage.options)}; quantize the original weights anew"
         )
-    codes, scale = compress(storage["absmax"])
+    codes, scale = compress(absmax)
     tensors = {}
     for name, tensor in storage.tensors.items():  # in the order in which the schemes have them
         tensors |= {"absmax": codes, "absmax_scale": scale} if name == "absmax" else {name: tensor}

@@ -14,42 +14,49 @@ from lowrank.errors import ConfigError
 
 from . import checks
 from .blocks import panels
+from .blockwise import Blockwise
 from .codebooks import FP4, NF4
+from .int8_blockwise import Int8Blockwise
 from .registry import register
 from .storage import Storage
 
 TABLES = {"nf4": NF4, "fp4": FP4}
+GROUP = 256  # scales that share a nested scale
 
 
 @register("flat")
-class Flat:
+class Flat(Blockwise):
     """w[i] = codebook[code[i]] * absmax[i // G], i being the place in the weight read row by row.
 
     A row may begin and end inside a block, so the scheme is not row_local: its tensors cannot be
     sliced or sharded by rows, though rows are decoded from it by themselves. Use "nf4" or "fp4"
     where the file need not be bitsandbytes'.
 
-    The Storage holds packed uint8 [ceil(N K / 2)] (even element in the high nibble), absmax float
-    [ceil(N K / G)] and codebook float32 [1, 16]. From a file with nested scales absmax is uint8,
-    beside nested_absmax float [ceil(blocks / nested_blocksize)] and nested_quant_map [256].
+    With `double_quant`, absmax[b] = nested_quant_map[code[b]] * nested_absmax[b // 256] + offset.
+
+    The Storage holds packed uint8 [ceil(N K / 2)] (even element in the high nibble), absmax float32
+    [blocks = ceil(N K / G)] and codebook float32 [1, 16]; with `double_quant` absmax is uint8, and
+    there are nested_absmax [ceil(blocks / 256)], nested_quant_map [256] and nested_offset [1].
     """
 
     row_local = False
 
-    def __init__(self, quant_type: str = "nf4", block_size: int = 64) -> None:
+    def __init__(
+        self, quant_type: str = "nf4", block_size: int = 64, double_quant: bool = True
+    ) -> None:
         if quant_type not in TABLES:
             raise ConfigError(f"quant_type: expected 'nf4' or 'fp4'; got {quant_type!r}")
         self.quant_type = quant_type
-        self.block_size = checks.block_size(block_size)
+        super().__init__(block_size, double_quant)
 
     @classmethod
     def from_storage(cls, storage: Storage) -> Flat:
-        """The quantizer of its table and block size; what it quantizes has plain scales."""
-        return cls(storage.options["quant_type"], storage.options["block_size"])
+        """The quantizer of these options, without those that a file alone has."""
+        return cls(**{key: storage.options[key] for key in cls().options})
 
     @property
     def options(self) -> dict[str, int | float | bool | str]:
-        return {"quant_type": self.quant_type, "block_size": self.block_size}
+        return {"quant_type": self.quant_type, **super().options}
 
     def quantize(self, weight: Tensor) -> Storage:
         """Nearest codes of weight [N, K]; a tie goes to the lower. WeightError: NaN or inf."""
@@ -69,6 +76,8 @@ class Flat:
         if not absmax.is_meta and not bool(torch.isfinite(absmax).all()):
             checks.finite(source)
         tensors = {"packed": packed, "absmax": absmax, "codebook": codebook}
+        if self.double_quant:
+            tensors |= _nest(absmax)
         return Storage(self.name, tuple(weight.shape), weight.dtype, tensors, self.options)
 
     def dequantize(self, storage: Storage, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -101,17 +110,26 @@ def table(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
 
 
 def absmax_of(storage: Storage, first: int = 0, last: int | None = None) -> Tensor:
-    """The float32 scales of blocks first <= b < last of a flat Storage.
+    """The float32 scales of blocks first <= b < last of a flat Storage, rounded as bitsandbytes'.
 
-    Nested: map[code] * nested_absmax[b // group] in nested_dtype, plus the offset, as bitsandbytes
-    rounds it.
+    A file's nested_dtype, where it is not float32, rounds the product and the sum.
     """
     scales = storage["absmax"][first:last]
-    if "nested_absmax" not in storage.tensors:
-        return scales.float()
-    options, device = storage.options, scales.device
-    blocks = torch.arange(first, first + scales.numel(), device=device)
-    group = storage["nested_absmax"].float()[blocks // options["nested_blocksize"]]
-    product = storage["nested_quant_map"].float()[scales.int()] * group
-    offset = torch.full((), options["nested_offset"], dtype=torch.float32, device=device)
-    return product.to(getattr(torch, options["nested_dtype"])).add_(offset).float()
+    if not storage.options["double_quant"]:
+        return scales
+    blocks = torch.arange(first, first + scales.numel(), device=scales.device)
+    product = storage["nested_quant_map"][scales.int()] * storage["nested_absmax"][blocks // GROUP]
+    product = product.to(getattr(torch, storage.options.get("nested_dtype", "float32")))
+    return product.add_(storage["nested_offset"][0]).float()
+
+
+def _nest(absmax: Tensor) -> dict[str, Tensor]:
+    """The four tensors of absmax [blocks] in 8 bits: a dynamic map around their mean."""
+    offset = absmax.double().mean().float()
+    nested = Int8Blockwise(GROUP).quantize((absmax - offset)[None])
+    return {
+        "absmax": nested["codes"][0],
+        "nested_absmax": nested["absmax"][0],
+        "nested_quant_map": nested["codebook"][0],
+        "nested_offset": offset[None],
+    }

@@ -19,7 +19,6 @@ from torch import Tensor
 from lowrank.errors import ConfigError, FileFormatError
 from lowrank.quant.flat import Flat
 from lowrank.quant.int8 import Int8
-from lowrank.quant.registry import Quantizer, quantizer_of
 from lowrank.quant.storage import Storage
 
 from . import four_bit, int8_rows
@@ -68,8 +67,3 @@ def write(storage: Storage) -> dict[str, Tensor]:
         f"scheme: expected nf4, fp4, flat or int8 for bitsandbytes; got {storage.scheme!r}; "
         "quantize the original weights with one of these"
     )
-
-
-def quantizer(storage: Storage) -> Quantizer:
-    """The quantizer that a Storage of `read` belongs to."""
-    return quantizer_of(storage)

@@ -1,4 +1,4 @@
-"""One tensor of a layer: there, of the right dtype and size, finite; or refused by its name."""
+"""One tensor of a layer: there, of the right dtype and shape, finite; or refused by its name."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def entry(
     if dtypes is not None and tensor.dtype not in dtypes:
         expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise FileFormatError(f"{name}{key}: expected {expected}; got {describe(tensor)}")
-    if size is not None and tensor.numel() != size:
-        raise FileFormatError(f"{name}{key}: expected {size} elements; got {describe(tensor)}")
+    if size is not None and tensor.shape != (size,):
+        raise FileFormatError(f"{name}{key}: expected shape [{size}]; got {describe(tensor)}")
     if tensor.is_floating_point() and dtypes and not bool(torch.isfinite(tensor).all()):
         raise FileFormatError(f"{name}{key}: expected finite numbers; got NaN or inf")
     return tensor

@@ -11,7 +11,7 @@ from torch import Tensor
 from lowrank.errors import ConfigError, DtypeError, FileFormatError
 from lowrank.ops.adamw8bit import dynamic_map
 from lowrank.quant.double_quant import expand
-from lowrank.quant.flat import TABLES, Flat, absmax_of, table
+from lowrank.quant.flat import GROUP, TABLES, Flat, absmax_of, table
 from lowrank.quant.storage import Storage
 
 from . import quant_state
@@ -65,15 +65,13 @@ def as_flat(storage: Storage) -> Storage:
     absmax = storage["absmax"]
     if "absmax_scale" in storage.tensors:
         absmax = expand(absmax, storage["absmax_scale"])
-    tensors = {"packed": storage["packed"].flatten(), "absmax": absmax.flatten()}
-    options = {"quant_type": kind, "block_size": block_size}
-    return Storage(
-        Flat.name,
-        (N, K),
-        storage.dtype,
-        tensors | {"codebook": storage["codebook"]},
-        options,
-    )
+    tensors = {
+        "packed": storage["packed"].flatten(),
+        "absmax": absmax.flatten(),
+        "codebook": storage["codebook"],
+    }
+    options = {"quant_type": kind, "block_size": block_size, "double_quant": False}
+    return Storage(Flat.name, (N, K), storage.dtype, tensors, options)
 
 
 def write(storage: Storage) -> dict[str, Tensor]:
@@ -84,22 +82,26 @@ def write(storage: Storage) -> dict[str, Tensor]:
             f"storage: expected the dtype to be one of {', '.join(FLOATS)} for bitsandbytes; got "
             f"{dtype}; dataclasses.replace(storage, dtype=torch.float32) rounds the weights to it"
         )
-    nested = [key for key in _NESTED if key in storage.tensors]
+    packed = storage["packed"].view(getattr(torch, options.get("quant_storage", "uint8")))
+    tensors = {
+        "weight": packed.view(-1, 1),
+        "weight.absmax": storage["absmax"],
+        "weight.quant_map": storage["codebook"][0],
+    }
     fields = {
         "quant_type": options["quant_type"],
         "blocksize": options["block_size"],
         "dtype": dtype,
         "shape": list(storage.shape),
     }
-    fields |= {key: value for key, value in options.items() if key.startswith("nested_")}
-    packed = storage["packed"].view(getattr(torch, options.get("quant_storage", "uint8")))
-    return {
-        "weight": packed.view(-1, 1),
-        "weight.absmax": storage["absmax"],
-        "weight.quant_map": storage["codebook"][0],
-        **{f"weight.{key}": storage[key] for key in nested},
-        **quant_state.write(fields),
-    }
+    if options["double_quant"]:
+        tensors |= {f"weight.{key}": storage[key] for key in _NESTED}
+        fields |= {
+            "nested_blocksize": GROUP,
+            "nested_dtype": options.get("nested_dtype", "float32"),
+            "nested_offset": storage["nested_offset"].item(),
+        }
+    return tensors | quant_state.write(fields)
 
 
 def _read_flat(tensors: Mapping[str, Tensor], name: str) -> Storage:
@@ -107,34 +109,31 @@ def _read_flat(tensors: Mapping[str, Tensor], name: str) -> Storage:
     size = math.prod(state["shape"])
     blocks = -(-size // state["blocksize"])
     weight = entry(tensors, "weight", name)
-    absmax_dtypes = tuple(FLOATS.values())
-    options = {"quant_type": state["quant_type"], "block_size": state["blocksize"]}
-    nested = {}
-    if "nested_blocksize" in state:
-        absmax_dtypes = (torch.uint8,)
-        options |= {key: value for key, value in state.items() if key.startswith("nested_")}
-        nested = _nested(tensors, name, -(-blocks // state["nested_blocksize"]))
-    elif any(f"weight.{key}" in tensors for key in _NESTED):
-        raise FileFormatError(
-            f"{name}weight: expected nested_blocksize, nested_dtype and nested_offset in its "
-            "quant_state, as there are nested scales; got none"
-        )
-    absmax = entry(tensors, "weight.absmax", name, absmax_dtypes, blocks).flatten()
+    packed = _bytes(weight, f"{name}weight", -(-size // 2))
     _check_table(tensors, name, state["quant_type"])
+    held = {"packed": packed, "codebook": table(state["quant_type"], weight.device)}
+    is_nested = "nested_offset" in state
+    if is_nested:
+        held["absmax"] = entry(tensors, "weight.absmax", name, (torch.uint8,), blocks)
+        held |= _nested(tensors, name, blocks, state["nested_offset"])
+    else:
+        scales = entry(tensors, "weight.absmax", name, tuple(FLOATS.values()), blocks)
+        held["absmax"] = scales.float()  # as bitsandbytes does
+        for key in _NESTED:
+            if f"weight.{key}" in tensors:
+                raise FileFormatError(
+                    f"{name}weight.{key}: expected none, as the quant_state has no nested_offset"
+                )
+    options = {
+        "quant_type": state["quant_type"],
+        "block_size": state["blocksize"],
+        "double_quant": is_nested,
+    }
     if weight.dtype != torch.uint8:
         options["quant_storage"] = str(weight.dtype).removeprefix("torch.")
-    return Storage(
-        Flat.name,
-        tuple(state["shape"]),
-        FLOATS[state["dtype"]],
-        {
-            "packed": _bytes(weight, f"{name}weight", -(-size // 2)),
-            "absmax": absmax,
-            "codebook": table(state["quant_type"], weight.device),
-            **nested,
-        },
-        options,
-    )
+    if state.get("nested_dtype", "float32") != "float32":
+        options["nested_dtype"] = state["nested_dtype"]
+    return Storage(Flat.name, tuple(state["shape"]), FLOATS[state["dtype"]], held, options)
 
 
 def _bytes(weight: Tensor, where: str, size: int) -> Tensor:
@@ -148,22 +147,29 @@ def _bytes(weight: Tensor, where: str, size: int) -> Tensor:
     return weight.contiguous().flatten().view(torch.uint8)
 
 
-def _nested(tensors: Mapping[str, Tensor], name: str, groups: int) -> dict[str, Tensor]:
-    """The two tensors of nested scales; bitsandbytes reads them as float32 whatever they are."""
-    scales = entry(tensors, "weight.nested_absmax", name, (torch.float32,), groups)
+def _nested(
+    tensors: Mapping[str, Tensor], name: str, blocks: int, offset: float
+) -> dict[str, Tensor]:
+    """What nested scales have beside absmax; bitsandbytes takes the tensors for float32."""
+    float32 = (torch.float32,)
+    scales = entry(tensors, "weight.nested_absmax", name, float32, -(-blocks // GROUP))
     if bool((scales < 0).any()):
         raise FileFormatError(f"{name}weight.nested_absmax: expected none below 0; got some")
-    values = entry(tensors, "weight.nested_quant_map", name, (torch.float32,), 256)
-    # its own map may be an ulp off by another version's arithmetic, and is used as it is
-    if not torch.allclose(values.flatten().cpu(), dynamic_map(signed=True), rtol=1e-5, atol=0):
+    values = entry(tensors, "weight.nested_quant_map", name, float32, 256)
+    # another version's map may be an ulp off, and is used as it is
+    if not torch.allclose(values.cpu(), dynamic_map(signed=True), rtol=1e-5, atol=0):
         raise FileFormatError(
             f"{name}weight.nested_quant_map: expected bitsandbytes' signed dynamic map; got others"
         )
-    return {"nested_absmax": scales.flatten(), "nested_quant_map": values.flatten()}
+    return {
+        "nested_absmax": scales,
+        "nested_quant_map": values,
+        "nested_offset": torch.full((1,), offset, dtype=torch.float32, device=scales.device),
+    }
 
 
 def _check_table(tensors: Mapping[str, Tensor], name: str, kind: str) -> None:
     """bitsandbytes computes with the table of `kind`; a copy of it is all that the file holds."""
     values = entry(tensors, "weight.quant_map", name, tuple(FLOATS.values()), 16)
-    if not torch.equal(values.flatten().cpu(), table(kind)[0].to(values.dtype)):
+    if not torch.equal(values.cpu(), table(kind)[0].to(values.dtype)):
         raise FileFormatError(f"{name}weight.quant_map: expected the table of {kind}; got another")

@@ -34,14 +34,15 @@ def read(tensors: Mapping[str, Tensor], name: str) -> Storage:
     if bool((scales < 0).any()):
         raise FileFormatError(f"{name}SCB: expected magnitudes; got some below 0")
     if "weight_format" in tensors:
-        layout = int(entry(tensors, "weight_format", name, _INTEGERS, 1).item())
+        code = entry(tensors, "weight_format", name, _INTEGERS)
+        layout = code.item() if code.numel() == 1 else describe(code)
         if layout != 0:
             raise FileFormatError(
                 f"{name}weight_format: expected 0, rows; got {layout}"
                 f"{', ' + _TILED[layout] if layout in _TILED else ''}; quantize the original weight"
             )
     # bitsandbytes copies SCB of any float dtype into float32 too
-    held = {"CB": weight.contiguous(), "SCB": scales.flatten().float()}
+    held = {"CB": weight.contiguous(), "SCB": scales.float()}
     return Storage(Int8.name, tuple(weight.shape), torch.float16, held)
 
 

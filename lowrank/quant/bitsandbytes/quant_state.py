@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import reprlib
 from collections.abc import Mapping
 from typing import Any
@@ -13,28 +12,32 @@ from torch import Tensor
 
 from lowrank.errors import FileFormatError
 from lowrank.ops import BLOCK_SIZES
-from lowrank.quant.flat import TABLES
+from lowrank.quant.flat import GROUP, TABLES
 
 from .entries import FLOATS, entry
 
 KEYS = {f"weight.quant_state.bitsandbytes__{kind}": kind for kind in TABLES}
+_LARGEST = torch.finfo(torch.float32).max
 
 
-def _is_int(value: Any) -> bool:
-    return type(value) is int and value > 0  # not a bool
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 < value < 1 << 63  # not a bool
 
 
 _IS_DTYPE = (lambda v: v in FLOATS, "one of " + ", ".join(FLOATS))
 _FIELDS = {
     "quant_type": (lambda v: v in TABLES, "nf4 or fp4, as in its key"),
-    "blocksize": (lambda v: _is_int(v) and v in BLOCK_SIZES, "a power of two from 32 to 4096"),
+    "blocksize": (lambda v: _is_size(v) and v in BLOCK_SIZES, "a power of two from 32 to 4096"),
     "dtype": _IS_DTYPE,
-    "shape": (lambda v: len(v) == 2 and all(map(_is_int, v)), "[N, K]"),
+    "shape": (lambda v: len(v) == 2 and all(map(_is_size, v)), "[N, K]"),
 }
 _NESTED_FIELDS = {
-    "nested_blocksize": (_is_int, "a positive integer"),
+    "nested_blocksize": (lambda v: _is_size(v) and v == GROUP, str(GROUP)),
     "nested_dtype": _IS_DTYPE,
-    "nested_offset": (lambda v: type(v) in (int, float) and math.isfinite(v), "a finite number"),
+    "nested_offset": (
+        lambda v: type(v) in (int, float) and abs(v) <= _LARGEST,
+        "a finite float32",
+    ),
 }
 
 
@@ -55,7 +58,7 @@ def read(tensors: Mapping[str, Tensor], name: str) -> dict[str, Any]:
         raise FileFormatError(f"{name}{key}: expected a JSON object; got {error}") from error
     nested = any(field.startswith("nested_") for field in state)
     fields = _FIELDS | _NESTED_FIELDS if nested else _FIELDS
-    for field in state.keys() | fields.keys():
+    for field in {**state, **fields}:
         if field not in fields:
             raise FileFormatError(f"{name}{key}: expected {', '.join(fields)}; got {field[:40]!r}")
         _check(state, field, *fields[field], f"{name}{key}")
