@@ -97,6 +97,8 @@ class QuantLinear(QuantWeight):
         out_dtype = linear_dtype(x)
         compute_dtype = self.compute_dtype or out_dtype
         bias = None if self.bias is None else self.bias.to(compute_dtype)
+        if x.dtype == compute_dtype == out_dtype:  # each .to takes microseconds, for nothing
+            return quant.linear(self.quantizer, x, self.storage, bias)
         return quant.linear(self.quantizer, x.to(compute_dtype), self.storage, bias).to(out_dtype)
 
     def extra_repr(self) -> str:

@@ -44,9 +44,10 @@ class QuantWeight(nn.Module):
     def storage(self) -> Storage:
         """The quantized weight: the parameters viewed in the dtypes the quantizer computes with."""
         parameters = self._parameters
-        tensors = {
-            name: parameters[name].view(dtype) for name, dtype in self._tensor_dtypes.items()
-        }
+        tensors = {}
+        for name, dtype in self._tensor_dtypes.items():
+            bits = parameters[name]
+            tensors[name] = bits if bits.dtype == dtype else bits.view(dtype)
         return Storage(self._scheme, self.matrix_shape, self.weight_dtype, tensors, self._options)
 
     @storage.setter

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lowrank.errors import ConfigError, DtypeError, ShapeError
 
+from . import dispatch
 from .adamw8bit import ZERO_OF_M, ZERO_OF_V, scale_shape
 from .checks import (
     ACTIVATIONS,
@@ -45,7 +46,7 @@ def codebook_quantize(
     check_dtype("weight", weight, WEIGHTS)
     check_block_size(block_size)
     check_codebook(codebook, weight.shape[0], weight.device)
-    return torch.ops.lowrank.codebook_quantize(weight, codebook, block_size)
+    return dispatch.call("codebook_quantize", weight, codebook, block_size)
 
 
 def codebook_dequantize(
@@ -61,8 +62,8 @@ def codebook_dequantize(
     if not isinstance(dtype, torch.dtype) or dtype not in ACTIVATIONS:
         raise DtypeError(f"dtype: expected {names_of(ACTIVATIONS)}; got {value_of(dtype)}")
     check_weight(packed, absmax, absmax_scale, codebook, K, block_size)
-    return torch.ops.lowrank.codebook_dequantize(
-        packed, absmax, absmax_scale, codebook, K, block_size, dtype
+    return dispatch.call(
+        "codebook_dequantize", packed, absmax, absmax_scale, codebook, K, block_size, dtype
     )
 
 
@@ -93,8 +94,8 @@ def codebook_linear(
                 f"bias: expected the dtype of x, {x.dtype}; got {bias.dtype}; cast one of them"
             )
         check_device("bias", bias, packed.device)
-    return torch.ops.lowrank.codebook_linear(
-        x, packed, absmax, absmax_scale, codebook, bias, block_size
+    return dispatch.call(
+        "codebook_linear", x, packed, absmax, absmax_scale, codebook, bias, block_size
     )
 
 
@@ -113,8 +114,8 @@ def codebook_linear_dx(
     if dy.dim() == 0 or dy.shape[-1] != packed.shape[0]:
         raise ShapeError(f"dy: expected [..., N={packed.shape[0]}]; got {shape_of(dy)}")
     check_activation("dy", dy, packed)
-    return torch.ops.lowrank.codebook_linear_dx(
-        dy, packed, absmax, absmax_scale, codebook, K, block_size
+    return dispatch.call(
+        "codebook_linear_dx", dy, packed, absmax, absmax_scale, codebook, K, block_size
     )
 
 

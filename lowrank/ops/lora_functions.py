@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lowrank.errors import ConfigError, DataError, DtypeError, ShapeError
 
+from . import dispatch
 from .checks import (
     ACTIVATIONS,
     check_constant,
@@ -73,9 +74,9 @@ def lora_linear(
     check_number("scale", scale)
     order, offsets = _check_groups(groups, A.shape[0], M, x.device)
     _check_dropout(p, seed, x.device)
-    return torch.ops.lowrank.lora_linear(
-        x, weight, absmax, absmax_scale, codebook, bias, block_size, A, B, scale, order, offsets,
-        p, seed,
+    return dispatch.call(
+        "lora_linear", x, weight, absmax, absmax_scale, codebook, bias, block_size, A, B, scale,
+        order, offsets, p, seed,
     )[0]  # fmt: skip
 
 

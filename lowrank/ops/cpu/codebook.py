@@ -146,7 +146,7 @@ def linear_from_packed(
     """x [..., K] -> y [..., N] by the C function of this name, straight from packed codes."""
     K, N = x.shape[-1], weight[0].shape[0]
     x = x.contiguous()
-    y = empty(*x.shape[:-1], N, dtype=x.dtype)
+    y = x.new_empty((*x.shape[:-1], N))
     if bias is not None:
         bias = bias.float().contiguous()
     status = getattr(native.load_cpu(), kernel)(

@@ -47,8 +47,9 @@ def refuse_dtype(dtype: torch.dtype) -> str | None:
 
 
 def refuse_devices(*tensors: Tensor) -> str | None:
-    if any(tensor.device.type != "cpu" for tensor in tensors):
-        return "not all tensors are on the CPU"
-    if any(tensor.data_ptr() % tensor.element_size() for tensor in tensors):
-        return "a tensor is not aligned to its elements"
+    for tensor in tensors:
+        if not tensor.is_cpu:
+            return "not all tensors are on the CPU"
+        if tensor.data_ptr() % tensor.itemsize:
+            return "a tensor is not aligned to its elements"
     return None
