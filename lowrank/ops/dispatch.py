@@ -18,6 +18,8 @@ import torch
 
 from lowrank.errors import BackendError, ConfigError
 
+from .checks import value_of
+
 BACKENDS = ("cpu", "cpu_int16", "triton", "cuda", "reference")
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 _ANY_DEVICE = ("reference",)
@@ -29,9 +31,10 @@ _named: str | None = os.environ.get("LOWRANK_BACKEND") or None
 class use_backend:
     """Run every operator on the backend of this name, or on the best one again with None.
 
-    A call holds until the next one; `with use_backend("reference"):` holds inside the block. Where
-    the named backend refuses a call, BackendError says why; operators that it does not offer at
-    all run on the reference. The environment's LOWRANK_BACKEND sets it at start.
+    A call holds until the next one; `with use_backend("reference"):` holds inside the block; both
+    hold for every thread. Where the named backend refuses a call, BackendError says why; operators
+    that it does not offer at all run on the reference. The environment's LOWRANK_BACKEND sets it
+    at start.
     """
 
     def __init__(self, name: str | None) -> None:
@@ -101,11 +104,17 @@ def explain(op: str, *args) -> str:
                 backend = _offers(backend, op) or backend.missing()
             lines.append(f"  {name}: {backend or 'here'}")
         return "\n".join(lines + _remarks(BACKENDS))
-    expected = len(getattr(torch.ops.lowrank, op).default._schema.arguments)
+    schema = getattr(torch.ops.lowrank, op).default._schema
+    expected = len(schema.arguments)
     if len(args) != expected:
         raise ConfigError(
             f"explain({op!r}): expected {expected} arguments or none; got {len(args)}"
         )
+    for argument, value in zip(schema.arguments, args, strict=True):
+        if str(argument.type) == "Tensor" and not isinstance(value, torch.Tensor):
+            raise ConfigError(
+                f"explain({op!r}): {argument.name}: expected a tensor; got {value_of(value)}"
+            )
     device_type = _device_type(args)
     lines, found = [f"{op} on {device_type}"], False
     for name in _order(device_type, op):
@@ -170,8 +179,8 @@ def _load(name: str) -> ModuleType | str:
     """The backend's module, or the reason why it cannot be imported."""
     try:
         return importlib.import_module(f"lowrank.ops.{name}")
-    except (ImportError, OSError, RuntimeError) as error:
-        return f"cannot be imported: {error}"
+    except Exception as error:  # whatever a Triton of another version raises
+        return f"cannot be imported: {error!r}"
 
 
 def _check_name(name: str | None) -> None:

@@ -82,6 +82,9 @@ def test_bad_names_and_arguments():
         ops.explain("linear")
     with pytest.raises(ConfigError, match="expected 7 arguments or none; got 1"):
         ops.explain("codebook_linear", torch.randn(3))
+    with pytest.raises(ConfigError, match="codebook: expected a tensor; got None"):
+        x, packed, absmax, _, *_ = arguments()
+        ops.explain("codebook_linear", x, packed, absmax, None, None, None, 64)
 
 
 @pytest.mark.parametrize("name", ["reference", "nothing"])
@@ -103,10 +106,13 @@ def test_the_environment_names_the_backend(name):
         assert "got 'nothing'" in done.stderr
 
 
-def test_a_missing_backend_is_a_reason_and_not_an_error():
+# None: Triton is not there; ModuleType: one without what ours is written in.
+@pytest.mark.parametrize("triton", ["None", "types.ModuleType('triton')"])
+def test_a_missing_backend_is_a_reason_and_not_an_error(triton):
     code = (
-        "import sys; sys.modules['triton'] = sys.modules['lowrank.ops.triton'] = None;"
-        "import torch; from lowrank import ops; print(ops.explain('codebook_linear'))"
+        "import sys, types, torch; from lowrank import ops;"
+        f"sys.modules['triton'] = sys.modules['triton.language'] = {triton};"
+        "print(ops.explain('codebook_linear'))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
