@@ -20,4 +20,5 @@ def empty_bytes(n_bytes: int) -> Tensor:
     """
     if n_bytes < _SMALL:
         return torch.empty(n_bytes, dtype=torch.uint8)
-    return torch.from_numpy(np.frombuffer(mmap.mmap(-1, n_bytes), np.uint8))
+    pages = mmap.mmap(-1, n_bytes, access=mmap.ACCESS_COPY)  # private pages cost less than shared
+    return torch.from_numpy(np.frombuffer(pages, np.uint8))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lowrank import quant
 from lowrank.errors import ConfigError, DtypeError, FileFormatError, WeightError
+from lowrank.io.ahead import read_ahead
 from lowrank.io.quantized import (
     QuantizedTensors,
     join,
@@ -31,6 +33,7 @@ from lowrank.nn.quant_weight import QuantWeight
 from lowrank.quant import Quantizer
 from lowrank.surgery.targets import check_each_matches, matches
 
+T = TypeVar("T")
 _QUIET_SECONDS = 2.0  # a load that takes less shows no progress bar
 
 
@@ -82,23 +85,20 @@ def load_model(
     check_each_matches(model, [name for name in skip if name != "lm_head"], "skip")
     if compute_dtype is None and weights.quantization is not None:
         compute_dtype = weights.quantization.compute_dtype
-    for name, module in _with_progress(_holders(model), source):
-        parent, _, child = name.rpartition(".")
+    skip, holders = list(skip), _holders(model)
+    read = partial(_read, weights, quantized, source)
+    for (name, module), tensors in _with_progress(read_ahead(holders, read), len(holders), source):
+        tensors = {leaf: tensor.to(device) for leaf, tensor in tensors.items()}
         if name in quantized:
-            own = {n: weights.read(join(name, n)).to(device) for n in quantized[name].names}
-            layer = _prequantized(module, own, dtype, compute_dtype, name, source)
-            setattr(model.get_submodule(parent), child, layer)
-            continue
-        fill = {
-            leaf: _read(weights, f"{name}.{leaf}", source).to(device)
-            for leaf, _ in module.named_parameters(recurse=False)
-        }
-        if quantizer is None or not isinstance(module, nn.Linear) or matches(name, list(skip)):
-            for leaf, tensor in fill.items():
-                setattr(module, leaf, nn.Parameter(tensor.to(dtype)))
+            layer = _prequantized(module, tensors, dtype, compute_dtype, name, source)
+        elif quantizer is not None and isinstance(module, nn.Linear) and not matches(name, skip):
+            layer = _quantized(name, tensors, quantizer, dtype, compute_dtype)
         else:
-            layer = _quantized(name, fill, quantizer, dtype, compute_dtype)
-            setattr(model.get_submodule(parent), child, layer)
+            for leaf, tensor in tensors.items():
+                setattr(module, leaf, nn.Parameter(tensor.to(dtype)))
+            continue
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
     if isinstance(model.lm_head, nn.Linear):
         model.tie_weights()
     model.name_or_path = str(source)
@@ -168,11 +168,22 @@ def _prequantized(
     return layer
 
 
-def _read(weights: Weights, name: str, source: str | Path) -> Tensor:
-    tensor = weights.read(name)
-    if not tensor.is_floating_point():
-        raise FileFormatError(f"{source}: {name}: expected floats; got {tensor.dtype}")
-    return tensor
+def _read(
+    weights: Weights,
+    quantized: Mapping[str, QuantizedTensors],
+    source: str | Path,
+    holder: tuple[str, nn.Module],
+) -> dict[str, Tensor]:
+    """The tensors of one module, by their names in it."""
+    name, module = holder
+    if name in quantized:
+        return {leaf: weights.read(join(name, leaf)) for leaf in quantized[name].names}
+    tensors = {}
+    for leaf, _ in module.named_parameters(recurse=False):
+        tensor = tensors[leaf] = weights.read(f"{name}.{leaf}")
+        if not tensor.is_floating_point():
+            raise FileFormatError(f"{source}: {name}.{leaf}: expected floats; got {tensor.dtype}")
+    return tensors
 
 
 def _check_layers(weights: Weights, source: str | Path) -> None:
@@ -229,14 +240,12 @@ def _check_names(
     check_shapes(expected, found, source)
 
 
-def _with_progress(
-    holders: list[tuple[str, nn.Module]], source: str | Path
-) -> Iterator[tuple[str, nn.Module]]:
+def _with_progress(modules: Iterator[T], count: int, source: str | Path) -> Iterator[T]:
     try:
         from tqdm import tqdm
     except ImportError:
-        return iter(holders)
+        return modules
     label = Path(source).name
     # disable=None: only on a terminal
     shown = {"desc": f"loading {label}", "delay": _QUIET_SECONDS, "leave": False, "disable": None}
-    return iter(tqdm(holders, **shown))
+    return iter(tqdm(modules, total=count, **shown))
