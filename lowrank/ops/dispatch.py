@@ -15,6 +15,7 @@ from functools import cache
 from types import ModuleType
 
 import torch
+from torch.autograd import forward_ad
 
 from lowrank.errors import BackendError, ConfigError
 
@@ -57,7 +58,11 @@ def call(name: str, *args):
     through the caches, that takes 15 us. The dispatcher below it runs as ever.
     """
     op = getattr(torch.ops.lowrank, name).default
-    if torch.compiler.is_compiling() or _is_recorded(args):
+    if torch.compiler.is_compiling():
+        return op(*args)
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(name, args)
+    if _is_recorded(args):
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
@@ -68,6 +73,16 @@ def _is_recorded(args: tuple) -> bool:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+
+
+def _refuse_tangents(name: str, args: tuple) -> None:
+    """Of an operator without a rule for forward mode torch makes zeros, and says nothing."""
+    for value in args:
+        if isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise ConfigError(
+                f"{name}: expected no tangents; got one of forward-mode differentiation, as "
+                "torch.func.jvp does it, which is not there; use torch.autograd.grad"
+            )
 
 
 def runner(op: str) -> Callable:

@@ -147,7 +147,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
             "freeze it with weight.requires_grad_(False) or use torch.nn.functional.cross_entropy"
         )
     x = x.reshape(-1, x.shape[-1])
-    return torch.ops.lowrank.linear_cross_entropy(x, weight, labels.reshape(-1), with_dx)[0]
+    return dispatch.call("linear_cross_entropy", x, weight, labels.reshape(-1), with_dx)[0]
 
 
 def adamw8bit_step(

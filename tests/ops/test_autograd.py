@@ -13,10 +13,11 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 from lowrank import ops
+from lowrank.errors import ConfigError
 from lowrank.ops import cpu
 from tests.ops.weights import random_weight
 
@@ -131,6 +132,20 @@ def test_a_second_derivative_that_is_not_promised_is_an_error(backend, case):
     grads = torch.autograd.grad((y**2).sum(), inputs, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         sum(g.sum() for g in grads).backward()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of its rules for it
+def test_a_derivative_in_forward_mode_is_an_error_and_not_zero(case):
+    f, inputs = case.make(5, torch.float32)
+    plain = tuple(t.detach() for t in inputs)
+    with pytest.raises(ConfigError, match="expected no tangents; got one of forward-mode"):
+        torch.func.jvp(f, plain, plain)
+    with forward_ad.dual_level():
+        f(*plain)  # none here
+        for i, t in enumerate(plain):
+            dual = forward_ad.make_dual(t, t)
+            with pytest.raises(ConfigError, match="expected no tangents"):
+                f(*plain[:i], dual, *plain[i + 1 :])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
