@@ -51,8 +51,9 @@ def lora_linear(
     `weight` is dense [N, K] of the dtype of x, with None for absmax, absmax_scale and codebook; or
     the packed codes that these belong to; or None: then y is the branch alone. A and B are float32
     or of the dtype of x. `groups` says which rows of x have which adapter; None: all have the only
-    one. Dropout keeps an element with probability 1 - p, as `seed` decides: an int64 scalar on the
-    device of x, None iff p = 0; the same seed makes the same mask.
+    one. `group_rows` makes it: on a CPU wrong numbers in it are an error; a GPU is not waited for,
+    and takes them for addresses. Dropout keeps an element with probability 1 - p, as `seed`
+    decides: an int64 scalar on the device of x, None iff p = 0; the same seed, the same mask.
     Differentiable once in x, bias, A and B; x is kept for the backward only if A is trained.
     """
     check_tensors(x=x, A=A, B=B)

@@ -70,8 +70,9 @@ def dequantize_rows(weight: Weight, K: int, block_size: int, n0: int, n1: int, o
 
 
 def scratch(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """This thread's scratch, 8 MB where rows are not very long, kept from call to call.
+    """This thread's scratch, kept from call to call.
 
+    It is 8 MB in float32 where rows are not very long; in bfloat16, 2 kB for each row or column.
     A forward keeps its outputs, so fresh memory would lie elsewhere in every layer, and be cold.
     """
     size = rows * columns * dtype.itemsize
