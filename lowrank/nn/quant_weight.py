@@ -143,12 +143,7 @@ class QuantWeight(nn.Module):
     def _read_bitsandbytes(
         self, own: Mapping[str, Tensor], prefix: str
     ) -> tuple[Storage, Quantizer]:
-        storage = bitsandbytes.read(own, prefix)
-        if tuple(storage.shape) != self.matrix_shape:
-            raise ShapeError(
-                f"{prefix}weight: expected a weight of {list(self.matrix_shape)}; "
-                f"got {list(storage.shape)}"
-            )
+        storage = bitsandbytes.read(own, prefix, self.shape)
         return storage, quant.quantizer_of(storage)
 
     def _is_described_by(self, own: Mapping[str, Tensor], prefix: str) -> bool:

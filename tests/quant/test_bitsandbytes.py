@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lowrank import quant
-from lowrank.errors import ConfigError, DtypeError
+from lowrank.errors import ConfigError, DtypeError, ShapeError
 from lowrank.quant import bitsandbytes as ours
 
 from .bnb_layers import F, bnb, dequantized, edited, layer_tensors, same_bits, same_weights
@@ -118,6 +118,20 @@ def test_a_flat_layer_is_written_back_byte_for_byte(storage, nested):
         written = ours.write(read)
         assert list(written) == list(tensors)
         assert all(same_bits(written[key], tensors[key]) for key in tensors)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("K", [64, 80])
+def test_experts_are_read_as_the_matrix_of_all_rows(K, nested):
+    weight = torch.randn(4, 6, K)
+    tensors, expected = layer_tensors(weight, nested=nested)
+    assert expected.shape == weight.shape
+    read = ours.read(tensors, shape=(4, 6, K))
+    assert read.shape == (24, K)
+    assert same_weights(dense(read).view(4, 6, K), expected)
+    for shape in (None, (24, K), (6, 4, K), (4, 6, K, 1)):
+        with pytest.raises(ShapeError, match=r"a\.weight: expected .*; got \[4, 6, "):
+            ours.read(tensors, "a.", shape)
 
 
 def test_bits_a_weight_of_each_layout():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lowrank import quant
-from lowrank.errors import FileFormatError
+from lowrank.errors import FileFormatError, ShapeError
 from lowrank.quant import bitsandbytes as ours
 
 from .bnb_damage import damaged
@@ -39,7 +39,7 @@ def test_what_is_accepted_bitsandbytes_computes_to_the_same_weights(data):
     found = data.draw(damaged(tensors))
     try:
         storage = ours.read(found, "a.b.")
-    except FileFormatError as error:
+    except (FileFormatError, ShapeError) as error:
         assert str(error).startswith("a.b.") and "\n" not in str(error) and len(str(error)) < 500
         return
     got = quant.quantizer_of(storage).dequantize(storage, storage.dtype)
@@ -55,7 +55,7 @@ def test_so_it_is_with_int8(data):
     found = data.draw(damaged(tensors))
     try:
         storage = ours.read(found, "a.b.")
-    except FileFormatError as error:
+    except (FileFormatError, ShapeError) as error:
         assert str(error).startswith("a.b.") and "\n" not in str(error) and len(str(error)) < 500
         return
     got = quant.quantizer_of(storage).dequantize(storage)
@@ -74,7 +74,7 @@ def test_each_refusal_says_what_is_wrong():
         rf"{key}: expected a JSON object; got": tensors | {key: tensors[key][:-3]},
         rf"{key}: expected uint8; got int32 \[": tensors | {key: tensors[key].int()},
         "expected dtype to be one of float32, .*got 'int7'": edited(tensors, dtype="int7"),
-        "expected shape to be .N, K.; got .4096": edited(tensors, shape=[4096]),
+        "expected shape to be .N, K. or .*; got .4096": edited(tensors, shape=[4096]),
         "expected blocksize to be .*32 to 4096; got 96": edited(tensors, blocksize=96),
         "expected blocksize to be .*; got none": edited(tensors, blocksize=None),
         "expected nested_blocksize to be 256; got 64": edited(tensors, nested_blocksize=64),

@@ -12,11 +12,13 @@ those of LLM.int8 are `weight` int8 [N, K], `SCB` [N] and `weight_format`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
-from lowrank.errors import ConfigError, FileFormatError
+from lowrank.errors import ConfigError, FileFormatError, ShapeError
 from lowrank.quant.flat import Flat
 from lowrank.quant.int8 import Int8
 from lowrank.quant.storage import Storage
@@ -34,8 +36,13 @@ def is_layer(tensors: Mapping[str, Tensor]) -> bool:
     return four_bit.is_layer(tensors) or int8_rows.is_layer(tensors)
 
 
-def read(tensors: Mapping[str, Tensor], name: str = "") -> Storage:
+def read(
+    tensors: Mapping[str, Tensor], name: str = "", shape: Sequence[int] | None = None
+) -> Storage:
     """The Storage of one layer's `tensors` (keys without the layer's prefix, which is `name`).
+
+    `shape` is what the weight must have: ShapeError. One of experts, [E, N, K], becomes the matrix
+    [E N, K] of all rows; without a `shape` it is refused.
 
     Equal bit for bit to what bitsandbytes computes with: scheme nf4 or fp4 where a row is a number
     of whole blocks, nested scales as the float32 they stand for; else flat, which keeps the bytes;
@@ -48,7 +55,15 @@ def read(tensors: Mapping[str, Tensor], name: str = "") -> Storage:
                 f"{name}{key}: expected beside weight only {', '.join(sorted(kind.KEYS))}; "
                 "got this too"
             )
-    return kind.read(tensors, name)
+    storage = kind.read(tensors, name)
+    *leading, K = storage.shape
+    matrix = (math.prod(leading), K)
+    if tuple(storage.shape) != tuple(matrix if shape is None else shape):
+        expected = "[N, K]" if shape is None else list(shape)
+        raise ShapeError(
+            f"{name}weight: expected a weight of {expected}; got {list(storage.shape)}"
+        )
+    return replace(storage, shape=matrix)
 
 
 def write(storage: Storage) -> dict[str, Tensor]:

@@ -28,23 +28,9 @@ def is_layer(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def read(tensors: Mapping[str, Tensor], name: str) -> Storage:
-    """See `bitsandbytes.read`."""
+    """See `bitsandbytes.read`; its shape is as in the file."""
     storage = _read_flat(tensors, name)
-    N, K = storage.shape
-    block_size = storage.options["block_size"]
-    if K % block_size:
-        return storage
-    return Storage(
-        storage.options["quant_type"],
-        (N, K),
-        storage.dtype,
-        {
-            "packed": storage["packed"].view(N, K // 2),
-            "absmax": absmax_of(storage).view(N, K // block_size),
-            "codebook": storage["codebook"],
-        },
-        {"block_size": block_size, "double_quant": False},
-    )
+    return storage if storage.shape[-1] % storage.options["block_size"] else _as_rows(storage)
 
 
 def as_flat(storage: Storage) -> Storage:
@@ -134,6 +120,22 @@ def _read_flat(tensors: Mapping[str, Tensor], name: str) -> Storage:
     if state.get("nested_dtype", "float32") != "float32":
         options["nested_dtype"] = state["nested_dtype"]
     return Storage(Flat.name, tuple(state["shape"]), FLOATS[state["dtype"]], held, options)
+
+
+def _as_rows(storage: Storage) -> Storage:
+    """The same codes, and the float32 scales they are computed with, cut into rows."""
+    K, block_size = storage.shape[-1], storage.options["block_size"]
+    return Storage(
+        storage.options["quant_type"],
+        storage.shape,
+        storage.dtype,
+        {
+            "packed": storage["packed"].view(-1, K // 2),
+            "absmax": absmax_of(storage).view(-1, K // block_size),
+            "codebook": storage["codebook"],
+        },
+        {"block_size": block_size, "double_quant": False},
+    )
 
 
 def _bytes(weight: Tensor, where: str, size: int) -> Tensor:

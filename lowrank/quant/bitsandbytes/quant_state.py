@@ -29,7 +29,7 @@ _FIELDS = {
     "quant_type": (lambda v: v in TABLES, "nf4 or fp4, as in its key"),
     "blocksize": (lambda v: _is_size(v) and v in BLOCK_SIZES, "a power of two from 32 to 4096"),
     "dtype": _IS_DTYPE,
-    "shape": (lambda v: len(v) == 2 and all(map(_is_size, v)), "[N, K]"),
+    "shape": (lambda v: len(v) in (2, 3) and all(map(_is_size, v)), "[N, K] or [E, N, K]"),
 }
 _NESTED_FIELDS = {
     "nested_blocksize": (lambda v: _is_size(v) and v == GROUP, str(GROUP)),
