@@ -56,8 +56,10 @@ def load_quantized(
     """
     files = Shards(directory)
     quantized = quantized_modules(files.shapes)
-    dense = _dense(model, files, quantized)
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
+    replaced = {modules.get(name) for name in quantized}
+    kept = {name for name, module in modules.items() if module not in replaced}
+    dense = _dense(model, files, quantized, kept)
     layers = {}
     for name, tensors in quantized.items():
         if name == "":
@@ -154,15 +156,15 @@ def join(module: str, tensor: str) -> str:
 
 
 def _dense(
-    model: nn.Module, files: Shards, quantized: Mapping[str, QuantizedTensors]
+    model: nn.Module, files: Shards, quantized: Mapping[str, QuantizedTensors], kept: set[str]
 ) -> dict[str, tuple[Tensor, list[str]]]:
-    """What the files hold dense, checked: {its name there: (the model's tensor, its names)}."""
+    """What the modules that are `kept` take: {its name there: (the model's tensor, its names)}."""
     claimed = {join(module, n) for module, own in quantized.items() for n in own.names}
     places: dict[int, list[str]] = {}
     state = {
         name: tensor
         for name, tensor in model.state_dict(keep_vars=True).items()
-        if name.rpartition(".")[0] not in quantized
+        if name.rpartition(".")[0] in kept
     }
     for name, tensor in state.items():
         places.setdefault(id(tensor), []).append(name)
