@@ -1,0 +1,128 @@
+"""lowrank quantize, and what the other commands do with the directory it wrote."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+
+import lowrank
+from lowrank.models.tokenizer import Tokenizer
+
+FORMATS = ("lowrank", "bitsandbytes")
+
+
+@pytest.fixture(params=FORMATS)
+def quantized(request, run, tiny, tmp_path):
+    """(format, the directory) of the tiny model in nf4, in blocks that fit bitsandbytes' rows."""
+    outcome = run(
+        "quantize", "--model", tiny, "--quantizer", "nf4", "--block-size", 32,
+        "--format", request.param, "--output", tmp_path / "deep" / "quantized",
+    )  # fmt: skip
+    assert outcome.status == 0 and outcome.err == "", outcome
+    assert str(tmp_path / "deep" / "quantized") in outcome.out
+    return request.param, tmp_path / "deep" / "quantized", outcome
+
+
+def in_memory(tiny):
+    return lowrank.load_model(tiny, lowrank.quant.get("nf4", block_size=32))
+
+
+def test_it_says_what_it_wrote(quantized, tiny):
+    _, folder, outcome = quantized
+    model = in_memory(tiny)
+    storages = [m.storage for m in model.modules() if isinstance(m, lowrank.QuantLinear)]
+    weights = sum(storage.shape[0] * storage.shape[1] for storage in storages)
+    said = re.search(r"(\d+) layers of (\d+) weights at ([\d.]+) bits", outcome.out)
+    assert (int(said[1]), int(said[2])) == (len(storages), weights) == (28, 393216)
+    assert float(said[3]) == round(8 * sum(s.nbytes for s in storages) / weights, 2)
+    size = (folder / "model.safetensors").stat().st_size
+    assert f"{size / 1e6:.1f} MB" in outcome.out
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert [path.name for path in folder.parent.iterdir()] == ["quantized"]
+
+
+def test_the_directory_is_the_model_that_was_quantized(quantized, tiny):
+    name, folder, _ = quantized
+    ids, expected = torch.randint(0, 768, (2, 23)), in_memory(tiny)
+    with torch.no_grad():
+        assert torch.equal(lowrank.load_model(folder)(ids), expected(ids))
+    if name == "bitsandbytes":
+        transformers = pytest.importorskip("transformers")
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
+        with torch.no_grad():
+            torch.testing.assert_close(theirs(ids).logits, expected(ids), atol=1e-4, rtol=1e-4)
+    assert isinstance(lowrank.load_tokenizer(folder), Tokenizer)
+
+
+def test_train_generate_and_merge_take_it(quantized, run, tiny, data, tmp_path):
+    _, folder, _ = quantized
+    words = (
+        "--data",
+        data,
+        "--max-steps",
+        3,
+        "--learning-rate",
+        1e-2,
+        "--target-modules",
+        "all-linear",
+    )
+    losses = []
+    for name, model in [("a", (folder,)), ("b", (tiny, "--quantizer", "nf4", "--block-size", 32))]:
+        outcome = run("train", "--model", *model, *words, "--output-dir", tmp_path / name)
+        assert outcome.status == 0, outcome
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line).get("loss") for line in lines])
+    if "lowrank" in quantized:  # bitsandbytes' holds the scales plain
+        assert losses[0] == losses[1]
+    torch.testing.assert_close(
+        torch.tensor([x for x in losses[0] if x]), torch.tensor([x for x in losses[1] if x])
+    )
+    text = ("--adapter", tmp_path / "a", "--prompt", "What is 3 plus 4?\n", "--max-new-tokens", 8)
+    from_folder = run("generate", "--model", folder, *text)
+    from_tiny = run("generate", "--model", tiny, "--quantizer", "nf4", "--block-size", 32, *text)
+    assert from_folder.status == 0 and from_folder.out == from_tiny.out
+    outcome = run(
+        "merge", "--model", folder, "--adapter", tmp_path / "a", "--output", tmp_path / "merged"
+    )
+    assert outcome.status == 0, outcome
+    ids = torch.randint(0, 768, (2, 23))
+    adapted = lowrank.load_adapter(lowrank.load_model(folder), tmp_path / "a")
+    with torch.no_grad():
+        merged = lowrank.load_model(tmp_path / "merged")
+        torch.testing.assert_close(merged(ids), adapted(ids), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ((), "quantizer: expected a scheme; got none: pass --quantizer nf4"),
+        (("--quantizer", "nf5"), "got 'nf5'"),
+        (("--quantizer", "nf4", "--format", "gptq"), "argument --format: invalid choice: 'gptq'"),
+        (
+            ("--quantizer", "int4", "--block-size", "32", "--format", "bitsandbytes"),
+            'format="lowrank" takes any scheme',
+        ),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(run, tiny, tmp_path, words, says):
+    outcome = run("quantize", "--model", tiny, *words, "--output", tmp_path / "new" / "x")
+    assert outcome.status == 2 and outcome.err.count("\n") == 1 and says in outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_overwritten_and_nothing_quantized_twice(quantized, run, tiny, tmp_path):
+    _, folder, _ = quantized
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    outcome = run("quantize", "--model", tiny, "--quantizer", "int8", "--output", folder)
+    assert outcome.status == 2 and f"{folder} exists" in outcome.err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    outcome = run(
+        "quantize", "--model", folder, "--quantizer", "int8", "--output", tmp_path / "twice"
+    )
+    assert outcome.status == 2 and "which is quantized already" in outcome.err
+    assert not (tmp_path / "twice").exists()
