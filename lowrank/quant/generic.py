@@ -53,8 +53,9 @@ class _DequantizedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         dx = dbias = None
+        saved = ctx.saved_tensors  # once: checkpointing gives them no second time
         if ctx.needs_input_grad[0]:
-            tensors = dict(zip(ctx.storage.tensors, ctx.saved_tensors, strict=True))
+            tensors = dict(zip(ctx.storage.tensors, saved, strict=True))
             storage = replace(ctx.storage, tensors=tensors)
             dtype, (N, K) = _compute_dtype(dy), storage.shape
             rows_of_dy = dy.reshape(-1, N).to(dtype)  # [M, N]
@@ -69,7 +70,7 @@ class _DequantizedLinear(torch.autograd.Function):
             dx = dx.to(dy.dtype).view(*dy.shape[:-1], K)
         if ctx.needs_input_grad[1]:
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
-        return dx, dbias, None, None, *(None for _ in ctx.saved_tensors)
+        return dx, dbias, None, None, *(None for _ in saved)
 
 
 def _panels(

@@ -60,6 +60,18 @@ def test_an_adapter_beside_it_and_every_gradient(quantizer):
         assert (a.double() - b).norm() <= 3e-6 * b.norm()
 
 
+def test_checkpointing_is_bit_equal(quantizer):
+    model = nn.Sequential(
+        QuantLinear(33, 24, quantizer=quantizer), nn.Tanh(), QuantLinear(24, 5, quantizer=quantizer)
+    )
+    x = torch.randn(6, 33, requires_grad=True)
+    inputs = (x, model[0].bias, model[2].bias)
+    expected = torch.autograd.grad(model(x).square().sum(), inputs)
+    y = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+    got = torch.autograd.grad(y.square().sum(), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 def test_no_rows_of_x_and_wrong_widths(quantizer):
     storage = quantizer.quantize(torch.randn(20, 64))
     assert quant.linear(quantizer, torch.randn(2, 0, 64), storage).shape == (2, 0, 20)
