@@ -13,7 +13,6 @@ from lowrank import ops
 from lowrank.errors import ConfigError
 
 from . import checks
-from .blocks import panels
 from .blockwise import Blockwise
 from .codebooks import FP4, NF4
 from .int8_blockwise import Int8Blockwise
@@ -82,12 +81,7 @@ class Flat(Blockwise):
 
     def dequantize(self, storage: Storage, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [N, K]: one float32 product, rounded once to `dtype`."""
-        N, K = storage.shape
-        device = storage["packed"].device
-        out = torch.empty(N, K, dtype=dtype, device=device)
-        for start, stop in panels(N, K, device):
-            out[start:stop] = self.dequantize_rows(storage, start, stop, dtype)
-        return out
+        return self.dequantize_rows(storage, 0, storage.shape[0], dtype)
 
     def dequantize_rows(
         self, storage: Storage, start: int, stop: int, dtype: torch.dtype = torch.float32
@@ -96,9 +90,9 @@ class Flat(Blockwise):
         K, G = storage.shape[1], storage.options["block_size"]
         first, last = start * K // G, -(-stop * K // G)  # blocks
         packed = storage["packed"][first * G // 2 : last * G // 2]
-        short = (last - first) * G // 2 - packed.numel()  # bytes that the last block lacks
-        packed = torch.nn.functional.pad(packed, (0, short)).view(-1, G // 2)
-        scales = absmax_of(storage, first, last)[:, None]
+        if missing := (last - first) * G // 2 - packed.numel():  # the last block is short
+            packed = torch.nn.functional.pad(packed, (0, missing))
+        packed, scales = packed.view(-1, G // 2), absmax_of(storage, first, last)[:, None]
         blocks = ops.codebook_dequantize(packed, scales, None, storage["codebook"], G, G, dtype)
         begin = start * K - first * G
         return blocks.flatten()[begin : begin + (stop - start) * K].view(stop - start, K)
@@ -117,8 +111,10 @@ def absmax_of(storage: Storage, first: int = 0, last: int | None = None) -> Tens
     scales = storage["absmax"][first:last]
     if not storage.options["double_quant"]:
         return scales
-    blocks = torch.arange(first, first + scales.numel(), device=scales.device)
-    product = storage["nested_quant_map"][scales.int()] * storage["nested_absmax"][blocks // GROUP]
+    group = first // GROUP
+    steps = storage["nested_absmax"][group : -(-(first + len(scales)) // GROUP)]
+    steps = steps.repeat_interleave(GROUP)[first - group * GROUP :][: len(scales)]
+    product = storage["nested_quant_map"].index_select(0, scales.int()) * steps
     product = product.to(getattr(torch, storage.options.get("nested_dtype", "float32")))
     return product.add_(storage["nested_offset"][0]).float()
 

@@ -116,7 +116,7 @@ def test_no_dense_weight_exists_in_training(dtype, name):
     assert 0 < seen.bytes <= 4 * 1.05 * panel  # indices of int32, or the float32 weights
     with Largest(storage.tensors.values()) as dense:
         W = quantizer.dequantize(storage)
-    assert dense.bytes == 4 * N * K  # so that the test would see one
+    assert dense.bytes >= 4 * N * K  # so that the test would see one
     expected = (dy.double() @ W.double(), x.detach().double() @ W.double().T)
     got = (x.grad, quant.linear(quantizer, x, storage))
     for a, b in zip(got, expected, strict=True):
