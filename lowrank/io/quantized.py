@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.errors import FileFormatError, LowrankError
+from lowrank.nn.quant_embedding import QuantEmbedding
 from lowrank.nn.quant_linear import QuantLinear
 from lowrank.nn.quant_weight import QuantWeight
 from lowrank.surgery.inject import replace_modules
@@ -73,6 +74,9 @@ def load_quantized(
         own = {n: files.read(join(name, n)).to(there) for n in tensors.names}
         load_layer(twin, own, directory, name)
         layers[modules[name]] = twin
+        for tied in _tied(model, modules[name]).values():
+            compute_dtype = getattr(tied, "compute_dtype", None)
+            layers[tied] = QuantLinear.from_tied(twin, tied.bias, compute_dtype)
     replace_modules(model, layers)
     for name, (old, names) in dense.items():
         _fill(model, names, old, files.read(name), device)
@@ -80,18 +84,20 @@ def load_quantized(
 
 
 def state_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state dict; of the names of one tensor, or of one module, only the first."""
-    firsts = {join(name, _DESCRIPTION) for name, _ in model.named_modules()}
+    """The model's state dict; of the names of one tensor only the first, with its description."""
     seen: set[int] = set()
+    owners: set[str] = set()  # of codes that are stored under this name
     tensors = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
             raise FileFormatError(
                 f"{name}: expected a tensor in the state dict; got {type(tensor).__name__}"
             )
-        is_description = name.rpartition(".")[2] == _DESCRIPTION  # made afresh for each name
-        if name in firsts or not is_description and id(tensor) not in seen:
+        owner, _, leaf = name.rpartition(".")
+        # a description is made afresh for each name
+        if owner in owners if leaf == _DESCRIPTION else id(tensor) not in seen:
             tensors[name] = tensor.detach()
+            owners |= set() if tensor.is_floating_point() else {owner}
         seen.add(id(tensor))
     return tensors
 
@@ -124,10 +130,15 @@ def quantized_twin(module: nn.Module | None, name: str, source: str | Path) -> Q
     """A module like this one on the meta device, and quantized; `load_layer` fills it."""
     if isinstance(module, QuantWeight):
         return copy.deepcopy(module).to("meta")
+    if type(module) is nn.Embedding:
+        return QuantEmbedding(
+            module.num_embeddings, module.embedding_dim, module.padding_idx, device="meta"
+        ).train(module.training)
     if not isinstance(module, nn.Linear):
         got = "none" if module is None else type(module).__name__
         raise FileFormatError(
-            f"{source}: {name}: is quantized; expected a linear layer of this name; got {got}"
+            f"{source}: {name}: is quantized; expected a linear layer or an embedding of this "
+            f"name; got {got}"
         )
     N, K = module.weight.shape
     twin = QuantLinear.from_linear(nn.Linear(K, N, module.bias is not None, device="meta"), "nf4")
@@ -161,10 +172,13 @@ def _dense(
     """What the modules that are `kept` take: {its name there: (the model's tensor, its names)}."""
     claimed = {join(module, n) for module, own in quantized.items() for n in own.names}
     places: dict[int, list[str]] = {}
+    modules = dict(model.named_modules())
+    tied = {other for name in quantized if name in modules for other in _tied(model, modules[name])}
     state = {
         name: tensor
         for name, tensor in model.state_dict(keep_vars=True).items()
-        if name.rpartition(".")[0] in kept
+        if (owner := name.rpartition(".")[0]) in kept
+        and (owner not in tied or name.endswith(".bias"))
     }
     for name, tensor in state.items():
         places.setdefault(id(tensor), []).append(name)
@@ -181,6 +195,18 @@ def _dense(
         if old.is_floating_point() != got.is_floating_point:
             raise FileFormatError(f"{files.path}: {name}: expected {old.dtype}; got {got}")
     return chosen
+
+
+def _tied(model: nn.Module, module: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers, by name, that share the weight of another module."""
+    own = {id(p) for name, p in module.named_parameters(recurse=False) if name != "bias"}
+    return {
+        name: other
+        for name, other in model.named_modules()
+        if other is not module
+        and isinstance(other, nn.Linear | QuantLinear)
+        and any(id(p) in own for p in other.parameters(recurse=False))
+    }
 
 
 def _fill(

@@ -11,6 +11,8 @@ from lowrank.errors import ShapeError
 from lowrank.models.attention import Attention, KVCache, Plan, make_plan, take
 from lowrank.models.config import DecoderConfig
 from lowrank.models.layers import RMSNorm, swiglu
+from lowrank.nn.quant_embedding import QuantEmbedding
+from lowrank.nn.quant_linear import QuantLinear
 from lowrank.ops import linear_cross_entropy
 
 IGNORE = -100  # a label that asks for nothing
@@ -86,16 +88,26 @@ class Decoder(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def tie_weights(self) -> None:
-        """Make the head share the embedding's weight, if the config says so."""
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+    def tie_weights(self, compute_dtype: torch.dtype | None = None) -> None:
+        """Make the head share the embedding's weight, if the config says so.
+
+        `compute_dtype` is that of a quantized head, which a quantized embedding asks for.
+        """
+        if not self.config.tie_word_embeddings:
+            return
+        embedding = self.model.embed_tokens
+        if isinstance(embedding, QuantEmbedding):
+            self.lm_head = QuantLinear.from_tied(embedding, None, compute_dtype)
+        else:
+            self.lm_head.weight = embedding.weight
 
     def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
         """A tied head is stored once, as the embedding."""
-        embedding = state_dict.get(f"{prefix}model.embed_tokens.weight")
-        if self.config.tie_word_embeddings and embedding is not None:
-            state_dict.setdefault(f"{prefix}lm_head.weight", embedding)
+        if self.config.tie_word_embeddings:
+            embedding = f"{prefix}model.embed_tokens."
+            for key in [key for key in state_dict if key.startswith(embedding)]:
+                head = f"{prefix}lm_head.{key[len(embedding) :]}"
+                state_dict.setdefault(head, state_dict[key])
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(

@@ -93,7 +93,7 @@ def generate_ids(
                 f"prompt {i}: expected token ids below the model's vocab_size={vocab_size}; "
                 f"got {min(prompt)} to {max(prompt)}: use the model's own tokenizer"
             )
-    device = model.model.embed_tokens.weight.device
+    device = next(model.parameters()).device
     ids, mask = _left_padded(prompts, device)
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     B, S = ids.shape

@@ -28,6 +28,7 @@ from lowrank.models.gguf import GGUFModel
 from lowrank.models.hf import HFDirectory
 from lowrank.models.hub import fetch_model, is_repo_id
 from lowrank.models.quantization_config import QuantizationConfig
+from lowrank.nn.quant_embedding import QuantEmbedding
 from lowrank.nn.quant_linear import QuantLinear
 from lowrank.nn.quant_weight import QuantWeight
 from lowrank.quant import Quantizer
@@ -54,6 +55,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     skip: Sequence[str] = ("lm_head",),
+    embeddings: bool = False,
     compute_dtype: torch.dtype | None = None,
     revision: str | None = None,
     token: str | None = None,
@@ -61,7 +63,8 @@ def load_model(
     """The model in a Hugging Face directory, a hub repository `owner/name`, or a .gguf file.
 
     With a `quantizer` every nn.Linear becomes a QuantLinear as its weight is read, but those whose
-    name is or ends in one of `skip`; everything else is held in `dtype`. What a directory holds
+    name is or ends in one of `skip`; with `embeddings` the embedding too, a QuantEmbedding, whose
+    storage a tied head then shares. Everything else is held in `dtype`. What a directory holds
     quantized, by bitsandbytes or by `save_model`, is taken as it is. Memory peaks at the finished
     model and twice the largest tensor. `compute_dtype` is that of QuantLinear. Raises
     ConfigError for what is no known model, FileFormatError for damaged files and for tensors that
@@ -75,6 +78,8 @@ def load_model(
         quantizer = quant.get(quantizer)
     elif quantizer is not None and not isinstance(quantizer, Quantizer):
         raise ConfigError(f"quantizer: expected a name, a quantizer or None; got {quantizer!r}")
+    if embeddings and quantizer is None:
+        raise ConfigError("embeddings: belongs to a quantizer; got True without one")
     weights = open_weights(source, revision=revision, token=token)
     _check_layers(weights, source)
     with torch.device("meta"):
@@ -86,21 +91,21 @@ def load_model(
     if compute_dtype is None and weights.quantization is not None:
         compute_dtype = weights.quantization.compute_dtype
     skip, holders = list(skip), _holders(model)
+    kinds = (nn.Linear, nn.Embedding) if embeddings else nn.Linear
     read = partial(_read, weights, quantized, source)
     for (name, module), tensors in _with_progress(read_ahead(holders, read), len(holders), source):
         tensors = {leaf: tensor.to(device) for leaf, tensor in tensors.items()}
         if name in quantized:
             layer = _prequantized(module, tensors, dtype, compute_dtype, name, source)
-        elif quantizer is not None and isinstance(module, nn.Linear) and not matches(name, skip):
-            layer = _quantized(name, tensors, quantizer, dtype, compute_dtype)
+        elif quantizer is not None and isinstance(module, kinds) and not matches(name, skip):
+            layer = _quantized(name, module, tensors, quantizer, dtype, compute_dtype)
         else:
             for leaf, tensor in tensors.items():
                 setattr(module, leaf, nn.Parameter(tensor.to(dtype)))
             continue
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
-    if isinstance(model.lm_head, nn.Linear):
-        model.tie_weights()
+    model.tie_weights(compute_dtype)
     model.name_or_path = str(source)
     return model.eval()
 
@@ -135,17 +140,20 @@ def _holders(model: Decoder) -> list[tuple[str, nn.Module]]:
 
 def _quantized(
     name: str,
+    module: nn.Module,
     fill: Mapping[str, Tensor],
     quantizer: Quantizer,
     dtype: torch.dtype,
     compute_dtype: torch.dtype | None,
-) -> QuantLinear:
+) -> QuantWeight:
     weight = fill["weight"]
     try:
         # from the file's own precision; `dtype` is what the weight would be, were it dequantized
         storage = replace(quantizer.quantize(weight), dtype=dtype)
     except (WeightError, DtypeError) as error:
         raise type(error)(f"{name}.{error}") from error
+    if isinstance(module, nn.Embedding):
+        return QuantEmbedding.from_storage(storage, quantizer)
     bias = nn.Parameter(fill["bias"].to(dtype)) if "bias" in fill else None
     return QuantLinear.from_storage(storage, quantizer, bias, compute_dtype)
 
@@ -164,7 +172,8 @@ def _prequantized(
         own["bias"] = own["bias"].to(dtype)
     load_layer(layer, own, source, name)
     layer.storage = replace(layer.storage, dtype=dtype)
-    layer.compute_dtype = compute_dtype
+    if isinstance(layer, QuantLinear):
+        layer.compute_dtype = compute_dtype
     return layer
 
 

@@ -67,8 +67,9 @@ def save_model(
 
 def _dense(model: Decoder, dtype: torch.dtype | None) -> tuple[Tensors, None]:
     tensors: Tensors = {}
+    own = {name.rpartition(".")[0] for name, _ in model.named_parameters()}  # a tied head has none
     for name, module in model.named_modules():
-        if isinstance(module, QuantWeight):
+        if isinstance(module, QuantWeight) and name in own:
             kept = dtype or module.weight_dtype
             make = partial(module.dequantize, kept)
             tensors[f"{name}.weight"] = Lazy(kept, module.shape, make)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,7 +22,6 @@ class QuantEmbedding(QuantWeight):
     """
 
     padding_idx: int | None = None
-    dtype: torch.dtype
 
     def __init__(
         self,
@@ -79,7 +76,7 @@ class QuantEmbedding(QuantWeight):
                 "quantizer: expected one that is row_local or has dequantize_rows for an "
                 f"embedding; got {storage.scheme!r}"
             )
-        self.padding_idx, self.dtype = padding_idx, storage.dtype
+        self.padding_idx = padding_idx
 
     @property
     def num_embeddings(self) -> int:
@@ -104,14 +101,3 @@ class QuantEmbedding(QuantWeight):
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f"padding_idx={self.padding_idx}, "
         return f"{self.num_embeddings}, {self.embedding_dim}, {padding}{super().extra_repr()}"
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> QuantEmbedding:
-        super()._apply(fn, recurse)
-        device = next(self.parameters()).device
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
-        return self
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest) -> None:
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
-        if local_metadata.get("assign_to_params_buffers", False):
-            self.dtype = self.weight_dtype

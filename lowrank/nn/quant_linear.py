@@ -20,9 +20,13 @@ class QuantLinear(QuantWeight):
     x is cast to `compute_dtype` (default: its own dtype, or autocast's) and y is returned in the
     dtype that nn.Linear would return. A fresh layer is initialised as nn.Linear is; with
     device="meta" nothing is allocated, and a loader fills it.
+
+    With `fan_in_fan_out`, which `from_linear` sets for GPT-2's Conv1D, a plain `weight` to load is
+    [K, N]; what is held, computed and saved is the same as without.
     """
 
     compute_dtype: torch.dtype | None = None
+    fan_in_fan_out: bool = False
 
     def __init__(
         self,
@@ -49,14 +53,32 @@ class QuantLinear(QuantWeight):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, quantizer: str | Quantizer, compute_dtype: torch.dtype | None = None
+        cls,
+        linear: nn.Linear | nn.Module,
+        quantizer: str | Quantizer,
+        compute_dtype: torch.dtype | None = None,
     ) -> QuantLinear:
-        """The layer with `linear`'s weight quantized and its very bias parameter."""
-        quantizer = resolve(quantizer)
-        layer = cls.from_storage(
-            quantizer.quantize(linear.weight), quantizer, linear.bias, compute_dtype
-        )
+        """The layer with `linear`'s weight quantized and its very bias parameter.
+
+        `linear` may also be GPT-2's Conv1D, y = x W + b: its W [K, N] is transposed.
+        """
+        quantizer, transposed = resolve(quantizer), is_conv1d(linear)
+        weight = linear.weight.T.contiguous() if transposed else linear.weight
+        layer = cls.from_storage(quantizer.quantize(weight), quantizer, linear.bias, compute_dtype)
+        layer.fan_in_fan_out = transposed
         return layer.train(linear.training)
+
+    @classmethod
+    def from_tied(
+        cls,
+        weight: QuantWeight,
+        bias: nn.Parameter | None = None,
+        compute_dtype: torch.dtype | None = None,
+    ) -> QuantLinear:
+        """The layer with the very parameters of `weight`, an embedding's for instance."""
+        layer = cls.from_storage(weight.storage, weight.quantizer, bias, compute_dtype)
+        layer.tie(weight)
+        return layer.train(weight.training)
 
     @classmethod
     def from_storage(
@@ -94,12 +116,16 @@ class QuantLinear(QuantWeight):
         """x [..., K] -> [..., N]."""
         if x.shape[-1:] != (self.in_features,):
             raise ShapeError(f"x: expected [..., K={self.in_features}]; got {list(x.shape)}")
-        out_dtype = linear_dtype(x)
-        compute_dtype = self.compute_dtype or out_dtype
-        bias = None if self.bias is None else self.bias.to(compute_dtype)
-        if x.dtype == compute_dtype == out_dtype:  # each .to takes microseconds, for nothing
-            return quant.linear(self.quantizer, x, self.storage, bias)
-        return quant.linear(self.quantizer, x.to(compute_dtype), self.storage, bias).to(out_dtype)
+        return product(x, self.quantizer, self.storage, self.bias, self.compute_dtype)
+
+    @property
+    def plain_shape(self) -> tuple[int, ...]:
+        """[N, K], or [K, N] with `fan_in_fan_out`."""
+        return self.matrix_shape[::-1] if self.fan_in_fan_out else self.matrix_shape
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """[N, K] of a plain `weight`."""
+        return weight.T.contiguous() if self.fan_in_fan_out else weight
 
     def extra_repr(self) -> str:
         compute = "" if self.compute_dtype is None else f", compute_dtype={self.compute_dtype}"
@@ -107,3 +133,30 @@ class QuantLinear(QuantWeight):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, {super().extra_repr()}{compute}"
         )
+
+
+def product(
+    x: Tensor,
+    quantizer: Quantizer,
+    storage: Storage,
+    bias: Tensor | None,
+    compute_dtype: torch.dtype | None,
+) -> Tensor:
+    """x Wᵀ + b in `compute_dtype`, or else as nn.Linear would; in the dtype it would return."""
+    out_dtype = linear_dtype(x)
+    compute_dtype = compute_dtype or out_dtype
+    bias = None if bias is None else bias.to(compute_dtype)
+    if x.dtype == compute_dtype == out_dtype:  # each .to takes microseconds, for nothing
+        return quant.linear(quantizer, x, storage, bias)
+    return quant.linear(quantizer, x.to(compute_dtype), storage, bias).to(out_dtype)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is GPT-2's linear layer, whoever wrote it: y = x W + b with W [K, N = nf]."""
+    weight = getattr(module, "weight", None)
+    return (
+        type(module).__name__ == "Conv1D"
+        and isinstance(weight, Tensor)
+        and weight.dim() == 2
+        and getattr(module, "nf", None) == weight.shape[1]
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -21,7 +21,9 @@ class QuantWeight(nn.Module):
 
     Each tensor of the Storage is a frozen integer parameter under its own name (floats as their
     bits), so `.to(dtype)` cannot corrupt it, FSDP shards it, DDP does not broadcast it, and
-    safetensors stores it; `model.requires_grad_(True)` raises rather than training codes.
+    safetensors stores it; `model.requires_grad_(True)` raises rather than training codes. `dtype`
+    is what a plain weight in its place would have, which `.to(dtype)` changes; `weight_dtype` is
+    what it had before quantization.
 
     A state dict also has `_extra_state`, which describes the tensors: scheme, options, shape, dtype
     and a version. `load_state_dict` takes
@@ -67,7 +69,7 @@ class QuantWeight(nn.Module):
             del self._parameters[name]
         self._tensor_dtypes = {name: tensor.dtype for name, tensor in storage.tensors.items()}
         self._scheme, self._options = storage.scheme, dict(storage.options)
-        self.weight_dtype = storage.dtype
+        self.weight_dtype = self.dtype = storage.dtype
         for name, tensor in storage.tensors.items():
             self.register_parameter(name, nn.Parameter(as_bits(tensor), requires_grad=False))
 
@@ -76,9 +78,18 @@ class QuantWeight(nn.Module):
         """The shape of the weight, as `dequantize` gives it."""
         return self.matrix_shape
 
+    @property
+    def plain_shape(self) -> tuple[int, ...]:
+        """The shape of a plain `weight` in a state dict."""
+        return self.shape
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The [N, K] to quantize of a plain `weight`."""
+        return weight
+
     def tie(self, other: QuantWeight) -> None:
         """Hold the very parameters of `other`, a weight of the same shape."""
-        self.storage, self.quantizer = other.storage, other.quantizer
+        self.storage, self.quantizer, self.dtype = other.storage, other.quantizer, other.dtype
         for name in self._tensor_dtypes:
             self._parameters[name] = other._parameters[name]
 
@@ -104,7 +115,14 @@ class QuantWeight(nn.Module):
             self._scheme, self.matrix_shape, self.weight_dtype, self._tensor_dtypes, self._options
         )
 
+    def _apply(self, fn: Callable, recurse: bool = True) -> QuantWeight:
+        super()._apply(fn, recurse)
+        device = next(self.parameters()).device
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
+        return self
+
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest) -> None:
+        dtype = self.dtype
         own = {
             key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)
         }
@@ -129,14 +147,16 @@ class QuantWeight(nn.Module):
         super()._load_from_state_dict(
             {prefix + key: value for key, value in loaded.items()}, prefix, local_metadata, *rest
         )
+        assigned = local_metadata.get("assign_to_params_buffers", False)
+        self.dtype = self.weight_dtype if assigned else dtype
 
     def _quantize(self, weight: Tensor, prefix: str) -> Storage:
-        if tuple(weight.shape) != self.matrix_shape:
+        if tuple(weight.shape) != self.plain_shape:
             raise ShapeError(
-                f"{prefix}weight: expected {list(self.matrix_shape)}; got {list(weight.shape)}"
+                f"{prefix}weight: expected {list(self.plain_shape)}; got {list(weight.shape)}"
             )
         try:
-            return self.quantizer.quantize(weight)
+            return self.quantizer.quantize(self.matrix(weight))
         except (WeightError, DtypeError) as error:
             raise type(error)(f"{prefix}{error}") from error
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import nn
 
-from lowrank.nn.quant_linear import QuantLinear
+from lowrank.nn.quant_weight import QuantWeight
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -12,11 +14,12 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     seen: set[int] = set()
     trainable = total = 0
     for module in model.modules():
-        if isinstance(module, QuantLinear):
-            total += module.out_features * module.in_features
-            parameters = [] if module.bias is None else [module.bias]
-        else:
-            parameters = module.parameters(recurse=False)
+        parameters = list(module.parameters(recurse=False))
+        if isinstance(module, QuantWeight):
+            storage = {id(p) for p in parameters if not p.is_floating_point()}
+            parameters = [p for p in parameters if p.is_floating_point()]  # the bias
+            total += 0 if storage <= seen else math.prod(module.shape)
+            seen |= storage
         for parameter in parameters:
             if id(parameter) not in seen:
                 seen.add(id(parameter))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import is_dataclass, replace
 
 import torch
 from torch import nn
 
 from lowrank.errors import ConfigError, TargetError, WeightError
+from lowrank.nn.quant_embedding import QuantEmbedding
 
 from .inject import replace_modules
 from .targets import check_adapters, lora_layers
@@ -66,12 +68,14 @@ def merge_and_unload(
             "merge_and_unload: expected neither adapters nor dtype, the adapters are merged "
             "already: call unmerge first"
         )
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    if any(
-        id(getattr(layer.unmerged_base, "weight", None)) in embeddings for layer in layers.values()
-    ):
+    kinds = (nn.Embedding, QuantEmbedding)
+    tied = {id(p) for m in model.modules() if isinstance(m, kinds) for p in m.parameters()}
+    bases = [layer.unmerged_base for layer in layers.values()]
+    if any(id(parameter) in tied for base in bases for parameter in base.parameters()):
         config = getattr(model, "config", None)
-        if hasattr(config, "tie_word_embeddings"):
+        if is_dataclass(config):  # ours, frozen
+            model.config = replace(config, tie_word_embeddings=False)
+        elif hasattr(config, "tie_word_embeddings"):
             config.tie_word_embeddings = False
     replace_modules(model, {layer: layer.base_layer for layer in layers.values()})
     return model

@@ -1,20 +1,26 @@
-"""Quantize the linear layers of any model."""
+"""Quantize the weights of any model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank import quant
-from lowrank.errors import ConfigError, TargetError, WeightError
+from lowrank.errors import ConfigError, LowrankError, TargetError
 from lowrank.nn.lora_linear import LoRALinear
-from lowrank.nn.quant_linear import QuantLinear
+from lowrank.nn.quant_embedding import QuantEmbedding
+from lowrank.nn.quant_experts import QuantExperts, replace_parameter
+from lowrank.nn.quant_linear import QuantLinear, is_conv1d
+from lowrank.nn.quant_weight import QuantWeight
 from lowrank.quant import Quantizer
 
 from .inject import replace_modules
 from .targets import check_each_matches, matches, walk
+
+# Heads and routers: small, and what an error in them costs is large.
+SKIP = ("lm_head", "gate", "router", "router.layer", "router.classifier", "shared_expert_gate")
 
 
 def quantize(
@@ -22,12 +28,19 @@ def quantize(
     quantizer: str | Quantizer = "nf4",
     double_quant: bool | None = None,
     compute_dtype: torch.dtype | None = None,
-    skip: Iterable[str] = ("lm_head",),
+    skip: Iterable[str] = SKIP,
+    embeddings: bool = False,
 ) -> nn.Module:
-    """Replace every nn.Linear by a QuantLinear, in place, but those in `skip` (names or suffixes).
+    """Replace every linear layer by a QuantLinear, in place, but those in `skip`.
 
-    `double_quant` belongs to a quantizer given by name; None means that scheme's own default.
-    Returns the model. Raises WeightError at a NaN or inf, naming it; the model is then as it was.
+    Linear are nn.Linear, GPT-2's Conv1D, and the 3-D parameters [E, N, K] of a module whose class
+    is called ...Experts, as fused mixtures of experts have them: each becomes a QuantExperts.
+    `skip` holds names or suffixes of modules and of such parameters.
+
+    With `embeddings`, every nn.Embedding becomes a QuantEmbedding, and a linear layer tied to one,
+    in `skip` or not, shares its storage. `double_quant` belongs to a quantizer given by name; None
+    means that scheme's own default. Returns the model. Raises ConfigError for what cannot be
+    quantized and WeightError at a NaN or inf, naming it; the model is then as it was.
     """
     if isinstance(quantizer, str):
         quantizer = quant.get(
@@ -40,8 +53,47 @@ def quantize(
     if isinstance(skip, str):
         raise ConfigError(f"skip: expected a sequence of names; got the string {skip!r}")
     skip = list(skip)
-    check_each_matches(model, [s for s in skip if s != "lm_head"], "skip")
+    experts = _experts(model)
+    named = [s for s in skip if s not in SKIP and not any(matches(n, [s]) for n in experts)]
+    check_each_matches(model, named, "skip")
 
+    tables = _embeddings(model, skip) if embeddings else {}
+    linears = _linears(model, skip, {id(table.weight) for table in tables})
+    experts = {n: at for n, at in experts.items() if not matches(n, skip)}
+    experts = {n: at for n, at in experts.items() if not matches(n.rpartition(".")[0], skip)}
+    if not linears and not experts and not tables:
+        raise TargetError("quantize: the model has no linear layer outside skip; nothing to do")
+    dense = {
+        id(m.weight): n for n, m in walk(model) if isinstance(m, nn.Embedding) and m not in tables
+    }
+    for linear, name in linears.items():
+        if id(linear.weight) in dense:
+            raise ConfigError(
+                f"{name}.weight: is also {dense[id(linear.weight)]}.weight; add {name!r} to skip, "
+                "or quantize both with embeddings=True"
+            )
+
+    new: dict[nn.Module, QuantWeight] = {}
+    held: dict[int, QuantWeight] = {}  # by the id of the weight
+    for module, name in {**tables, **linears}.items():
+        first = held.get(id(module.weight))
+        if first is None:
+            new[module] = held[id(module.weight)] = _quantized(
+                name, module, quantizer, compute_dtype
+            )
+        else:
+            new[module] = QuantLinear.from_tied(first, module.bias, compute_dtype)
+    weights = {}
+    for name, (module, leaf) in experts.items():
+        weights[name] = _expert_weights(name, module, leaf, quantizer, compute_dtype)
+    replace_modules(model, new)
+    for name, (module, leaf) in experts.items():
+        replace_parameter(module, leaf, weights[name])
+    return model
+
+
+def _linears(model: nn.Module, skip: list[str], tied: set[int]) -> dict[nn.Module, str]:
+    """The linear layers to quantize, and their names; those whose weight is `tied` are."""
     linears: dict[nn.Module, str] = {}
     for name, module in walk(model):
         if isinstance(module, LoRALinear):
@@ -50,22 +102,60 @@ def quantize(
                     f"quantize: expected unmerged layers; {name} is merged: call unmerge first"
                 )
             module = module.base_layer
-        if isinstance(module, nn.Linear) and not matches(name, skip):
+        if (isinstance(module, nn.Linear) or is_conv1d(module)) and (
+            id(module.weight) in tied or not matches(name, skip)
+        ):
             linears.setdefault(module, name)
-    if not linears:
-        raise TargetError("quantize: the model has no nn.Linear outside skip; nothing to do")
-    shared = {id(m.weight): n for n, m in walk(model) if isinstance(m, nn.Embedding)}
-    for linear, name in linears.items():
-        if id(linear.weight) in shared:
-            raise ConfigError(
-                f"{name}.weight: is also {shared[id(linear.weight)]}.weight; add {name!r} to skip"
-            )
+    return linears
 
-    new: dict[nn.Module, nn.Module] = {}
-    for linear, name in linears.items():
-        try:
-            new[linear] = QuantLinear.from_linear(linear, quantizer, compute_dtype=compute_dtype)
-        except WeightError as error:
-            raise WeightError(f"{name}: {error}") from error
-    replace_modules(model, new)
-    return model
+
+def _embeddings(model: nn.Module, skip: list[str]) -> dict[nn.Module, str]:
+    tables: dict[nn.Module, str] = {}
+    for name, module in walk(model):
+        if isinstance(module, nn.Embedding) and not matches(name, skip):
+            if type(module) is not nn.Embedding:
+                raise ConfigError(
+                    f"{name}: expected an nn.Embedding; got {type(module).__name__}, which may do "
+                    f"more; add {name!r} to skip"
+                )
+            tables.setdefault(module, name)
+    return tables
+
+
+def _experts(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """The 3-D weights of experts by name: the module, and the parameter's name in it."""
+    return {
+        f"{name}.{leaf}" if name else leaf: (module, leaf)
+        for name, module in model.named_modules()
+        if type(module).__name__.endswith("Experts")
+        for leaf, weight in module.named_parameters(recurse=False)
+        if weight.dim() == 3 and weight.is_floating_point()
+    }
+
+
+def _quantized(
+    name: str, module: nn.Module, quantizer: Quantizer, compute_dtype: torch.dtype | None
+) -> QuantWeight:
+    try:
+        if isinstance(module, nn.Embedding):
+            return QuantEmbedding.from_embedding(module, quantizer)
+        return QuantLinear.from_linear(module, quantizer, compute_dtype)
+    except LowrankError as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+def _expert_weights(
+    name: str,
+    module: nn.Module,
+    leaf: str,
+    quantizer: Quantizer,
+    compute_dtype: torch.dtype | None,
+) -> QuantExperts:
+    weight: Tensor = getattr(module, leaf)
+    # transformers' word for [E, K, N], and a class that says nothing
+    transposed = getattr(module, "is_transposed", type(module).__name__ == "Llama4TextExperts")
+    try:
+        made = QuantExperts(weight, quantizer, transposed, compute_dtype)
+    except LowrankError as error:
+        raise type(error)(f"{name}: {error}") from error
+    return made.train(module.training)

@@ -193,11 +193,11 @@ DAMAGES = {
     ),
     "a layer that the model lacks": (
         lambda d: edit(d, **{f"side.{UP}": describe()(load_file(d / SINGLE)[UP])}),
-        r"side\.up: is quantized; expected a linear layer of this name; got none",
+        r"side\.up: is quantized; expected a linear layer or an embedding of this name; got none",
     ),
     "no linear layer": (
         lambda d: edit(d, **{"norm._extra_state": load_file(d / SINGLE)[UP]}),
-        "norm: is quantized; expected a linear layer of this name; got LayerNorm",
+        "norm: is quantized; expected a linear layer or an embedding of this name; got LayerNorm",
     ),
     "an unknown scheme": (lambda d: edit(d, **{UP: describe(scheme="nf5")}), r"up\..*'nf5'"),
     "a newer version": (lambda d: edit(d, **{UP: describe(version=9)}), r"up\..*got 9; it needs"),
