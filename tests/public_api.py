@@ -52,6 +52,9 @@ def quantizing(w: Tensor) -> None:
 
 def models() -> None:
     model = lowrank.load_model("path", quantizer="nf4", dtype=torch.bfloat16, device="cpu")
+    lowrank.save_model(model, "directory", format="lowrank")
+    assert_type(lowrank.load_quantized(nn.Linear(4, 4), "directory"), nn.Module)
+    lowrank.save_quantized(model, "directory", max_shard_bytes=10**9)
     tok = lowrank.load_tokenizer("path")
     assert_type(tok.encode("text"), list[int])
     text = lowrank.generate(model, tok, "prompt", max_new_tokens=64)

@@ -167,6 +167,16 @@ def test_schemes_that_bitsandbytes_lacks_are_not_written(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", ["nf4 nested", "nf4 in bfloat16"])
+def test_whatever_was_read_can_be_written_for_transformers(tmp_path, kind):
+    """Nested scales and bytes in bfloat16 stay in the layers that are flat, and go elsewhere."""
+    directory, theirs = write(tmp_path, kind)
+    lowrank.save_model(lowrank.load_model(directory), tmp_path / "back", format="bitsandbytes")
+    expected, again = theirs_dense(theirs), theirs_dense(from_pretrained(tmp_path / "back"))
+    assert expected.keys() == again.keys()
+    assert all(torch.equal(again[name], weight) for name, weight in expected.items())
+
+
 def edit_config(directory, change):
     path = directory / "config.json"
     raw = json.loads(path.read_text())
