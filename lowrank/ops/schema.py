@@ -8,8 +8,9 @@ M rows of x, N out features, K in features, G block size, V words. A weight [N, 
 and w[n, k] = codebook[t, code[n, k]] * absmax[n, k // G]. `reference/` says what each means.
 
 Beside it, E adapters of rank R: A [E, R, K] and B [E, N, R]. With order int32 [M], a permutation of
-the rows of x, and offsets int32 [E + 1], rows order[offsets[e] : offsets[e + 1]] are those of
-adapter e, and those before offsets[0] of none; without, all rows are of the one adapter there is.
+the rows of x, and offsets int32 [E + 1] that end with M, rows order[offsets[e] : offsets[e + 1]]
+are those of adapter e, and those before offsets[0] of none; without, all rows are of the one
+adapter there is.
 
 An optimizer's step takes lists, changes them in place and has no gradient.
 

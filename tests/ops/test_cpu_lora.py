@@ -86,7 +86,7 @@ def test_an_order_of_other_rows_is_refused(wrong):
         ops.lora_linear(x, *NO_WEIGHT, None, 64, A, B, 1.0, groups)
 
 
-@pytest.mark.parametrize("offsets", [[0, 6], [-1, 5], [4, 3]])
+@pytest.mark.parametrize("offsets", [[0, 6], [-1, 5], [4, 3], [0, 4]])
 def test_offsets_of_other_rows_are_refused(offsets):
     x, A, B = torch.randn(5, 40), torch.randn(1, 2, 40), torch.randn(1, 3, 2)
     groups = (torch.arange(5, dtype=torch.int32), torch.tensor(offsets, dtype=torch.int32))

@@ -112,9 +112,9 @@ def adapter_bounds(order: Tensor | None, offsets: Tensor | None, M: int) -> list
     if not torch.equal(order.sort().values, rows):
         raise DataError(f"order: expected each of the M={M} rows of x once; see group_rows")
     bounds = offsets.tolist()
-    if bounds != sorted(bounds) or bounds[0] < 0 or bounds[-1] > M:
+    if bounds != sorted(bounds) or bounds[0] < 0 or bounds[-1] != M:
         raise DataError(
-            f"offsets: expected ascending numbers from 0 to M={M}; got {bounds}; see group_rows"
+            f"offsets: expected ascending numbers that end with M={M}; got {bounds}; see group_rows"
         )
     return bounds
 
