@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lowrank.errors import FileFormatError, LowrankError
 from lowrank.nn.quant_embedding import QuantEmbedding
-from lowrank.nn.quant_linear import QuantLinear
+from lowrank.nn.quant_linear import QuantLinear, is_conv1d
 from lowrank.nn.quant_weight import QuantWeight
 from lowrank.surgery.inject import replace_modules
 
@@ -58,20 +58,20 @@ def load_quantized(
     files = Shards(directory)
     quantized = quantized_modules(files.shapes)
     modules = dict(model.named_modules(remove_duplicate=False))
-    replaced = {modules.get(name) for name in quantized}
+    if "" in quantized:
+        raise FileFormatError(
+            f"{directory}: expected a model of several modules; got one layer; load it with "
+            "layer.load_state_dict(load_safetensors(file))"
+        )
+    twins = {name: quantized_twin(modules.get(name), name, directory) for name in quantized}
+    replaced = {modules[name] for name in quantized}
     kept = {name for name, module in modules.items() if module not in replaced}
     dense = _dense(model, files, quantized, kept)
     layers = {}
-    for name, tensors in quantized.items():
-        if name == "":
-            raise FileFormatError(
-                f"{directory}: expected a model of several modules; got one layer; load it with "
-                "layer.load_state_dict(load_safetensors(file))"
-            )
-        twin = quantized_twin(modules.get(name), name, directory)
+    for name, twin in twins.items():
         there = next(modules[name].parameters()).device
         there = device if there.type == "meta" else there
-        own = {n: files.read(join(name, n)).to(there) for n in tensors.names}
+        own = {n: files.read(join(name, n)).to(there) for n in quantized[name].names}
         load_layer(twin, own, directory, name)
         layers[modules[name]] = twin
         for tied in _tied(model, modules[name]).values():
@@ -128,23 +128,18 @@ def quantized_modules(names: Iterable[str]) -> dict[str, QuantizedTensors]:
 
 def quantized_twin(module: nn.Module | None, name: str, source: str | Path) -> QuantWeight:
     """A module like this one on the meta device, and quantized; `load_layer` fills it."""
-    if isinstance(module, QuantWeight):
-        return copy.deepcopy(module).to("meta")
-    if type(module) is nn.Embedding:
-        return QuantEmbedding(
-            module.num_embeddings, module.embedding_dim, module.padding_idx, device="meta"
-        ).train(module.training)
-    if not isinstance(module, nn.Linear):
-        got = "none" if module is None else type(module).__name__
-        raise FileFormatError(
-            f"{source}: {name}: is quantized; expected a linear layer or an embedding of this "
-            f"name; got {got}"
-        )
-    N, K = module.weight.shape
-    twin = QuantLinear.from_linear(nn.Linear(K, N, module.bias is not None, device="meta"), "nf4")
-    if module.bias is not None:
-        twin.bias.requires_grad_(module.bias.requires_grad)
-    return twin.train(module.training)
+    blank = copy.deepcopy(module).to("meta") if module is not None else None
+    if isinstance(blank, QuantWeight):
+        return blank
+    if type(blank) is nn.Embedding:
+        return QuantEmbedding.from_embedding(blank, "nf4")
+    if isinstance(blank, nn.Linear) or is_conv1d(blank):
+        return QuantLinear.from_linear(blank, "nf4")
+    raise FileFormatError(
+        f"{source}: {name}: is quantized; expected a linear layer or an embedding of this name; "
+        f"got {'none' if blank is None else type(blank).__name__}; lowrank.quantize makes one of "
+        "a parameter of experts"
+    )
 
 
 def load_layer(

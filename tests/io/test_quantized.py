@@ -13,6 +13,8 @@ import lowrank
 from lowrank import quant
 from lowrank.errors import ConfigError, FileFormatError, LowrankError
 
+transformers = pytest.importorskip("transformers", reason="has Conv1D; pip install transformers")
+
 SINGLE = "model.safetensors"
 
 
@@ -108,6 +110,39 @@ def test_a_tied_tensor_is_stored_once(tmp_path):
     names = load_file(tmp_path / SINGLE).keys()
     assert {"table.weight", "inner.down.packed", "inner.down._extra_state", "shift"} <= names
     assert not [n for n in names if n.startswith(("head", "again"))]
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 48, 64))
+        self.bias = nn.Parameter(torch.randn(3, 48))
+
+
+def mixture():
+    conv = transformers.pytorch_utils.Conv1D(72, 64)
+    conv.bias.data.normal_()
+    return nn.ModuleDict({"conv": conv, "table": nn.Embedding(11, 40), "experts": Experts()})
+
+
+def test_what_is_no_linear_layer(tmp_path):
+    """GPT-2's layers and tables take the place of dense ones, experts that of quantized ones."""
+    model = lowrank.quantize(mixture(), "int4", embeddings=True)
+    lowrank.save_quantized(model, tmp_path)
+    with pytest.raises(
+        FileFormatError, match=r"experts\.up: is quantized; .* got none; lowrank\.q"
+    ):
+        lowrank.load_quantized(mixture(), tmp_path)
+    with torch.device("meta"):
+        empty = mixture()
+    for into in (mixture(), empty):
+        fresh = lowrank.quantize(into, "nf4", skip=["conv", "table"])
+        lowrank.load_quantized(fresh, tmp_path)
+        assert_same_bits(bits(fresh), bits(model))
+        x, ids = torch.randn(5, 64), torch.tensor([3, 10])
+        assert torch.equal(fresh["conv"](x), model["conv"](x))
+        assert torch.equal(fresh["table"](ids), model["table"](ids))
+        assert torch.equal(x @ fresh["experts"].up[1].T, x @ model["experts"].up[1].T)
 
 
 def test_adapters_come_along(tmp_path):
