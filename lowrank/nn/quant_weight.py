@@ -163,7 +163,7 @@ class QuantWeight(nn.Module):
     def _read_bitsandbytes(
         self, own: Mapping[str, Tensor], prefix: str
     ) -> tuple[Storage, Quantizer]:
-        storage = bitsandbytes.read(own, prefix, self.shape)
+        storage = bitsandbytes.read(own, prefix, self.matrix_shape)
         return storage, quant.quantizer_of(storage)
 
     def _is_described_by(self, own: Mapping[str, Tensor], prefix: str) -> bool:
