@@ -20,6 +20,7 @@ from .registry import register
 from .storage import Storage
 
 TABLES = {"nf4": NF4, "fp4": FP4}
+QUANT_STORAGES = ("uint8", "int8", "float16", "bfloat16", "float32", "float64")
 GROUP = 256  # scales that share a nested scale
 
 
@@ -32,6 +33,7 @@ class Flat(Blockwise):
     where the file need not be bitsandbytes'.
 
     With `double_quant`, absmax[b] = nested_quant_map[code[b]] * nested_absmax[b // 256] + offset.
+    `quant_storage` is the dtype as which a file of bitsandbytes has the bytes.
 
     The Storage holds packed uint8 [ceil(N K / 2)] (even element in the high nibble), absmax float32
     [blocks = ceil(N K / G)] and codebook float32 [1, 16]; with `double_quant` absmax is uint8, and
@@ -41,21 +43,25 @@ class Flat(Blockwise):
     row_local = False
 
     def __init__(
-        self, quant_type: str = "nf4", block_size: int = 64, double_quant: bool = True
+        self,
+        quant_type: str = "nf4",
+        block_size: int = 64,
+        double_quant: bool = True,
+        quant_storage: str = "uint8",
     ) -> None:
         if quant_type not in TABLES:
             raise ConfigError(f"quant_type: expected 'nf4' or 'fp4'; got {quant_type!r}")
-        self.quant_type = quant_type
+        if quant_storage not in QUANT_STORAGES:
+            raise ConfigError(
+                f"quant_storage: expected one of {', '.join(QUANT_STORAGES)}; got {quant_storage!r}"
+            )
+        self.quant_type, self.quant_storage = quant_type, quant_storage
         super().__init__(block_size, double_quant)
-
-    @classmethod
-    def from_storage(cls, storage: Storage) -> Flat:
-        """The quantizer of these options, without those that a file alone has."""
-        return cls(**{key: storage.options[key] for key in cls().options})
 
     @property
     def options(self) -> dict[str, int | float | bool | str]:
-        return {"quant_type": self.quant_type, **super().options}
+        kinds = {"quant_type": self.quant_type, "quant_storage": self.quant_storage}
+        return {**kinds, **super().options}
 
     def quantize(self, weight: Tensor) -> Storage:
         """Nearest codes of weight [N, K]; a tie goes to the lower. WeightError: NaN or inf."""
@@ -104,10 +110,7 @@ def table(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
 
 
 def absmax_of(storage: Storage, first: int = 0, last: int | None = None) -> Tensor:
-    """The float32 scales of blocks first <= b < last of a flat Storage, rounded as bitsandbytes'.
-
-    A file's nested_dtype, where it is not float32, rounds the product and the sum.
-    """
+    """The float32 scales of blocks first <= b < last of a flat Storage: a product, then a sum."""
     scales = storage["absmax"][first:last]
     if not storage.options["double_quant"]:
         return scales
@@ -115,8 +118,7 @@ def absmax_of(storage: Storage, first: int = 0, last: int | None = None) -> Tens
     steps = storage["nested_absmax"][group : -(-(first + len(scales)) // GROUP)]
     steps = steps.repeat_interleave(GROUP)[first - group * GROUP :][: len(scales)]
     product = storage["nested_quant_map"].index_select(0, scales.int()) * steps
-    product = product.to(getattr(torch, storage.options.get("nested_dtype", "float32")))
-    return product.add_(storage["nested_offset"][0]).float()
+    return product.add_(storage["nested_offset"])
 
 
 def _nest(absmax: Tensor) -> dict[str, Tensor]:

@@ -21,7 +21,6 @@ def layer_tensors(
     nested: bool = True,
     block_size: int = 64,
     storage: torch.dtype = torch.uint8,
-    nested_dtype: torch.dtype = torch.float32,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The state dict that bitsandbytes writes for this weight, and the weight it computes with."""
     packed, state = F.quantize_4bit(
@@ -31,8 +30,6 @@ def layer_tensors(
         compress_statistics=nested,
         quant_storage=storage,
     )
-    if nested:
-        state.state2.dtype = nested_dtype
     tensors = {"weight": packed}
     tensors |= {f"weight.{k}": v for k, v in state.as_dict(packed=True).items()}
     return tensors, dequantized(tensors)

@@ -13,7 +13,7 @@ from .bnb_damage import damaged
 from .bnb_layers import STATE, F, bnb, dequantized, edited, layer_tensors, same_weights
 
 EXAMPLES = hypothesis.settings(
-    max_examples=400, deadline=None, database=None,
+    max_examples=200, deadline=None, database=None,
     suppress_health_check=list(hypothesis.HealthCheck),
 )  # fmt: skip
 LAYERS = [
@@ -80,6 +80,7 @@ def test_each_refusal_says_what_is_wrong():
         "expected nested_blocksize to be 256; got 64": edited(tensors, nested_blocksize=64),
         "expected nested_offset to be a finite .*'x'": edited(tensors, nested_offset="x"),
         "expected nested_offset to be .*; got 1e[+]39": edited(tensors, nested_offset=1e39),
+        "expected nested_dtype to be float32; got 'bf": edited(tensors, nested_dtype="bfloat16"),
         "expected quant_type to be nf4 or fp4": edited(tensors, quant_type="int4"),
         "expected quant_type 'nf4'; got 'fp4'": edited(tensors, quant_type="fp4"),
         "expected quant_type, blocksize, .*; got 'version'": edited(tensors, version=2),
@@ -90,6 +91,8 @@ def test_each_refusal_says_what_is_wrong():
         | {"weight": tensors["weight"].view(1, -1)},
         "weight: .*its bytes were converted": tensors | {"weight": tensors["weight"].bfloat16()},
         "weight: missing": without(tensors, "weight"),
+        r"weight: expected uint8 or int8 or .*; got int32": tensors
+        | {"weight": tensors["weight"].int()},
         r"weight\.absmax: missing": without(tensors, "weight.absmax"),
         r"weight\.absmax: expected shape \[64\]; got": edited_tensor(tensors, "weight.absmax", 1),
         r"weight\.absmax: expected uint8; got": tensors | {"weight.absmax": torch.ones(64)},

@@ -16,10 +16,13 @@ def entry(
     tensors: Mapping[str, Tensor],
     key: str,
     name: str,
-    dtypes: Sequence[torch.dtype] | None = None,
+    dtypes: Sequence[torch.dtype],
     size: int | None = None,
 ) -> Tensor:
-    """`tensors[key]` as it is, after the checks; `name` is the layer's prefix."""
+    """`tensors[key]` as it is, after the checks; `name` is the layer's prefix.
+
+    With a `size` it is a vector of so many finite numbers.
+    """
     tensor = tensors.get(key)
     if tensor is None:
         raise FileFormatError(f"{name}{key}: missing; expected beside the layer's other tensors")
@@ -27,12 +30,14 @@ def entry(
         raise FileFormatError(
             f"{name}{key}: expected a dense tensor with values; got {describe(tensor)}"
         )
-    if dtypes is not None and tensor.dtype not in dtypes:
+    if tensor.dtype not in dtypes:
         expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise FileFormatError(f"{name}{key}: expected {expected}; got {describe(tensor)}")
-    if size is not None and tensor.shape != (size,):
+    if size is None:  # bits of whatever dtype, or any shape
+        return tensor
+    if tensor.shape != (size,):
         raise FileFormatError(f"{name}{key}: expected shape [{size}]; got {describe(tensor)}")
-    if tensor.is_floating_point() and dtypes and not bool(torch.isfinite(tensor).all()):
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise FileFormatError(f"{name}{key}: expected finite numbers; got NaN or inf")
     return tensor
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from lowrank.errors import ConfigError, DtypeError, FileFormatError
 from lowrank.ops.adamw8bit import dynamic_map
 from lowrank.quant.double_quant import expand
-from lowrank.quant.flat import GROUP, TABLES, Flat, absmax_of, table
+from lowrank.quant.flat import GROUP, QUANT_STORAGES, TABLES, Flat, absmax_of, table
 from lowrank.quant.storage import Storage
 
 from . import quant_state
@@ -56,7 +56,7 @@ def as_flat(storage: Storage) -> Storage:
         "absmax": absmax.flatten(),
         "codebook": storage["codebook"],
     }
-    options = {"quant_type": kind, "block_size": block_size, "double_quant": False}
+    options = Flat(kind, block_size, double_quant=False).options
     return Storage(Flat.name, (N, K), storage.dtype, tensors, options)
 
 
@@ -68,9 +68,14 @@ def write(storage: Storage) -> dict[str, Tensor]:
             f"storage: expected the dtype to be one of {', '.join(FLOATS)} for bitsandbytes; got "
             f"{dtype}; dataclasses.replace(storage, dtype=torch.float32) rounds the weights to it"
         )
-    packed = storage["packed"].view(getattr(torch, options.get("quant_storage", "uint8")))
+    packed, quant_storage = storage["packed"], getattr(torch, options["quant_storage"])
+    if packed.numel() % quant_storage.itemsize:
+        raise ConfigError(
+            f"quant_storage: expected a dtype that {packed.numel()} bytes fill, uint8 does; got "
+            f"{options['quant_storage']}"
+        )
     tensors = {
-        "weight": packed.view(-1, 1),
+        "weight": packed.view(quant_storage).view(-1, 1),
         "weight.absmax": storage["absmax"],
         "weight.quant_map": storage["codebook"][0],
     }
@@ -84,7 +89,7 @@ def write(storage: Storage) -> dict[str, Tensor]:
         tensors |= {f"weight.{key}": storage[key] for key in _NESTED}
         fields |= {
             "nested_blocksize": GROUP,
-            "nested_dtype": options.get("nested_dtype", "float32"),
+            "nested_dtype": "float32",
             "nested_offset": storage["nested_offset"].item(),
         }
     return tensors | quant_state.write(fields)
@@ -94,7 +99,7 @@ def _read_flat(tensors: Mapping[str, Tensor], name: str) -> Storage:
     state = quant_state.read(tensors, name)
     size = math.prod(state["shape"])
     blocks = -(-size // state["blocksize"])
-    weight = entry(tensors, "weight", name)
+    weight = entry(tensors, "weight", name, [getattr(torch, dtype) for dtype in QUANT_STORAGES])
     packed = _bytes(weight, f"{name}weight", -(-size // 2))
     _check_table(tensors, name, state["quant_type"])
     held = {"packed": packed, "codebook": table(state["quant_type"], weight.device)}
@@ -112,13 +117,10 @@ def _read_flat(tensors: Mapping[str, Tensor], name: str) -> Storage:
                 )
     options = {
         "quant_type": state["quant_type"],
+        "quant_storage": str(weight.dtype).removeprefix("torch."),
         "block_size": state["blocksize"],
         "double_quant": is_nested,
     }
-    if weight.dtype != torch.uint8:
-        options["quant_storage"] = str(weight.dtype).removeprefix("torch.")
-    if state.get("nested_dtype", "float32") != "float32":
-        options["nested_dtype"] = state["nested_dtype"]
     return Storage(Flat.name, tuple(state["shape"]), FLOATS[state["dtype"]], held, options)
 
 

@@ -24,16 +24,15 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and 0 < value < 1 << 63  # not a bool
 
 
-_IS_DTYPE = (lambda v: v in FLOATS, "one of " + ", ".join(FLOATS))
 _FIELDS = {
     "quant_type": (lambda v: v in TABLES, "nf4 or fp4, as in its key"),
     "blocksize": (lambda v: _is_size(v) and v in BLOCK_SIZES, "a power of two from 32 to 4096"),
-    "dtype": _IS_DTYPE,
+    "dtype": (lambda v: v in FLOATS, "one of " + ", ".join(FLOATS)),
     "shape": (lambda v: len(v) in (2, 3) and all(map(_is_size, v)), "[N, K] or [E, N, K]"),
 }
 _NESTED_FIELDS = {
     "nested_blocksize": (lambda v: _is_size(v) and v == GROUP, str(GROUP)),
-    "nested_dtype": _IS_DTYPE,
+    "nested_dtype": (lambda v: v == "float32", "float32"),
     "nested_offset": (
         lambda v: type(v) in (int, float) and abs(v) <= _LARGEST,
         "a finite float32",
