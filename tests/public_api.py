@@ -19,10 +19,13 @@ def layers() -> None:
     frozen = lowrank.QuantLinear.from_linear(nn.Linear(64, 64), "nf4")
     assert_type(frozen, lowrank.QuantLinear)
     assert_type(frozen.dequantize(torch.float32), Tensor)
+    table = lowrank.QuantEmbedding.from_embedding(nn.Embedding(64, 64), "nf4")
+    assert_type(lowrank.QuantLinear.from_tied(table), lowrank.QuantLinear)
 
 
 def editing(model: nn.Module, cfg: lowrank.LoRAConfig) -> None:
     model = lowrank.quantize(model, "nf4", compute_dtype=torch.bfloat16, skip=["lm_head"])
+    model = lowrank.quantize(model, "nf4", embeddings=True)
     model = lowrank.inject(model, cfg, adapter="default")
     lowrank.print_trainable_parameters(model)
     lowrank.set_adapter(model, "task_a")
@@ -44,6 +47,7 @@ def quantizing(w: Tensor) -> None:
     assert_type(quant.names(), list[str])
     assert_type(quant.quantizer_of(storage), quant.Quantizer)
     assert_type(storage.rows(0, 4), quant.Storage)
+    assert_type(quant.gather(q, storage, torch.tensor([3, 5]), torch.float32), Tensor)
     assert_type(storage.bits_per_parameter, float)
     fitted = quant.Fitted(per="row", block_size=128, double_quant=False)
     assert_type(quant.linear(fitted, w, fitted.quantize(w)), Tensor)

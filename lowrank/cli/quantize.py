@@ -20,7 +20,7 @@ from lowrank.cli.merge import new_directory
 from lowrank.cli.options import add_fields
 from lowrank.cli.source import Source, from_args
 from lowrank.errors import ConfigError
-from lowrank.nn.quant_weight import QuantWeight
+from lowrank.nn.quant_weight import quant_weights
 
 FORMATS = ("lowrank", "bitsandbytes")
 
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _summary(model: nn.Module) -> str:
-    storages = [m.storage for m in model.modules() if isinstance(m, QuantWeight)]
+    storages = [module.storage for module in quant_weights(model).values()]
     count = sum(torch.Size(storage.shape).numel() for storage in storages)
     held = sum(storage.nbytes for storage in storages)
     dense = [p for p in model.parameters() if p.is_floating_point()]

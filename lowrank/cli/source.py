@@ -24,6 +24,7 @@ class Source:
     quantizer: how the frozen linear weights are stored, nf4 for QLoRA; none keeps them in `dtype`.
     block_size: weights that share a scale; the quantizer's own default, 64 for nf4.
     double_quant: quantize the scales too; the quantizer's own default, yes for nf4.
+    embeddings: quantize the embedding too, and a head tied to it.
     dtype: what is computed with.
     device: cpu, or cuda, or cuda:1 for the second GPU.
     """
@@ -32,6 +33,7 @@ class Source:
     quantizer: str | None = None
     block_size: int | None = None
     double_quant: bool | None = None
+    embeddings: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
 
@@ -45,7 +47,10 @@ class Source:
         if not here:
             raise ConfigError(f"device: cannot use {self.device!r}: {reason}") from None
         if self.quantizer is None:
-            for field, value in self.quantizer_options.items():
+            options = self.quantizer_options
+            if self.embeddings:
+                options["embeddings"] = True
+            for field, value in options.items():
                 raise ConfigError(
                     f"{field}: belongs to a quantizer; got {value!r} without one: "
                     "pass --quantizer nf4 too"
@@ -64,7 +69,11 @@ class Source:
     def load(self) -> nn.Module:
         """The model, its linear weights quantized as they stream in."""
         return lowrank.load_model(
-            self.model, quantizer=self.make_quantizer(), dtype=self.torch_dtype, device=self.device
+            self.model,
+            quantizer=self.make_quantizer(),
+            embeddings=self.embeddings,
+            dtype=self.torch_dtype,
+            device=self.device,
         )
 
     def load_tokenizer(self):

@@ -18,7 +18,7 @@ from lowrank.models.decoder import Decoder
 from lowrank.models.quantization_config import bitsandbytes_config, lowrank_config
 from lowrank.nn.lora_linear import LoRALinear
 from lowrank.nn.quant_linear import QuantLinear
-from lowrank.nn.quant_weight import QuantWeight
+from lowrank.nn.quant_weight import QuantWeight, quant_weights
 from lowrank.quant import bitsandbytes
 
 Tensors = dict[str, Tensor | Lazy]
@@ -67,12 +67,10 @@ def save_model(
 
 def _dense(model: Decoder, dtype: torch.dtype | None) -> tuple[Tensors, None]:
     tensors: Tensors = {}
-    own = {name.rpartition(".")[0] for name, _ in model.named_parameters()}  # a tied head has none
-    for name, module in model.named_modules():
-        if isinstance(module, QuantWeight) and name in own:
-            kept = dtype or module.weight_dtype
-            make = partial(module.dequantize, kept)
-            tensors[f"{name}.weight"] = Lazy(kept, module.shape, make)
+    for name, module in quant_weights(model).items():
+        kept = dtype or module.weight_dtype
+        make = partial(module.dequantize, kept)
+        tensors[f"{name}.weight"] = Lazy(kept, module.shape, make)
     for name, parameter in _floats(model).items():
         kept = dtype or parameter.dtype
         tensors[name] = Lazy(kept, tuple(parameter.shape), partial(parameter.to, kept))

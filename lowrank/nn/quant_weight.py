@@ -228,6 +228,18 @@ class QuantWeight(nn.Module):
                 _check(prefix + name, loaded[name], self._parameters[name], self._description())
 
 
+def quant_weights(model: nn.Module) -> dict[str, QuantWeight]:
+    """The quantized weights of a model by name; of those that share parameters, the first."""
+    found, seen = {}, set()
+    for name, module in model.named_modules():
+        if isinstance(module, QuantWeight):
+            held = {id(p) for p in module.parameters(recurse=False) if not p.is_floating_point()}
+            if not held <= seen:
+                found[name] = module
+            seen |= held
+    return found
+
+
 def resolve(quantizer: str | Quantizer) -> Quantizer:
     """The quantizer of this name, or the object itself if it is one."""
     if isinstance(quantizer, str):

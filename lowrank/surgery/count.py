@@ -6,26 +6,22 @@ import math
 
 from torch import nn
 
-from lowrank.nn.quant_weight import QuantWeight
+from lowrank.nn.quant_weight import QuantWeight, quant_weights
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters, adapters included; a quantized weight counts as N·K."""
-    seen: set[int] = set()
-    trainable = total = 0
-    for module in model.modules():
-        parameters = list(module.parameters(recurse=False))
-        if isinstance(module, QuantWeight):
-            storage = {id(p) for p in parameters if not p.is_floating_point()}
-            parameters = [p for p in parameters if p.is_floating_point()]  # the bias
-            total += 0 if storage <= seen else math.prod(module.shape)
-            seen |= storage
-        for parameter in parameters:
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                total += parameter.numel()
-                trainable += parameter.numel() if parameter.requires_grad else 0
-    return trainable, total
+    codes = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, QuantWeight)
+        for parameter in module.parameters(recurse=False)
+        if not parameter.is_floating_point()  # its bias is a plain parameter
+    }
+    plain = [parameter for parameter in model.parameters() if id(parameter) not in codes]
+    trainable = sum(parameter.numel() for parameter in plain if parameter.requires_grad)
+    quantized = sum(math.prod(weight.shape) for weight in quant_weights(model).values())
+    return trainable, quantized + sum(parameter.numel() for parameter in plain)
 
 
 def print_trainable_parameters(model: nn.Module) -> None:

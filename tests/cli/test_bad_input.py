@@ -66,6 +66,7 @@ def copy(tiny, tmp_path):
         (["--learning-rte", "1"], ["--learning-rte", "did you mean --learning-rate?", "train"]),
         (["--block-size", "32"], ["block_size", "32", "--quantizer nf4"]),
         (["--no-double-quant"], ["double_quant", "--quantizer nf4"]),
+        (["--embeddings"], ["embeddings", "--quantizer nf4"]),
         (["--exclude-modules", "q_prjo"], ["exclude_modules", "q_prjo", "q_proj"]),
         (["--num-train-epochs", "1e308"], ["num_train_epochs", "1e+308"]),
         (["--output-dir", ""], ["--output-dir", "expected a value"]),

@@ -47,6 +47,19 @@ def test_it_says_what_it_wrote(quantized, tiny):
     assert [path.name for path in folder.parent.iterdir()] == ["quantized"]
 
 
+def test_embeddings_are_quantized_if_asked_for_and_a_tied_head_counts_once(run, tiny, tmp_path):
+    words = ["--model", tiny, "--quantizer", "nf4", "--embeddings", "--output"]
+    outcome = run("quantize", *words, tmp_path / "quantized")
+    assert outcome.status == 0 and "29 layers of 466944 weights at 4" in outcome.out
+    model = lowrank.load_model(tiny, "nf4", embeddings=True)
+    again = lowrank.load_model(tmp_path / "quantized")
+    ids = torch.randint(0, 768, (2, 23))
+    assert isinstance(again.model.embed_tokens, lowrank.QuantEmbedding)
+    assert torch.equal(again(ids), model(ids))
+    outcome = run("quantize", *words, tmp_path / "bnb", "--format", "bitsandbytes")
+    assert outcome.status != 0 and "model.embed_tokens: expected a linear layer" in outcome.err
+
+
 def test_the_directory_is_the_model_that_was_quantized(quantized, tiny):
     name, folder, _ = quantized
     ids, expected = torch.randint(0, 768, (2, 23)), in_memory(tiny)
