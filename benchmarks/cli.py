@@ -18,6 +18,7 @@ BENCHMARKS = {
     "linear_cross_entropy": "a language model's head and its loss, forward and dX",
     "adamw8bit": "a step of AdamW with 8-bit moments, over one float32 parameter",
     "training_step": "QLoRA steps of SmolLM2-135M (its GGUF file is named by LOWRANK_SMOLLM2)",
+    "loading": "a bfloat16 checkpoint read and quantized to NF4; a packed state dict loaded",
     "import_time": "what importing adds to `import torch`",
 }
 USAGE_ERROR, WRONG_RESULT = 2, 1
@@ -92,6 +93,12 @@ def parser() -> argparse.ArgumentParser:
         "--seconds", type=float, default=6.0, help="time for each case (default: %(default)s)"
     )
     made.add_argument("--steps", type=int, default=20, help="training steps (default: %(default)s)")
+    made.add_argument(
+        "--layers",
+        type=int,
+        default=1,
+        help="layers of loading's checkpoint, 32 being all of Llama-8B's (default: %(default)s)",
+    )
     made.add_argument(
         "--working-set",
         type=float,
@@ -176,8 +183,8 @@ def _run(given: argparse.Namespace) -> dict:
     heads = [shapes.parse(text, shapes.HEADS) for text in given.heads]
     dtypes = shapes.parse_dtypes(given.dtypes)
     rows_of_x = shapes.parse_rows(given.rows)
-    if given.seconds <= 0 or given.steps < 3 or (given.threads or 1) < 1:
-        raise UsageError("--seconds and --threads must be positive, --steps at least 3")
+    if given.seconds <= 0 or given.steps < 3 or (given.threads or 1) < 1 or given.layers < 1:
+        raise UsageError("--seconds, --threads and --layers must be positive, --steps at least 3")
     machine.restrict(given.threads, given.isa)
 
     import torch  # after the restriction
@@ -195,6 +202,7 @@ def _run(given: argparse.Namespace) -> dict:
         _working_set(given.working_set),
         heads,
         isa=given.isa,
+        layers=given.layers,
         tell=lambda text: print(text, file=sys.stderr, flush=True),
     )
     result = run(names, settings)

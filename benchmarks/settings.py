@@ -21,7 +21,8 @@ class Settings:
     """Choices of the command line; `tell` shows progress, `notes` go with the results.
 
     `against` names the peers that are here; `shapes` are (label, N, K), `heads` (label, V,
-    H); `dtypes` are those of x and of what is dense, by their short names.
+    H); `dtypes` are those of x and of what is dense, by their short names; `layers` are those of
+    the checkpoint that `loading` makes.
     """
 
     against: Sequence[str]
@@ -34,6 +35,7 @@ class Settings:
     heads: Sequence[tuple[str, int, int]] = ()
     device: torch.device = torch.device("cpu")
     isa: str | None = None
+    layers: int = 1
     notes: list[str] = field(default_factory=list)
     tell: Callable[[str], None] = field(default=print)
     ceilings: dict[str, float] = field(default_factory=dict)
