@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lowrank import quant
-from lowrank.errors import ConfigError, DtypeError, ShapeError
+from lowrank.errors import ConfigError, DtypeError, FileFormatError, ShapeError
 from lowrank.nn.quant_linear import product
 from lowrank.nn.quant_weight import QuantWeight, resolve
-from lowrank.quant import Quantizer
+from lowrank.quant import Quantizer, Storage, bitsandbytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +128,8 @@ class QuantExperts(QuantWeight):
     torch's products it is one: see ExpertWeights. Held is the matrix [E N, K] of all rows, so every
     scheme of rows does; one that decodes a weight as a whole is refused.
 
-    A state dict's plain tensor, under the parameter's own name, is quantized as it is loaded.
+    A state dict's plain tensor, under the parameter's own name, is quantized as it is loaded;
+    bitsandbytes' tensors under this name are taken as they are.
     """
 
     compute_dtype: torch.dtype | None = None
@@ -195,6 +196,14 @@ class QuantExperts(QuantWeight):
         """[E N, K]."""
         return _matrix(weight, self.transposed)
 
+    def read_bitsandbytes(self, tensors: Mapping[str, Tensor], name: str) -> Storage:
+        if self.transposed:
+            raise FileFormatError(
+                f"{name}weight: expected dense experts, as they are held transposed to the blocks "
+                "of bitsandbytes; got its tensors; quantize the original weights"
+            )
+        return bitsandbytes.read(tensors, name, self.shape)
+
     def extra_repr(self) -> str:
         return f"{list(self.shape)}, {super().extra_repr()}"
 
@@ -205,17 +214,22 @@ class QuantExperts(QuantWeight):
 
 
 def replace_parameter(module: nn.Module, name: str, weights: QuantExperts) -> None:
-    """Put `weights` where the parameter `name` of `module` is; its key goes on to be loaded."""
+    """Put `weights` where the parameter `name` of `module` is; its keys go on to be loaded."""
     del module._parameters[name]
     setattr(module, name, weights)
-    module.register_load_state_dict_pre_hook(partial(_take_plain_key, name))
+    module.register_load_state_dict_pre_hook(partial(_take_plain_keys, name))
 
 
-def _take_plain_key(
+def _take_plain_keys(
     name: str, module: nn.Module, state_dict: dict, prefix: str, *_: object
 ) -> None:
-    if prefix + name in state_dict:
-        state_dict[f"{prefix}{name}.weight"] = state_dict.pop(prefix + name)
+    name = prefix + name
+    if name in state_dict:
+        for key in [key for key in state_dict if key.startswith(f"{name}.")]:
+            suffix = key[len(name) :]
+            if bitsandbytes.is_layer({f"weight{suffix}": state_dict[key]}):
+                state_dict[f"{name}.weight{suffix}"] = state_dict.pop(key)
+        state_dict[f"{name}.weight"] = state_dict.pop(name)
 
 
 def _matrix(weight: Tensor, transposed: bool) -> Tensor:

@@ -97,6 +97,10 @@ class QuantWeight(nn.Module):
         """The weight [N, K] that the module computes with."""
         return self.quantizer.dequantize(self.storage, dtype)
 
+    def read_bitsandbytes(self, tensors: Mapping[str, Tensor], name: str) -> Storage:
+        """What the module becomes with these tensors of a layer; `name` is its prefix."""
+        return bitsandbytes.read(tensors, name, self.matrix_shape)
+
     def extra_repr(self) -> str:
         storage = self.storage
         options = "".join(f", {key}={value}" for key, value in storage.options.items())
@@ -135,7 +139,8 @@ class QuantWeight(nn.Module):
                     )
             if is_bitsandbytes:
                 loaded = {key: t for key, t in own.items() if not bitsandbytes.is_key(key)}
-                loaded |= self._take(*self._read_bitsandbytes(own, prefix))
+                storage = self.read_bitsandbytes(own, prefix)
+                loaded |= self._take(storage, quant.quantizer_of(storage))
             else:
                 loaded = own | self._fill(self._quantize(own.pop("weight"), prefix))
             loaded[_DESCRIPTION] = self.get_extra_state()
@@ -159,12 +164,6 @@ class QuantWeight(nn.Module):
             return self.quantizer.quantize(self.matrix(weight))
         except (WeightError, DtypeError) as error:
             raise type(error)(f"{prefix}{error}") from error
-
-    def _read_bitsandbytes(
-        self, own: Mapping[str, Tensor], prefix: str
-    ) -> tuple[Storage, Quantizer]:
-        storage = bitsandbytes.read(own, prefix, self.matrix_shape)
-        return storage, quant.quantizer_of(storage)
 
     def _is_described_by(self, own: Mapping[str, Tensor], prefix: str) -> bool:
         """Whether the description is of tensors like this module's."""

@@ -11,6 +11,7 @@ from torch import nn
 import lowrank
 from lowrank import LoRALinear, QuantLinear, quant
 from lowrank.errors import FileFormatError, LowrankError, ShapeError
+from lowrank.nn.quant_experts import QuantExperts
 from lowrank.quant import bitsandbytes as ours
 from tests.quant.bnb_damage import damaged
 from tests.quant.bnb_layers import F, bnb, dequantized, layer_tensors, same_bits
@@ -192,6 +193,39 @@ def test_a_damaged_state_dict_never_leaves_a_layer_with_other_weights(data):
         return
     expected = weight_of(found)
     assert torch.equal(layer.dequantize(expected.dtype), expected)
+
+
+class Experts(nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(shape))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("K", [64, 80])
+def test_experts_that_bitsandbytes_has_quantized_as_a_parameter(K, nested):
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+    theirs = nn.ModuleDict({"experts": Experts((4, 6, K))})
+    replace_parameter_4bit(theirs["experts"], "up", compress_statistics=nested, quant_type="nf4")
+    state = theirs.state_dict()
+    own = {k.replace("experts.up", "weight"): v for k, v in state.items()}
+    model = lowrank.quantize(nn.ModuleDict({"experts": Experts((4, 6, K))}), "int8")
+    with pytest.raises((LowrankError, RuntimeError), match=r"experts\.up"):
+        half = {k: v for k, v in state.items() if not k.endswith("quant_map")}
+        model.load_state_dict(half)
+    model.load_state_dict(state)
+    experts = model["experts"].up
+    assert experts.storage.scheme == ("flat" if K % 64 else "nf4")
+    assert torch.equal(experts.dequantize(), dequantized(own))
+    x = torch.randn(3, K)
+    torch.testing.assert_close(x @ experts[2].mT, x @ dequantized(own)[2].T)
+    again = lowrank.quantize(nn.ModuleDict({"experts": Experts((4, 6, K))}), "fp4")
+    again.load_state_dict(model.state_dict())
+    assert same(again["experts"].up.storage, experts.storage)
+    turned = QuantExperts(torch.randn(4, 6, K), transposed=True)
+    with pytest.raises(FileFormatError, match="held transposed"):
+        turned.load_state_dict(own)
 
 
 def test_scales_in_8_bits_by_name():
