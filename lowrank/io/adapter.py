@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapters.config import LoRAConfig
-from lowrank.errors import ConfigError, FileFormatError, MissingPackageError, TargetError
+from lowrank.errors import ConfigError, FileFormatError, TargetError
 from lowrank.nn.lora_linear import LoRALinear
 from lowrank.surgery.inject import attach
 from lowrank.surgery.targets import check_adapters, find_targets, lora_layers, walk
 
 from .atomic import write_files
+from .hub import fetch_files, is_repo_id
 from .json_files import read_json
 from .safetensors import load_safetensors, write_safetensors
 
@@ -258,26 +259,11 @@ def _directory(path_or_repo: str | Path, revision: str | None) -> Path:
         return path
     if path.exists():
         raise FileFormatError(f"{path}: expected the directory of an adapter; it is a file")
-    if not re.fullmatch(r"[\w][\w.-]*/[\w.-]+", str(path_or_repo)):
+    if not is_repo_id(str(path_or_repo)):
         raise FileFormatError(
             f"{path_or_repo}: no such directory, and not a hub id of the form owner/name"
         )
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise MissingPackageError(
-            "loading an adapter from the hub needs: pip install huggingface_hub"
-        ) from error
-    try:
-        found = huggingface_hub.snapshot_download(
-            str(path_or_repo), revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]
-        )
-    except (OSError, ValueError) as error:  # the hub's own errors are all of these kinds
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise FileFormatError(
-            f"{path_or_repo}: no such directory, and the hub did not give it ({reason})"
-        ) from error
-    return Path(found)
+    return fetch_files(str(path_or_repo), [CONFIG_FILE, WEIGHTS_FILE], revision)
 
 
 def _write(path: Path, text: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lowrank import quant
 from lowrank.errors import ConfigError, DtypeError, FileFormatError, WeightError
 from lowrank.io.ahead import read_ahead
+from lowrank.io.hub import fetch_model, is_repo_id
 from lowrank.io.quantized import (
     QuantizedTensors,
     join,
@@ -26,7 +27,6 @@ from lowrank.models.config import DecoderConfig
 from lowrank.models.decoder import Decoder
 from lowrank.models.gguf import GGUFModel
 from lowrank.models.hf import HFDirectory
-from lowrank.models.hub import fetch_model, is_repo_id
 from lowrank.models.quantization_config import QuantizationConfig
 from lowrank.nn.quant_embedding import QuantEmbedding
 from lowrank.nn.quant_linear import QuantLinear
@@ -224,7 +224,7 @@ def _check_quantized(
             f"quantizer: expected None for {source}, which is quantized already, {config.format}; "
             "leave it out, or load the model that it was made from"
         )
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = [name for name, module in _holders(model) if isinstance(module, nn.Linear)]
     try:
         config.check(linears, quantized)
     except ConfigError as error:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from lowrank.data.chat import CHATML, render_chat
 from lowrank.errors import ConfigError, FileFormatError, MissingPackageError
 from lowrank.io.atomic import write_files
+from lowrank.io.hub import fetch_tokenizer, is_repo_id
 from lowrank.io.json_files import read_json
-from lowrank.models.hub import fetch_tokenizer, is_repo_id
 
 if TYPE_CHECKING:
     import tokenizers

@@ -9,7 +9,6 @@ import os
 import struct
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
@@ -214,34 +213,3 @@ lowrank.save_adapter(model, {str(directory)!r})
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9
     assert all((directory / f).read_bytes() == content for f, content in before.items())
     lowrank.load_adapter(base, directory)
-
-
-def test_the_hub_is_asked_for_two_files_only(saved, monkeypatch):
-    import huggingface_hub
-
-    directory, base = saved
-    asked = []
-
-    def snapshot_download(repo, **options):
-        asked.append((repo, options))
-        return str(directory)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    lowrank.load_adapter(base, "owner/adapter", revision="v2")
-    files = ["adapter_config.json", "adapter_model.safetensors"]
-    assert asked == [("owner/adapter", {"revision": "v2", "allow_patterns": files})]
-
-
-def test_a_hub_that_does_not_answer(monkeypatch):
-    import huggingface_hub
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    def snapshot_download(repo, **_):
-        error = RepositoryNotFoundError.__new__(RepositoryNotFoundError)
-        error.args = ("404 Client Error.\n\nRepository Not Found",)
-        raise error
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        assert_refused(tiny_llama(), "owner/adapter", match="owner/adapter.*hub")

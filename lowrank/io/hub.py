@@ -1,13 +1,15 @@
-"""Files of a model on the Hugging Face hub, through huggingface_hub and its cache."""
+"""Files of models and adapters on the Hugging Face hub, through huggingface_hub and its cache."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from lowrank.errors import ConfigError, FileFormatError, MissingPackageError
-from lowrank.io.json_files import read_json
-from lowrank.io.shards import INDEX, SINGLE, files_of, refusal_of_pickles
+
+from .json_files import read_json
+from .shards import INDEX, SINGLE, files_of, refusal_of_pickles
 
 
 def is_repo_id(source: str) -> bool:
@@ -34,6 +36,11 @@ def fetch_tokenizer(repo: str, revision: str | None = None, token: str | None = 
     for name in ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
         _fetch_if_there(repo, name, revision, token)
     return path.parent
+
+
+def fetch_files(repo: str, filenames: Iterable[str], revision: str | None = None) -> Path:
+    """A local directory with just these files of the repository, which has them all."""
+    return [_fetch(repo, filename, revision, None) for filename in filenames][0].parent
 
 
 class _NotInCache(ConfigError):

@@ -10,7 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 
+import lowrank
 from tests.models.helpers import llama
 from tests.models.test_tokenizer import write_tokenizer
 
@@ -119,10 +121,41 @@ def test_a_hub_id_loads_what_its_directory_loads(hub, shard):
     assert run(local)[1:] == first[1:]
 
 
+OVER_QUANTIZED = """
+import torch, lowrank
+model = lowrank.load_model("org/nf4")
+lowrank.load_adapter(model, "org/adapter", revision="v1")
+print(float(model(torch.arange(20)[None]).double().abs().sum()))
+"""
+
+
+def test_an_adapter_over_a_quantized_model(hub):
+    run, root, asked = hub
+    llama().save_pretrained(root / "org" / "dense")
+    model = lowrank.load_model(root / "org" / "dense", "nf4")
+    lowrank.save_model(model, root / "org" / "nf4", format="lowrank", max_shard_bytes=50_000)
+    lowrank.inject(model, lowrank.LoRAConfig(r=4))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    lowrank.save_adapter(model, root / "org" / "adapter")
+    (root / "org" / "adapter" / "adapter_model.bin").write_bytes(b"pickle")
+    (said,) = run(OVER_QUANTIZED)
+    expected = model(torch.arange(20)[None]).double().abs().sum().item()
+    assert abs(float(said) - expected) < 1e-4 * expected
+    fetched = {line for line in asked if line.startswith("GET adapter/")}
+    assert fetched == {
+        "GET adapter/adapter_config.json",
+        "GET adapter/adapter_model.safetensors",
+    }
+
+
 ERRORS = """
-import json, lowrank
+import json, torch, lowrank
 for call in json.loads({calls!r}):
     try:
+        if "adapter" in call:
+            lowrank.load_adapter(torch.nn.Linear(4, 4), call["adapter"])
         lowrank.load_model(call.pop("source"), **call)
         print("loaded")
     except lowrank.errors.LowrankError as error:
@@ -150,6 +183,8 @@ def test_what_the_hub_refuses_is_said_in_one_line(hub):
         ({"source": "org/gated", "token": "key", "revision": "v9"}, "no revision 'v9'"),
         ({"source": "org/empty"}, "FileFormatError org/empty: the repository has no config.json"),
         ({"source": "org/old"}, "FileFormatError org/old/pytorch_model.bin: pickled weights"),
+        ({"adapter": "org/absent"}, "ConfigError org/absent: no such repository on the hub"),
+        ({"adapter": "org/old"}, "FileFormatError org/old: the repository has no adapter_config"),
         ({"source": "org/bare"}, "FileFormatError org/bare: expected model.safetensors or"),
     ]
     lines = run(ERRORS.format(calls=json.dumps([call for call, _ in expected])))
