@@ -6,13 +6,14 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from lowrank.errors import ConfigError
 
-INITS = (True, False, "gaussian")
+INITS = (True, False, "gaussian", "loftq", "pissa")
 BIASES = ("none", "lora_only", "all")
+_LOFTQ = {"loftq_bits": 4, "loftq_iter": 1}  # PEFT's defaults
 TASKS = ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 # Keys of adapter_config.json that are no field here, with the values PEFT 0.21.2 writes by default.
@@ -26,7 +27,6 @@ _PEFT_REST: dict[str, Any] = {
     "fan_in_fan_out": False,
     "kasa_config": None,
     "layer_replication": None,
-    "loftq_config": {},
     "lora_bias": False,
     "lora_ga_config": None,
     "megatron_config": None,
@@ -82,8 +82,11 @@ class LoRAConfig:
     inference_mode: inject the adapter frozen; nothing trains.
     use_rslora: s = lora_alpha / sqrt(r).
     bias: which of the base's biases train and are saved: none, lora_only (the targets') or all.
-    init_lora_weights: True (A uniform, B zero), "gaussian" (A normal, B zero), or False (neither
-      is zero).
+    init_lora_weights: True (A uniform, B zero), "gaussian" (A normal, B zero), False (neither is
+      zero); over weights that are quantized for it, "loftq" (what quantizing loses), "pissa" (the
+      principal part, the base being the rest) or "pissa_niter_4" (that by a fast SVD).
+    loftq_config: for loftq and pissa, {"loftq_iter": times that quantizing and SVD alternate (1)};
+      the quantizer says how many bits, loftq_bits is for PEFT's eyes.
 
     Raises ConfigError on any value that is out of range or not supported.
     """
@@ -97,6 +100,7 @@ class LoRAConfig:
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: bool | str = True
+    loftq_config: dict[str, int] = field(default_factory=dict)
     modules_to_save: list[str] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -116,7 +120,9 @@ class LoRAConfig:
         for name in ("use_rslora", "use_dora", "inference_mode"):
             _check_choice(name, getattr(self, name), (True, False))
         _check_choice("bias", self.bias, BIASES)
-        _check_choice("init_lora_weights", self.init_lora_weights, INITS)
+        if not _is_fast_pissa(self.init_lora_weights):
+            _check_choice("init_lora_weights", self.init_lora_weights, INITS)
+        self.loftq_config = _loftq(self.loftq_config, self.init_lora_weights)
         if self.use_dora:
             raise ConfigError(
                 "use_dora: expected False (LoRA and use_rslora are supported); got True"
@@ -153,6 +159,22 @@ class LoRAConfig:
         """alpha of the layer called `name`."""
         return _first_match(self.alpha_pattern, name, self.lora_alpha)
 
+    @property
+    def starts_from_weight(self) -> bool:
+        """Whether the adapter starts with a part of the weight, and the base with the rest."""
+        return self.init_lora_weights == "loftq" or self.starts_as_principal_part
+
+    @property
+    def starts_as_principal_part(self) -> bool:
+        """Whether that part is the largest there is, so that the base alone is no model."""
+        return self.init_lora_weights == "pissa" or _is_fast_pissa(self.init_lora_weights)
+
+    def with_fresh_start(self) -> LoRAConfig:
+        """This config, but for an adapter that does not start from the weight."""
+        if not self.starts_from_weight:
+            return self
+        return replace(self, init_lora_weights=True, loftq_config={})
+
     def to_peft(self) -> dict[str, Any]:
         """The content of PEFT's adapter_config.json; an adapter on disk is always for inference."""
         return {
@@ -177,6 +199,8 @@ class LoRAConfig:
         known = {f.name: content[f.name] for f in fields(cls) if content.get(f.name) is not None}
         if known.get("init_lora_weights") in _PEFT_PLAIN_INITS:
             known["init_lora_weights"] = True
+        if not str(known.get("init_lora_weights")).startswith(("loftq", "pissa")):
+            known.pop("loftq_config", None)  # left there by who set the other to True afterwards
         return cls(**{**known, "inference_mode": False})
 
 
@@ -198,6 +222,28 @@ def _check_number(name: str, value: Any) -> None:
 def _check_choice(name: str, value: Any, choices: tuple) -> None:
     if not any(type(value) is type(c) and value == c for c in choices):
         raise ConfigError(f"{name}: expected one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def _is_fast_pissa(value: Any) -> bool:
+    """pissa_niter_ and a number, PEFT's spelling of PiSSA by a fast SVD."""
+    return isinstance(value, str) and re.fullmatch(r"pissa_niter_\d+", value) is not None
+
+
+def _loftq(value: Any, init: bool | str) -> dict[str, int]:
+    value = vars(value) if hasattr(value, "loftq_iter") else value  # PEFT's LoftQConfig
+    if not isinstance(value, Mapping) or value.keys() - _LOFTQ.keys():
+        raise ConfigError(f"loftq_config: expected a dict of {', '.join(_LOFTQ)}; got {value!r}")
+    for key, number in value.items():
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ConfigError(f"{key}: expected an integer of at least 1; got {number!r}")
+    if init == "loftq":
+        return {**_LOFTQ, **value}
+    if value and init != "pissa" and not _is_fast_pissa(init):
+        raise ConfigError(
+            "loftq_config: expected {}, it belongs to init_lora_weights='loftq' or 'pissa'; "
+            f"got {value!r} with {init!r}"
+        )
+    return dict(value)
 
 
 def _check_regex(name: str, pattern: Any, form: str = "{}") -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from lowrank import ops
-from lowrank.adapters import lora
+from lowrank.adapters import initial, lora
 from lowrank.adapters.config import LoRAConfig
-from lowrank.errors import ConfigError, TargetError
+from lowrank.errors import ConfigError, FileFormatError, ShapeError, TargetError, WeightError
 from lowrank.nn.autocast import linear_dtype
 from lowrank.nn.fusible import NO_BASE, Base, fusible_base
 from lowrank.nn.quant_linear import QuantLinear
@@ -40,17 +41,8 @@ class LoRALinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if quantizer is None:
-            base: nn.Linear | QuantLinear = nn.Linear(
-                in_features, out_features, bias, device=device, dtype=dtype
-            )
-        else:
-            base = QuantLinear(
-                in_features, out_features, bias, quantizer, device=device, dtype=dtype
-            )
-        self._init_around(base)
-        self.add_adapter(adapter, config or LoRAConfig())
-        self.set_adapter([adapter])
+        linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        self._init_around(linear, config or LoRAConfig(), adapter, "", quantizer)
 
     @classmethod
     def wrap(
@@ -59,24 +51,43 @@ class LoRALinear(nn.Module):
         config: LoRAConfig,
         adapter: str = "default",
         name: str = "",
+        quantizer: str | Quantizer | None = None,
     ) -> LoRALinear:
         """The same layer with an adapter; `linear` becomes `base_layer` and is frozen.
 
-        `name` is the layer's name in its model, for the config's rank_pattern and alpha_pattern.
+        With a `quantizer`, `linear` is an nn.Linear and stays as it is, but for its bias, which the
+        QuantLinear made of it shares. `name` is the layer's name in its model, for the config's
+        rank_pattern and alpha_pattern.
         """
-        if isinstance(linear, LoRALinear) or not isinstance(linear, nn.Linear | QuantLinear):
+        expected = nn.Linear | QuantLinear if quantizer is None else nn.Linear
+        if isinstance(linear, LoRALinear) or not isinstance(linear, expected):
             raise TargetError(
-                f"{name or 'wrap'}: expected nn.Linear or QuantLinear; got {type(linear).__name__}"
+                f"{name or 'wrap'}: expected nn.Linear{' or QuantLinear' * (quantizer is None)}; "
+                f"got {type(linear).__name__}"
             )
         layer = cls.__new__(cls)
-        layer._init_around(linear)
-        layer.add_adapter(adapter, config, name)
-        layer.set_adapter([adapter])
+        layer._init_around(linear, config, adapter, name, quantizer)
         return layer
 
-    def _init_around(self, base: nn.Linear | QuantLinear) -> None:
+    def _init_around(
+        self,
+        linear: nn.Linear | QuantLinear,
+        config: LoRAConfig,
+        adapter: str,
+        name: str,
+        quantizer: str | Quantizer | None,
+    ) -> None:
+        if not isinstance(config, LoRAConfig):
+            raise ConfigError(f"config: expected a LoRAConfig; got {type(config).__name__}")
+        if config.starts_from_weight and quantizer is None:
+            raise ConfigError(
+                f"init_lora_weights={config.init_lora_weights!r}: expected an nn.Linear and a "
+                f"quantizer; got {type(linear).__name__} and None; pass quantizer='nf4', or 'none' "
+                "to leave the rest in full precision"
+            )
         super().__init__()
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        base = linear if quantizer is None else QuantLinear.from_linear(linear, quantizer)
         self.base_layer = base.requires_grad_(False)
         self.lora_dropout = nn.ModuleDict()
         self.lora_A = nn.ModuleDict()
@@ -90,6 +101,10 @@ class LoRALinear(nn.Module):
         # in a list, so that it is no submodule: a merged layer's state is the merged weight alone
         self._aside: list[nn.Module] = []
         self.register_load_state_dict_pre_hook(_take_plain_keys)
+        self.add_adapter(adapter, config.with_fresh_start(), name)
+        self.set_adapter([adapter])
+        if config.starts_from_weight:
+            self.initialise(adapter, config, linear.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.disabled:
@@ -143,11 +158,14 @@ class LoRALinear(nn.Module):
             raise ConfigError(
                 f"adapter: {adapter!r} is already there; delete it first or choose another name"
             )
-        if not isinstance(config, LoRAConfig):
-            raise ConfigError(f"config: expected a LoRAConfig; got {type(config).__name__}")
         if not isinstance(adapter, str) or not adapter or "." in adapter:
             raise ConfigError(f"adapter: expected a name without dots; got {adapter!r}")
         self._refuse_if_merged("add_adapter")
+        if config.starts_from_weight:
+            raise ConfigError(
+                f"init_lora_weights={config.init_lora_weights!r}: changes the base, so it is for a "
+                "first adapter only: LoRALinear.wrap(linear, config, quantizer=...)"
+            )
         weight = next(self.base_layer.parameters())
         dtype = (
             torch.promote_types(weight.dtype, torch.float32)
@@ -166,6 +184,36 @@ class LoRALinear(nn.Module):
             config.alpha(name),
         )
         self.scale_adapter(adapter, 1.0)
+
+    def initialise(self, adapter: str, config: LoRAConfig, weight: Tensor) -> None:
+        """Start `adapter` from the original plain `weight` as config.init_lora_weights says.
+
+        The quantized base is made anew, so that base + s·B A is near the weight. On the meta device
+        nothing is computed; there, loading a plain `weight` does the same.
+        """
+        A, B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        storage, *factors = self._split(adapter, config, weight.to(A.device))
+        base, dtype = self.base_layer, self.base_layer.dtype
+        base.storage = replace(storage, dtype=base.weight_dtype)
+        base.dtype = dtype
+        with torch.no_grad():
+            for parameter, factor in zip((A, B), factors, strict=True):
+                parameter.copy_(factor)
+        self.config[adapter] = config
+
+    def _split(self, adapter: str, config: LoRAConfig, weight: Tensor) -> tuple:
+        """(Storage, A, B) of adapters.initial.split."""
+        self._refuse_if_merged("initialise")
+        base, r = self.base_layer, self.r[adapter]
+        if weight.shape != base.plain_shape:
+            expected = list(base.plain_shape)
+            raise ShapeError(f"weight: expected {expected}; got {list(weight.shape)}")
+        quantizer, weight = base.quantizer, base.matrix(weight)
+        if weight.is_meta:
+            N, K = weight.shape
+            return quantizer.quantize(weight), weight.new_empty(r, K), weight.new_empty(N, r)
+        s = lora.scaling(r, self.lora_alpha[adapter], config.use_rslora)
+        return initial.split(config, weight, quantizer, r, s)
 
     def set_adapter(self, adapters: Iterable[str]) -> None:
         """Make these, as far as they are here, active: they add up, and only they train."""
@@ -269,15 +317,43 @@ def _linear(K: int, N: int, device: torch.device, dtype: torch.dtype) -> nn.Line
 
 
 def _take_plain_keys(layer: LoRALinear, state_dict: dict, prefix: str, *_: object) -> None:
-    """Before loading: a plain linear's keys go to `base_layer`, the adapters stay as they are."""
-    plain = [
-        key
+    """Before loading: a plain linear's keys go to `base_layer`, the adapters stay as they are.
+
+    But an adapter that starts from the weight, and its base, are made of the plain weight anew.
+    """
+    plain = {
+        key[len(prefix) :]
         for key in state_dict
         if key.startswith(prefix) and key[len(prefix) :].split(".")[0] not in layer._modules
-    ]
-    for key in plain:
-        state_dict[f"{prefix}base_layer.{key[len(prefix) :]}"] = state_dict.pop(key)
+    }
+    moved = {f"base_layer.{name}": state_dict.pop(prefix + name) for name in plain}
+    if plain - {"bias"}:
+        for adapter, config in layer.config.items():
+            if config.starts_from_weight:
+                moved |= _start_of(layer, adapter, config, moved, prefix)
+                del moved["base_layer.weight"]
     if plain:
-        for name, value in layer.state_dict().items():
-            if name.startswith("lora_"):
-                state_dict.setdefault(prefix + name, value)
+        own = layer.state_dict()
+        moved = {name: own[name] for name in own if name.startswith("lora_")} | moved
+    for name, value in moved.items():
+        state_dict.setdefault(prefix + name, value)
+
+
+def _start_of(
+    layer: LoRALinear, adapter: str, config: LoRAConfig, plain: dict[str, Tensor], prefix: str
+) -> dict[str, Tensor]:
+    """The tensors of the base and of the adapter that start from base_layer.weight of `plain`."""
+    weight = plain.get("base_layer.weight")
+    if weight is None or not weight.is_floating_point():
+        raise FileFormatError(
+            f"{prefix}weight: expected the original in floats, as adapter {adapter!r} starts with "
+            f"a part of it ({config.init_lora_weights!r}); got a quantized one; load the whole "
+            "layer's state dict, or the original"
+        )
+    try:
+        storage, A, B = layer._split(adapter, config, weight)
+    except (ShapeError, WeightError) as error:
+        raise type(error)(f"{prefix}{error}") from error
+    base = QuantLinear.from_storage(storage, layer.base_layer.quantizer).state_dict()
+    tensors = {f"base_layer.{name}": value for name, value in base.items()}
+    return tensors | {f"lora_A.{adapter}.weight": A, f"lora_B.{adapter}.weight": B}

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank.adapters.config import LoRAConfig, pattern_matches
-from lowrank.errors import ConfigError, TargetError
+from lowrank.errors import ConfigError, TargetError, WeightError
 from lowrank.nn.lora_linear import LoRALinear
+from lowrank.nn.quant_linear import QuantLinear
+from lowrank.quant import Quantizer
 
+from .start import check_alone, check_start
 from .targets import (
     DEFAULT_TARGETS,
     check_each_matches,
@@ -22,13 +25,26 @@ from .targets import (
 )
 
 
-def inject(model: nn.Module, config: LoRAConfig, adapter: str = "default") -> nn.Module:
+def inject(
+    model: nn.Module,
+    config: LoRAConfig,
+    adapter: str = "default",
+    quantizer: str | Quantizer | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
     """Give every layer that `config` targets a fresh adapter, in place, and freeze the rest.
 
     The first adapter is active; a further one stays idle and frozen until `set_adapter`, and
-    what trains already goes on training. Returns the model.
-    Raises TargetError for targets that match nothing, ConfigError for a name already taken; the
-    model is then as it was.
+    what trains already goes on training. Targets that are not quantized yet are, by `quantizer`.
+
+    With init_lora_weights "loftq" or "pissa" the adapters start with a part of the weights, and the
+    quantized base is what they leave. `weights` has the original ones of targets that are quantized
+    already, by their names in the model's unquantized state dict; each is taken when its turn
+    comes, so that a mapping such as `open_weights` makes need not hold them.
+
+    Returns the model. Raises TargetError for targets that match nothing, ConfigError for a name
+    already taken, WeightError for a NaN; the model is then as it was. Only where `weights` fails
+    on second reading, some layers have started from it and others afresh, each of them whole.
     """
     if not isinstance(config, LoRAConfig):
         raise ConfigError(f"config: expected a LoRAConfig; got {type(config).__name__}")
@@ -43,12 +59,10 @@ def inject(model: nn.Module, config: LoRAConfig, adapter: str = "default") -> nn
     if is_all_linear(targets):
         targets = condense(model, names)  # as PEFT saves it
     origin = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
-    attach(
-        model,
-        names,
-        replace(config, target_modules=targets, base_model_name_or_path=origin),
-        adapter,
-    )
+    config = replace(config, target_modules=targets, base_model_name_or_path=origin)
+    modules = dict(walk(model))
+    check_start(model, {name: modules[name] for name in names}, config, quantizer, weights)
+    attach(model, names, config, adapter, quantizer=quantizer, weights=weights)
     return model
 
 
@@ -58,8 +72,14 @@ def attach(
     config: LoRAConfig,
     adapter: str,
     fill: Callable[[str, LoRALinear], None] = lambda name, layer: None,
+    quantizer: str | Quantizer | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Add `adapter` to the named layers, each then passed to `fill(name, layer)`; all or none."""
+    """Add `adapter` to the named layers, each then passed to `fill(name, layer)`; all or none.
+
+    `quantizer` and `weights` are those of `inject`, which `check_start` has found sufficient; what
+    starts from `weights` does so in place, one layer after the other, when all have the adapter.
+    """
     before = lora_layers(model).values()
     if any(layer.merged for layer in before):
         raise ConfigError(
@@ -69,25 +89,36 @@ def attach(
         raise ConfigError(
             f"adapter: {adapter!r} is already in the model; delete it first or choose another name"
         )
+    others = {a: c for layer in before for a, c in layer.config.items()}
+    check_alone(others | {adapter: config})
     biased = [a for layer in before for a, c in layer.config.items() if c.bias != "none"]
     if biased and config.bias != "none":
         raise ConfigError(
             f'bias: expected "none", adapter {biased[0]!r} trains the biases; got {config.bias!r}'
         )
     is_first = not any(layer.lora_A for layer in before)
-    modules = dict(walk(model))
+    names, modules, fresh = list(names), dict(walk(model)), config.with_fresh_start()
+    quantized = [name for name in names if isinstance(modules[name], QuantLinear)]
+    later = quantized if config.starts_from_weight else []
     flags = [(p, p.requires_grad) for p in model.parameters()]
     wrapped: dict[nn.Module, LoRALinear] = {}
     try:
         for name in names:
-            if isinstance(modules[name], LoRALinear):
-                layer = modules[name]
-                layer.add_adapter(adapter, config, name)
-            else:
-                layer = wrapped[modules[name]] = LoRALinear.wrap(
-                    modules[name], config, adapter, name
-                )
-            fill(name, layer)
+            layer = modules[name]
+            try:
+                if isinstance(layer, LoRALinear):
+                    layer.add_adapter(adapter, fresh, name)
+                else:
+                    by = quantizer if isinstance(layer, nn.Linear) else None
+                    layer = LoRALinear.wrap(layer, fresh, adapter, name, by)
+                    wrapped[modules[name]] = layer
+                if name in later:
+                    continue
+                if config.starts_from_weight:
+                    layer.initialise(adapter, config, modules[name].weight)
+                fill(name, layer)
+            except WeightError as error:
+                raise WeightError(f"{name}.{error}") from error
     except BaseException:
         for layer in before:
             layer.delete_adapter(adapter)
@@ -105,6 +136,10 @@ def attach(
         model.requires_grad_(False)
         active = [adapter]
     activate(model, active)
+    for name in later:  # in place: to keep what was there would be to hold a second model
+        layer = wrapped[modules[name]]
+        layer.initialise(adapter, config, weights[f"{name}.weight"])
+        fill(name, layer)
 
 
 def activate(model: nn.Module, active: list[str]) -> None:

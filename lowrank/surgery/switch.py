@@ -23,9 +23,20 @@ def set_adapter(model: nn.Module, adapters: str | Iterable[str]) -> None:
 
 
 def delete_adapter(model: nn.Module, adapter: str) -> None:
-    """Remove an adapter from the model; the other active ones stay active."""
+    """Remove an adapter from the model; the other active ones stay active.
+
+    Raises ConfigError for one that has the principal part of the weights, which would be lost.
+    """
     check_adapters(model, [adapter])
-    for layer in _unmerged_layers(model, "delete_adapter"):
+    layers = list(_unmerged_layers(model, "delete_adapter"))
+    for layer in layers:
+        if adapter in layer.config and layer.config[adapter].starts_as_principal_part:
+            raise ConfigError(
+                f"delete_adapter: {adapter!r} has the principal part of the weights "
+                f"(init_lora_weights={layer.config[adapter].init_lora_weights!r}); "
+                "merge_and_unload gives it back to them"
+            )
+    for layer in layers:
         layer.delete_adapter(adapter)
 
 

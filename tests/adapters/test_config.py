@@ -34,10 +34,18 @@ def test_defaults_are_pefts():
             "base_model_name_or_path": "someone/something",
             "exclude_modules": ["lm_head"],
         },
+        {"target_modules": ["q_proj"], "init_lora_weights": "pissa_niter_4"},
+        {
+            "target_modules": ["q_proj"],
+            "init_lora_weights": "loftq",
+            "loftq_config": {"loftq_bits": 4, "loftq_iter": 5},
+        },
     ],
 )
 def test_the_file_is_pefts_dump(tmp_path, options):
-    theirs = peft.LoraConfig(**options)
+    theirs = peft.LoraConfig(**{k: v for k, v in options.items() if "loftq" not in f"{k}{v}"})
+    if options.get("init_lora_weights") == "loftq":  # with which theirs asks for scipy at once
+        theirs.init_lora_weights, theirs.loftq_config = "loftq", options["loftq_config"]
     theirs.inference_mode = True  # as save_pretrained of a model writes it
     theirs.save_pretrained(tmp_path)
     text = (tmp_path / "adapter_config.json").read_text()
@@ -69,7 +77,7 @@ def test_reads_old_and_future_files():
         {"peft_type": None},
         {"use_dora": True},
         {"lora_bias": True},
-        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
         {"trainable_token_indices": [1, 2]},
         {"layer_replication": [[0, 2], [1, 2]]},
         {"target_parameters": ["experts.gate_up_proj"]},
@@ -102,7 +110,11 @@ def test_refuses_files_that_mean_something_else(change):
         ("bias", None),
         ("use_rslora", 1),
         ("use_dora", True),
-        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "olora"),
+        ("init_lora_weights", "pissa_niter_"),
+        ("init_lora_weights", "pissa_niter_x"),
+        ("loftq_config", {"loftq_iter": 2}),  # no method to which it belongs
+        ("loftq_config", 4),
         ("init_lora_weights", None),
         ("init_lora_weights", 1),
         ("target_modules", []),
@@ -136,6 +148,26 @@ def test_refuses_wrong_values(field, value):
     with pytest.raises(ConfigError, match=field) as caught:
         LoRAConfig(**{field: value})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "value", [{"loftq_bit": 4}, {"loftq_iter": 0}, {"loftq_iter": 2.0}, {"loftq_bits": True}, None]
+)
+def test_refuses_wrong_loftq_configs(value):
+    with pytest.raises(ConfigError, match="loftq_") as caught:
+        LoRAConfig(init_lora_weights="loftq", loftq_config=value)
+    assert "\n" not in str(caught.value)
+
+
+def test_takes_pefts_loftq_config():
+    theirs = peft.LoftQConfig(loftq_iter=3)
+    expected = {"loftq_bits": 4, "loftq_iter": 3}
+    for given in (theirs, {"loftq_iter": 3}):
+        config = LoRAConfig(init_lora_weights="loftq", loftq_config=given)
+        assert config.loftq_config == expected
+    # in a file it may be left over: PEFT's example of LoftQ sets the other to True before saving
+    left = {"peft_type": "LORA", "init_lora_weights": True, "loftq_config": expected}
+    assert LoRAConfig.from_peft(left) == LoRAConfig()
 
 
 def test_layers_to_transform_wants_names():
