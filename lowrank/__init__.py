@@ -10,6 +10,7 @@ from .io.quantized import load_quantized as load_quantized
 from .io.quantized import save_quantized as save_quantized
 from .models.generate import generate as generate
 from .models.loading import load_model as load_model
+from .models.loading import open_weights as open_weights
 from .models.saving import save_model as save_model
 from .models.tokenizer import load_tokenizer as load_tokenizer
 from .nn.lora_linear import LoRALinear as LoRALinear

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         )
     model, tokenizer = source.load(), source.load_tokenizer()
     if args.adapter is not None:
-        lowrank.load_adapter(model, args.adapter)
+        source.load_adapter(model, args.adapter)
     text = lowrank.generate(
         model,
         tokenizer,

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     source = from_args(args)
     with new_directory(args.output) as folder:
         model, tokenizer = source.load(), source.load_tokenizer()
-        lowrank.load_adapter(model, args.adapter)
+        source.load_adapter(model, args.adapter)
         lowrank.merge_and_unload(model, dtype=source.torch_dtype)
         lowrank.save_model(model, folder, source.torch_dtype)
         tokenizer.save(folder)

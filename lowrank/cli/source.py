@@ -76,6 +76,10 @@ class Source:
             device=self.device,
         )
 
+    def load_adapter(self, model: nn.Module, adapter: str) -> None:
+        """Put an adapter onto the loaded model; its base is made again if training changed it."""
+        lowrank.load_adapter(model, adapter, weights=lowrank.open_weights(self.model))
+
     def load_tokenizer(self):
         return lowrank.load_tokenizer(self.model)
 

@@ -57,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
 
     model, tokenizer = settings.load(), settings.load_tokenizer()
     torch.manual_seed(config.seed)  # of the adapter's first values; the Trainer seeds the rest
-    lowrank.print_trainable_parameters(lowrank.inject(model, lora))
+    weights = lowrank.open_weights(settings.model) if lora.starts_from_weight else None
+    lowrank.print_trainable_parameters(lowrank.inject(model, lora, weights=weights))
     trainer = Trainer(model, config, train_data, eval_data, tokenizer=tokenizer)
     output = Path(config.output_dir)
     tables = {"run": settings, "train": config, "lora": lora}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,13 @@ from torch import Tensor, nn
 from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import ConfigError, FileFormatError, TargetError
 from lowrank.nn.lora_linear import LoRALinear
+from lowrank.quant import Quantizer
 from lowrank.surgery.inject import attach
+from lowrank.surgery.start import check_start
 from lowrank.surgery.targets import check_adapters, find_targets, lora_layers, walk
 
 from .atomic import write_files
+from .base import check_made, is_base_to_be_made, metadata_of, read_numbers
 from .hub import fetch_files, is_repo_id
 from .json_files import read_json
 from .safetensors import load_safetensors, write_safetensors
@@ -56,12 +59,13 @@ def save_adapter(model: nn.Module, path: str | Path, adapter: str = "default") -
             "parent_library": type(model).__module__,
         }
     tensors = {PREFIX + name: p for name, p in _tensors(model, layers, config, adapter).items()}
+    metadata = metadata_of(layers) if config.starts_from_weight else {}
     text = json.dumps(content, indent=2, sort_keys=True)
     write_files(
         directory,
         {
             CARD_FILE: lambda aside: _write(aside, _card(config)),
-            WEIGHTS_FILE: lambda aside: write_safetensors(aside, tensors),
+            WEIGHTS_FILE: lambda aside: write_safetensors(aside, tensors, metadata),
             CONFIG_FILE: lambda aside: _write(aside, text),
         },
     )
@@ -74,13 +78,21 @@ def load_adapter(
     adapter: str = "default",
     is_trainable: bool = False,
     revision: str | None = None,
+    quantizer: str | Quantizer | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """Read an adapter that PEFT or we wrote, from a directory or a hub id, into the model.
 
     If the model has no such adapter it is created: active if it is the first, frozen unless
     `is_trainable`. If it has, its weights are replaced, and its config must agree.
+
+    An adapter that started with a part of the weights (LoftQ, PiSSA) belongs to the base that was
+    left. Unless the model has that base, it is made again from the original weights, which takes
+    what `inject` took: a `quantizer` for an unquantized model, `weights` for a quantized one.
+
     Returns the model. Raises FileFormatError, with the model as it was, for damaged files and for
-    an adapter of another base: keys missing or left over, or shapes that do not fit.
+    an adapter of another base: keys missing or left over, shapes that do not fit, or a base that
+    is not the one it was trained over.
     """
     directory = _directory(path_or_repo, revision)
     config = replace(_read_config(directory / CONFIG_FILE), inference_mode=not is_trainable)
@@ -105,7 +117,16 @@ def load_adapter(
     expected.update((name, tuple(p.shape)) for name, p in biases.items())
     _check_fits(tensors, expected, directory)
 
+    targets = {name: modules[name] for name in names}
+    file = directory / WEIGHTS_FILE
+    numbers = read_numbers(file)
+    make_base = config.starts_from_weight and is_base_to_be_made(
+        file, numbers, model, targets, config, adapter, quantizer, weights
+    )
+
     def fill(name: str, layer: LoRALinear) -> None:
+        if make_base and numbers is not None:
+            check_made(file, numbers, name, layer)
         for part, linears in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
             with torch.no_grad():
                 linears[adapter].weight.copy_(tensors[f"{name}.{part}.weight"])
@@ -113,8 +134,19 @@ def load_adapter(
     if mine:
         for name, layer in mine.items():
             fill(name, layer)
+    elif make_base:
+        attach(model, names, config, adapter, fill, quantizer, weights)
     else:
-        attach(model, names, config, adapter, fill)
+        fresh = config.with_fresh_start()
+        check_start(model, targets, fresh, quantizer, None)
+        attach(model, names, fresh, adapter, fill, quantizer)
+    for name in names:  # the base is as that left it: a file written from here says so too
+        layer = model.get_submodule(name)
+        layer.config[adapter] = replace(
+            layer.config[adapter],
+            init_lora_weights=config.init_lora_weights,
+            loftq_config=config.loftq_config,
+        )
     with torch.no_grad():
         for name, parameter in biases.items():
             parameter.copy_(tensors[name])
@@ -192,6 +224,12 @@ def _check_agrees(
                 f"{directory}: {name} has (r, lora_alpha, use_rslora, bias) = {here}, "
                 f"adapter {adapter!r} in the model {there}; "
                 "load it under another name, or delete_adapter first"
+            )
+        if layer.config[adapter].starts_from_weight and not config.starts_from_weight:
+            raise FileFormatError(
+                f"{directory}: made for the base as it was; adapter {adapter!r} of the model has "
+                f"changed it (init_lora_weights={layer.config[adapter].init_lora_weights!r}); load "
+                "the model anew"
             )
         if layer.merged:
             raise ConfigError(

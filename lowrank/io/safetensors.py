@@ -54,7 +54,7 @@ class Entry:
 
 
 class SafetensorsFile:
-    """The checked header of a safetensors file, and its tensors one at a time.
+    """The checked header of a safetensors file, its `metadata`, and its tensors one at a time.
 
     Tensors are read, not mapped: a mapped file would count as memory of the process page by page,
     and change under a live model if it were overwritten.
@@ -71,7 +71,7 @@ class SafetensorsFile:
                 raise FileFormatError(f"{self.path}: truncated or not safetensors; fetch it again")
             try:
                 header = json.loads(file.read(length).decode())
-                header.pop("__metadata__", None)
+                self.metadata = dict(header.pop("__metadata__", None) or {})
                 self.entries = {name: _entry(8 + length, **raw) for name, raw in header.items()}
             except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
                 raise FileFormatError(
@@ -126,13 +126,17 @@ def save_safetensors(path: str | Path, tensors: Mapping[str, Tensor | Lazy]) -> 
     write_files(path.parent, {path.name: lambda aside: write_safetensors(aside, tensors)})
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor | Lazy]) -> None:
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, Tensor | Lazy],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write straight to `path`, one tensor at a time. Raises OSError, and DtypeError for a dtype
     that the format does not have.
     """
     # the widest dtype first: each tensor then begins at a multiple of its own
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, dict] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name in names:
         tensor = tensors[name]

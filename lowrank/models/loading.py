@@ -22,7 +22,7 @@ from lowrank.io.quantized import (
     quantized_modules,
     quantized_twin,
 )
-from lowrank.io.shards import check_shapes
+from lowrank.io.shards import Shards, check_shapes
 from lowrank.models.config import DecoderConfig
 from lowrank.models.decoder import Decoder
 from lowrank.models.gguf import GGUFModel
@@ -80,7 +80,7 @@ def load_model(
         raise ConfigError(f"quantizer: expected a name, a quantizer or None; got {quantizer!r}")
     if embeddings and quantizer is None:
         raise ConfigError("embeddings: belongs to a quantizer; got True without one")
-    weights = open_weights(source, revision=revision, token=token)
+    weights: Weights = _open(source, HFDirectory, revision, token)
     _check_layers(weights, source)
     with torch.device("meta"):
         model = Decoder(weights.config)
@@ -112,11 +112,40 @@ def load_model(
 
 def open_weights(
     source: str | Path, *, revision: str | None = None, token: str | None = None
-) -> Weights:
-    """Config and tensors of a model, nothing but headers read yet; see `load_model`."""
+) -> Mapping[str, Tensor]:
+    """The tensors of a directory, a hub repository or a .gguf file by name, each read when taken.
+
+    The directory may be of any model whose weights are safetensors; see `load_model`.
+    """
+    return _Tensors(_open(source, Shards, revision, token))
+
+
+class _Tensors(Mapping[str, Tensor]):
+    def __init__(self, source: Shards | GGUFModel) -> None:
+        self._source = source
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._source.shapes:
+            raise KeyError(name)
+        return self._source.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._source.shapes)
+
+    def __len__(self) -> int:
+        return len(self._source.shapes)
+
+
+_Directory = TypeVar("_Directory", bound=Shards)
+
+
+def _open(
+    source: str | Path, directory: type[_Directory], revision: str | None, token: str | None
+) -> _Directory | GGUFModel:
+    """Where tensors come from, nothing but headers read yet."""
     path = Path(source)
     if path.is_dir():
-        return HFDirectory(path)
+        return directory(path)
     if path.is_file():
         if path.suffix != ".gguf":
             raise ConfigError(f"{source}: expected a directory or a .gguf file; pass its directory")
@@ -125,7 +154,7 @@ def open_weights(
         raise ConfigError(
             f"{source}: no such directory or .gguf file, and no hub repository 'owner/name'"
         )
-    return HFDirectory(fetch_model(source, revision, token))
+    return directory(fetch_model(source, revision, token))
 
 
 def _holders(model: Decoder) -> list[tuple[str, nn.Module]]:

@@ -252,6 +252,23 @@ def test_a_nan_is_refused_by_name_when_quantizing(tmp_path):
         lowrank.load_model(tmp_path, quantizer="nf4")
 
 
+def test_open_weights_reads_one_at_a_time(tmp_path):
+    oracle = llama()
+    oracle.save_pretrained(tmp_path, max_shard_size="50KB")
+    weights = lowrank.open_weights(tmp_path)
+    expected = oracle.state_dict()
+    assert set(weights) == set(expected) and len(weights) == len(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(weights[name], tensor)
+    assert "lm_head.bias" not in weights
+    with pytest.raises(KeyError):
+        weights["lm_head.bias"]
+    (tmp_path / "config.json").unlink()  # a model of any kind will do
+    assert set(lowrank.open_weights(tmp_path)) == set(expected)
+    with pytest.raises(ConfigError, match="no such directory"):
+        lowrank.open_weights(tmp_path / "nowhere")
+
+
 def test_what_is_no_model_is_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     for source in (

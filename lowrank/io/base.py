@@ -1,0 +1,122 @@
+"""Which base an adapter belongs to that started with a part of the weights.
+
+Over any other base a LoftQ or PiSSA adapter computes nonsense of the right shape. So its file has,
+in the metadata that PEFT passes over, a number for each layer, Σ cos(n²) W[n, k] cos(k²) of the
+base W [N, K] there. Another base gives another number; the same one, made again on another machine,
+the same but for a few codes, which is less than `_TOLERANCE`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.adapters import initial, lora
+from lowrank.adapters.config import LoRAConfig
+from lowrank.errors import FileFormatError
+from lowrank.nn.lora_linear import LoRALinear
+from lowrank.nn.quant_weight import resolve
+from lowrank.quant import Quantizer
+from lowrank.surgery.start import check_start
+
+from .safetensors import SafetensorsFile
+
+KEY = "lowrank.base"
+_TOLERANCE = 1e-3  # of |W|
+
+
+def metadata_of(layers: Mapping[str, LoRALinear]) -> dict[str, str]:
+    """What the file of an adapter of these layers says of their bases."""
+    numbers = {name: _number(_weight(layer)) for name, layer in layers.items()}
+    return {KEY: json.dumps(numbers)}
+
+
+def read_numbers(path: Path) -> dict[str, float] | None:
+    """{layer: number} of an adapter's file, None if PEFT wrote it. Raises FileFormatError."""
+    text = SafetensorsFile(path).metadata.get(KEY)
+    if text is None:
+        return None
+    try:
+        return {name: float(number) for name, number in json.loads(text).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise FileFormatError(f"{path}: damaged metadata {KEY}: {error}") from error
+
+
+def is_base_to_be_made(
+    path: Path,
+    numbers: Mapping[str, float] | None,
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    config: LoRAConfig,
+    adapter: str,
+    quantizer: str | Quantizer | None,
+    weights: Mapping[str, Tensor] | None,
+) -> bool:
+    """Whether the targets are not yet the base of the adapter in `path`, but can become it.
+
+    Raises FileFormatError if they cannot, as the first of them shows, or if nothing is given that
+    they could be made of; ConfigError as `inject` does.
+    """
+    how = f"{path}: init_lora_weights={config.init_lora_weights!r}"
+    there = [t.config[adapter] for t in targets.values() if adapter in getattr(t, "config", {})]
+    if numbers is not None:
+        wrong = next((n for n, t in targets.items() if not _agrees(_weight(t), numbers, n)), None)
+    elif config.init_lora_weights not in ("loftq", "pissa"):
+        raise FileFormatError(
+            f"{how}: PEFT's fast SVD is another one each time, and the file does not say what base "
+            "it left; have PEFT save it with path_initial_model_for_weight_conversion"
+        )
+    else:  # PEFT starts adapters anew when it loads them
+        start = (config.init_lora_weights, config.loftq_config)
+        same = there and all((c.init_lora_weights, c.loftq_config) == start for c in there)
+        wrong = None if same else next(iter(targets))
+    if wrong is None:
+        return False
+    if there or (quantizer is None and weights is None):
+        raise FileFormatError(
+            f"{how}: trained over what this left of the weights; the base of {wrong} is another; "
+            "into a new model, load it with weights=lowrank.open_weights(unquantized model)"
+        )
+    check_start(model, targets, config, quantizer, weights)
+    if numbers is not None:
+        name, module = next(iter(targets.items()))
+        dense = isinstance(module, nn.Linear)
+        by = resolve(quantizer if dense else module.quantizer)
+        weight = module.weight if dense else module.matrix(weights[f"{name}.weight"])
+        s = lora.scaling(config.rank(name), config.alpha(name), config.use_rslora)
+        storage = initial.split(config, weight, by, config.rank(name), s)[0]
+        check_made(path, numbers, name, by.dequantize(storage, torch.float32))
+    return True
+
+
+def check_made(
+    path: Path, numbers: Mapping[str, float], name: str, made: nn.Module | Tensor
+) -> None:
+    """FileFormatError unless what was made of the layer `name` is what the adapter belongs to."""
+    if not _agrees(made if isinstance(made, Tensor) else _weight(made), numbers, name):
+        raise FileFormatError(
+            f"{path}: quantizing {name}.weight makes another base than it was trained over; "
+            "expected the same weights, and the same quantizer and options"
+        )
+
+
+def _weight(module: nn.Module) -> Tensor:
+    base = module.unmerged_base if isinstance(module, LoRALinear) else module
+    if isinstance(base, nn.Linear):
+        return base.weight.detach().float()
+    return base.dequantize(torch.float32)
+
+
+def _agrees(weight: Tensor, numbers: Mapping[str, float], name: str) -> bool:
+    if name not in numbers:
+        return False
+    return abs(_number(weight) - numbers[name]) <= _TOLERANCE * weight.norm().item()
+
+
+def _number(weight: Tensor) -> float:
+    left, right = (torch.arange(n, dtype=torch.float64).square().cos() for n in weight.shape)
+    return (left.to(weight) @ weight @ right.to(weight)).item()
