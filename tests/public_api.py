@@ -8,6 +8,7 @@ from typing_extensions import assert_type
 
 import lowrank
 from lowrank import quant
+from lowrank.quant import bitsandbytes
 from lowrank.train import TrainConfig, Trainer
 
 
@@ -53,6 +54,8 @@ def quantizing(w: Tensor) -> None:
     assert_type(storage.rows(0, 4), quant.Storage)
     assert_type(quant.gather(q, storage, torch.tensor([3, 5]), torch.float32), Tensor)
     assert_type(storage.bits_per_parameter, float)
+    assert_type(quant.requantize_scales(storage), quant.Storage)
+    assert_type(bitsandbytes.read(bitsandbytes.write(storage)), quant.Storage)
     fitted = quant.Fitted(per="row", block_size=128, double_quant=False)
     assert_type(quant.linear(fitted, w, fitted.quantize(w)), Tensor)
     assert_type(lowrank.ops.explain("codebook_linear"), str)
