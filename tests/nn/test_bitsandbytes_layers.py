@@ -6,6 +6,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lowrank
@@ -68,7 +69,7 @@ def test_a_layer_takes_each_state_dict_exactly(made_with, strict):
 
 
 @pytest.mark.parametrize("assign", [False, True])
-def test_whole_models_under_prefixes_and_onto_a_meta_skeleton(assign):
+def test_whole_models_under_prefixes_and_onto_a_meta_skeleton(assign, tmp_path):
     theirs = nn.Sequential(
         linear4bit(64, 80),
         nn.ModuleDict({"up": linear4bit(80, 24, bias=False), "norm": nn.LayerNorm(24)}),
@@ -82,7 +83,8 @@ def test_whole_models_under_prefixes_and_onto_a_meta_skeleton(assign):
         )
     if not assign:
         model.to_empty(device="cpu")
-    state = theirs.state_dict()
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    state = load_file(tmp_path / "model.safetensors")
     model.load_state_dict(state, assign=assign)
     assert not any(p.is_meta for p in model.parameters())
     layers = (model[0], model[1]["up"], model[2])
@@ -226,6 +228,25 @@ def test_experts_that_bitsandbytes_has_quantized_as_a_parameter(K, nested):
     turned = QuantExperts(torch.randn(4, 6, K), transposed=True)
     with pytest.raises(FileFormatError, match="held transposed"):
         turned.load_state_dict(own)
+
+
+class Conv1D(nn.Module):
+    """GPT-2's linear layer, as transformers has it."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf, self.weight = nf, nn.Parameter(torch.randn(nx, nf))
+        self.bias = nn.Parameter(torch.zeros(nf))
+
+
+def test_gpt2s_layers_which_transformers_turns_before_bitsandbytes_has_them():
+    for N, K in ((24, 64), (64, 64), (10, 80)):
+        theirs = linear4bit(K, N)
+        model = lowrank.quantize(nn.Sequential(Conv1D(N, K)), "int8")
+        model.load_state_dict({f"0.{key}": t for key, t in theirs.state_dict().items()})
+        x = torch.randn(3, K)
+        expected = x @ weight_of(theirs.state_dict()).T + theirs.bias
+        torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_scales_in_8_bits_by_name():
