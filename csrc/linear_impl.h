@@ -5,7 +5,7 @@
 // multiplied there in tiles of 4 x TILE_M accumulators: decoding is paid once for all rows of x.
 #pragma once
 
-#include "codebook_impl.h"
+#include "linear_wide_impl.h"
 
 namespace {
 
@@ -19,6 +19,7 @@ constexpr int STRETCH = 512;    // of K: 8 KB of decoded weights, 32 KB of x
 // Rows of the weight that are multiplied together, from places far apart: memory is read a fifth
 // faster in four streams than in one, as waiting for one page then overlaps reading the others.
 constexpr int STREAMS = 4;
+constexpr int64_t NEXT = 1024;  // bytes on in each, asked for ahead of use
 
 inline int64_t rows_apart(const CodebookWeight& w) { return (w.N + STREAMS - 1) / STREAMS; }
 
@@ -96,7 +97,7 @@ void direct_rows(const Product<T>& p, const Rows<ROWS>& rows, const Table& table
     for (int64_t i = 0; i < full; ++i) {
       for (int r = 0; r < ROWS; ++r) {
         const uint8_t* from = rows.packed[r] + (s0 + i) * LOOKUP / 2;
-        prefetch(from, AHEAD);
+        prefetch(from, NEXT);
         multiply_span(from, i, r);
       }
     }
@@ -141,17 +142,9 @@ void tiled_rows(const Product<T>& p, int64_t n0, const Table& shared) {
     const int64_t length = smaller(STRETCH, Kp - k0);
     for (int64_t j = 0; j < TILE_N; ++j) {
       const int64_t n = n0 + smaller(j, rows - 1);  // past the last row: decoded again, not stored
-      const uint8_t* packed = p.w.packed + (n * Kp + k0) / 2;
-      RowScales scales(p.w, n);
       const Table table = p.w.codebook_rows == 1 ? shared : Table(codebook_of(p.w, n));
-      for (int64_t k = 0; k < length;) {
-        const BlockTable block(table, scales[block_of(p.w, k0 + k)]);
-        const int64_t end = smaller(k + smaller(p.w.block_size, STRETCH), length);
-        for (; k < end; k += CHUNK) {
-          prefetch(packed + k / 2, TILE_N * Kp / 2);  // the same place in the next four rows
-          decode32(packed + k / 2, block, w[j] + k);
-        }
-      }
+      // the same place in the next four rows is read next
+      decode_stretch(p.w, n, k0, length, table, TILE_N * Kp / 2, w[j]);
     }
     int64_t m = 0;
     for (; m + TILE_M <= p.M; m += TILE_M)
@@ -202,27 +195,22 @@ const float* padded_rows(const T* x, int64_t M, int64_t K, float* room) {
 template <class T>
 int32_t linear_of(const T* x, int64_t M, const CodebookWeight& w, const float* bias, T* y,
                   int32_t threads) {
+  for (; M > MAX_M; M -= WIDE_M, x += WIDE_M * w.K, y += WIDE_M * w.N)
+    if (!wide_multiply(x, smaller(M, WIDE_M), w, bias, y, threads)) return LOWRANK_OUT_OF_MEMORY;
+  if (M <= 0) return LOWRANK_OK;
   float* room = nullptr;
-  if ((M - 1) % MAX_M < MAX_DIRECT || sizeof(T) != sizeof(float) || w.K % CHUNK != 0) {
-    const size_t bytes = size_t(smaller(M, MAX_M) * spans_of(w.K) * LOOKUP) * sizeof(float);
+  if (M <= MAX_DIRECT || sizeof(T) != sizeof(float) || w.K % CHUNK != 0) {
+    const size_t bytes = size_t(M * spans_of(w.K) * LOOKUP) * sizeof(float);
     room = static_cast<float*>(aligned_alloc(64, bytes ? bytes : 64));
     if (!room) return LOWRANK_OUT_OF_MEMORY;
   }
-  for (int64_t m = 0; m < M; m += MAX_M) {
-    const int64_t rows = smaller(MAX_M, M - m);
-    const float* some = room;
-    if (rows <= MAX_DIRECT) {
-      lay_out(x + m * w.K, rows, w.K, room);
-    } else {
-      some = padded_rows(x + m * w.K, rows, w.K, room);
-    }
-    const Product<T> p{some, rows, w, bias, y + m * w.N};
-    if (rows == 1) direct_multiply<1>(p, threads);
-    if (rows == 2) direct_multiply<2>(p, threads);
-    if (rows == 3) direct_multiply<3>(p, threads);
-    if (rows == 4) direct_multiply<4>(p, threads);
-    if (rows > MAX_DIRECT) tiled_multiply(p, threads);
-  }
+  if (M <= MAX_DIRECT) lay_out(x, M, w.K, room);
+  const Product<T> p{M <= MAX_DIRECT ? room : padded_rows(x, M, w.K, room), M, w, bias, y};
+  if (M == 1) direct_multiply<1>(p, threads);
+  if (M == 2) direct_multiply<2>(p, threads);
+  if (M == 3) direct_multiply<3>(p, threads);
+  if (M == 4) direct_multiply<4>(p, threads);
+  if (M > MAX_DIRECT) tiled_multiply(p, threads);
   free(room);
   return LOWRANK_OK;
 }

@@ -94,7 +94,7 @@ void fixed_rows(const FixedProduct<T>& p, const Rows<ROWS>& rows, const FixedTab
     for (int64_t i = 0; i < pairs; i += 2) {
       for (int r = 0; r < ROWS; ++r) {
         const uint8_t* from = rows.packed[r] + (u0 + i) * UNIT / 2;
-        prefetch(from, AHEAD);
+        prefetch(from, NEXT);
         multiply_unit(from, i, r);
         multiply_unit(from + UNIT / 2, i + 1, r);
       }

@@ -10,6 +10,7 @@ namespace {
 
 constexpr int W = 8;
 constexpr int TILE_M = 2;  // rows of x held in accumulators, beside 4 rows of the weight
+constexpr int BLOCK_N = 6, BLOCK_V = 2;  // the same for many: rows of the weight, vectors of x
 using Vec = __m256;
 
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }

@@ -10,6 +10,7 @@ namespace {
 
 constexpr int W = 4;
 constexpr int TILE_M = 2;  // rows of x held in accumulators, beside 4 rows of the weight
+constexpr int BLOCK_N = 4, BLOCK_V = 2;  // the same for many: rows of the weight, vectors of x
 typedef float Vec __attribute__((vector_size(16)));
 typedef int32_t Bits __attribute__((vector_size(16)));
 

@@ -12,6 +12,7 @@ namespace {
 
 constexpr int W = 4;
 constexpr int TILE_M = 4;  // rows of x held in accumulators, beside 4 rows of the weight
+constexpr int BLOCK_N = 12, BLOCK_V = 2;  // the same for many: rows of the weight, vectors of x
 using Vec = float32x4_t;
 
 inline Vec load(const float* p) { return vld1q_f32(p); }

@@ -50,12 +50,13 @@ def _records(library: ctypes.CDLL) -> list[Record]:
 
     scales, table = uniform(2 * N), uniform(16 * N)
     weight = (rng.randbytes(N * PACKED), rng.randbytes(N * BLOCKS), scales, table, N, N, K, G)
+    one_table = (*weight[:4], 1, N, K, G)
     rows = ctypes.byref(native.Rows(None, 1, 2, N))
     dropout = ctypes.byref(native.Dropout(rng.getrandbits(60), 1 << 30, 4 / 3))
     by = native.Adamw8bitCoefficients(0.9, 0.1, 0.99, 0.01, 0.999, 0.01, 1.5, 1e-8)
     maps = [_packed(_moments(signed)) for signed in (True, False)]
     for dtype, size in ((0, 4), (1, 2), (2, 2)):
-        x = uniform(4 * K, dtype)
+        x = uniform(17 * K, dtype)
         codes, absmax = bytearray(N * PACKED), bytearray(4 * N * BLOCKS)
         call("codebook_quantize", 0, (x, dtype, N, K, K, table, N, G, codes, absmax), absmax)
         records.append(("codebook_quantize", 0, list(codes)))
@@ -64,9 +65,9 @@ def _records(library: ctypes.CDLL) -> list[Record]:
         y = bytearray(size * N * (K - 32))
         call("codebook_dequantize_columns", 0, (*weight, 32, K, y, dtype), y, dtype=dtype)
         for name in ("codebook_linear", "codebook_linear_int16"):
-            for M in (1, 2, 4):
+            for M, of in ((1, one_table), (2, weight), (5, one_table), (17, weight)):
                 y = bytearray(size * M * N)
-                arguments = (x, dtype, M, *weight, None, y)
+                arguments = (x, dtype, M, *of, None, y)
                 call(name, SUMS[dtype], arguments, y, dtype=dtype)
         panel = bytearray(4 * 2 * K)
         call("gather_rows", 0, (x, dtype, K, K, rows, dropout, panel), panel)

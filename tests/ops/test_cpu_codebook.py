@@ -7,6 +7,7 @@ import torch
 
 from lowrank import ops
 from lowrank.ops import reference
+from lowrank.ops.cpu.codebook import linear_from_packed
 from tests.ops.isas import ISAS, running_on
 from tests.ops.weights import dense, nf4, random_weight
 
@@ -14,7 +15,7 @@ pytestmark = pytest.mark.parametrize("isa", ISAS)
 
 SHAPES = [(1, 1), (5, 33), (33, 63), (9, 123), (64, 256), (130, 1056), (3, 8200)]
 BLOCK_SIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
-ROWS_OF_X = [1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 40]  # each way through the tiles, then panels
+ROWS_OF_X = [1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 40]  # each way through the tiles, then stripes
 # What rounding alone does to a sum of float32 products, and then to the result in its dtype.
 EPS = {torch.float32: 1e-6, torch.bfloat16: 2**-8 + 1e-6, torch.float16: 2**-11 + 1e-6}
 KINDS = [(False, False), (True, False), (False, True), (True, True)]
@@ -179,7 +180,7 @@ def test_linear_and_dx(N, K, dtype, double_quant, table_per_row):
         assert error_of_either(dx, dy, W) < EPS[dtype], M
 
 
-@pytest.mark.parametrize("M", [1, 2, 16, 33, 130])
+@pytest.mark.parametrize("M", [1, 2, 16, 33, 130, 520])
 def test_linear_and_dx_of_several_panels(M, threads):
     N, K = 1400, 2080  # 1.4 panels of 2^21 weights
     weight = random_weight(N, K, 64, double_quant=True)
@@ -187,6 +188,20 @@ def test_linear_and_dx_of_several_panels(M, threads):
     x, dy = torch.randn(M, K), torch.randn(M, N)
     assert error(ops.codebook_linear(x, *weight), x, W.T) < 1e-6
     assert error(ops.codebook_linear_dx(dy, *weight, K), dy, W) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize("M", [17, 33, 513, 530])
+@pytest.mark.parametrize(
+    ("N", "K", "table_per_row"), [(1, 63, False), (13, 300, True), (699, 545, False)]
+)
+def test_many_rows_from_packed_codes(N, K, M, table_per_row, dtype, threads):
+    """Whatever instruction sets dispatch gives so many rows: ends of stripes, blocks, passes."""
+    weight = make(N, K, 128, True, table_per_row)
+    W = dense(*weight, K, 128)
+    x, bias = torch.randn(M, K).to(dtype), torch.randn(N).to(dtype)
+    y = linear_from_packed("lowrank_codebook_linear", x, weight, bias, 128)
+    assert error(y, x, W.T, bias.double()) < EPS[dtype]
 
 
 @pytest.mark.parametrize("M", [1, 5, 17, 64])

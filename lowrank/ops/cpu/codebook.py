@@ -19,8 +19,10 @@ from .panels import (
 )
 from .refusals import refuse_codebook, refuse_devices, refuse_dtype, refuse_weight
 
-_DIRECT_M = 16  # rows of x up to which decoding inside the product beats a panel and BLAS
-_WIDE_M = 128  # and up to which BLAS is faster at w xᵀ than at x wᵀ
+# Rows of x up to which decoding inside the product beats a panel and BLAS: on any CPU, and where
+# that was measured with wider vectors.
+_DIRECT_M = 16
+_DIRECT_WIDE_M = {"avx2": 512, "avx512": 512}
 
 
 def codebook_quantize(weight: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -64,16 +66,19 @@ def codebook_linear(
 ) -> Tensor:
     """y = x Wᵀ + b for x [..., K]: [..., N] in the dtype of x."""
     weight = (packed, absmax, absmax_scale, codebook)
-    if rows_of(x) <= _DIRECT_M:
-        return linear_from_packed("lowrank_codebook_linear", x, weight, bias, block_size)
-    if multiplies_bfloat16(x.dtype):
+    if goes_by_panels(x):
+        return linear_by_panels(x, weight, bias, block_size)
+    if rows_of(x) > _DIRECT_M and multiplies_bfloat16(x.dtype):
         return _bfloat16_linear(x, weight, bias, block_size)
-    return linear_by_panels(x, weight, bias, block_size)
+    return linear_from_packed("lowrank_codebook_linear", x, weight, bias, block_size)
 
 
 def goes_by_panels(x: Tensor) -> bool:
     """Whether codebook_linear of x decodes panels to float32."""
-    return rows_of(x) > _DIRECT_M and not multiplies_bfloat16(x.dtype)
+    M = rows_of(x)
+    if M <= _DIRECT_M or multiplies_bfloat16(x.dtype):
+        return False
+    return _DIRECT_WIDE_M.get(native.isa(), _DIRECT_M) < M
 
 
 def linear_by_panels(
@@ -87,12 +92,11 @@ def linear_by_panels(
     N, K = weight[0].shape[0], x.shape[-1]
     rows = x.reshape(-1, K).float()  # [M, K]
     M = rows.shape[0]
-    y_t = empty(N, M) if M <= _WIDE_M else empty(M, N).T
+    y = empty(M, N)
     for n0, n1, w in panels(weight, K, block_size):
-        torch.mm(w, rows.T, out=y_t[n0:n1])
+        torch.mm(rows, w.T, out=y[:, n0:n1])
         if branch is not None:
-            y_t[n0:n1].addmm_(branch[1][n0:n1], branch[0].T)
-    y = y_t.T.contiguous()
+            y[:, n0:n1].addmm_(branch[0], branch[1][n0:n1].T)
     if bias is not None:
         y += bias
     return y.to(x.dtype).view(*x.shape[:-1], N)
