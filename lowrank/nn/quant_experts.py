@@ -69,9 +69,13 @@ class ExpertWeights:
         """Those of some experts: by index, slice, list or tensor. IndexError: there is none."""
         if self.index is not None:
             raise IndexError(f"experts: expected one index, into E={self.of.num_experts}; got two")
+        E = self.of.num_experts
+        if isinstance(key, int) or (isinstance(key, Tensor) and not key.dim()):
+            if not -E <= (e := int(key)) < E:
+                raise IndexError(f"experts: expected {-E} to {E - 1}; got {e}")
+            return replace(self, index=e % E)
         device = key.device if isinstance(key, Tensor) else "cpu"
-        index = torch.arange(self.of.num_experts, device=device)[key]
-        return replace(self, index=index if index.dim() else int(index))
+        return replace(self, index=torch.arange(E, device=device)[key])
 
     def transpose(self, dim0: int, dim1: int) -> ExpertWeights:
         """The last two dimensions exchanged."""
@@ -237,6 +241,8 @@ def _matrix(weight: Tensor, transposed: bool) -> Tensor:
 
 
 def _call(func: Callable, args: tuple, kwargs: dict) -> Any:
+    if torch.compiler.is_compiling():  # which expert it is, no graph knows
+        return torch.compiler.disable(_call)(func, args, kwargs)
     rule = _RULES.get(func)
     y = rule(*args, **kwargs) if rule is not None else None
     return _with_dense(func, args, kwargs) if y is None else y
@@ -295,16 +301,17 @@ for _home in (torch.nn.functional, torch):
 
 def _with_dense(func: Callable, args: tuple, kwargs: dict) -> Any:
     """func of the dequantized weights, which are not kept for the backward."""
-    given = [*args, *kwargs.values()]
-    floats = [a.dtype for a in given if isinstance(a, Tensor) and a.is_floating_point()]
+    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+    floats = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*_: Tensor) -> Any:
         named = {name: _dense(value, floats) for name, value in kwargs.items()}
         return func(*(_dense(value, floats) for value in args), **named)
 
     if not torch.is_grad_enabled():
-        return run(*args, **kwargs)
-    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return run()
+    # what is passed tells the device; the weights are no argument, as torch would dispatch on them
+    return checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=False)
 
 
 def _dense(value: Any, floats: list[torch.dtype]) -> Any:

@@ -146,6 +146,18 @@ def test_no_dense_weight_is_kept_for_the_backward(quantizer):
     assert largest <= E * x.numel()
 
 
+# torch's own, where a graph goes on after a break
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("use", [one, grouped, batched], ids=lambda use: use.__name__)
+def test_compiled_with_breaks_in_its_graph(use):
+    holder, x = QuantExperts(torch.randn(E, N, K), "nf4"), torch.randn(6, K, requires_grad=True)
+    outcomes = []
+    for run in (torch.compile(use, backend="aot_eager"), use):
+        y = run(x, holder, 2)
+        outcomes.append((y, *torch.autograd.grad(y.square().sum(), x)))
+    torch.testing.assert_close(*outcomes, rtol=1e-5, atol=1e-4)
+
+
 def test_casts_copies_and_codes_that_cannot_be_trained(quantizer):
     holder = QuantExperts(torch.randn(E, N, K), quantizer)
     before, x = copy.deepcopy(holder.storage), torch.randn(3, K)
