@@ -94,3 +94,15 @@ def test_a_quantized_directory_is_in_memory_once(packed, name, load):
     loaded, _, held = peaks(packed / name, "", load=load)
     assert held < loaded < held + SLACK_MB
     assert held < 60 and file_mb(packed / name) < 1.02 * held
+
+
+@pytest.mark.slow
+def test_smollm2_in_four_bits(smollm2, tmp_path):
+    """Two thirds of what it holds are the table of its embedding, in float32."""
+    table = 4 * 49152 * 576 / 2**20
+    loaded, saved, held = peaks(smollm2, "nf4", tmp_path / "out", "lowrank")
+    assert 160 < held < 165 and held < loaded < held + 2 * table
+    assert saved < held + 2 * table
+    assert file_mb(tmp_path / "out") < 1.02 * held
+    loaded, _, again = peaks(tmp_path / "out", "")
+    assert again == held < loaded < held + SLACK_MB
