@@ -80,6 +80,7 @@ class Decoder(nn.Module):
         if not self.lm_head.weight.is_meta:
             self._initialise()
         self.tie_weights()
+        self.register_load_state_dict_post_hook(_tie_again)
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -193,6 +194,14 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.length += S
         return h
+
+
+def _tie_again(model: Decoder, _: object) -> None:
+    """After loading: what is quantized in another way by then is no longer the same parameters."""
+    head, embedding = getattr(model.lm_head, "base_layer", model.lm_head), model.model.embed_tokens
+    both = isinstance(head, QuantLinear) and isinstance(embedding, QuantEmbedding)
+    if both and model.config.tie_word_embeddings:
+        head.tie(embedding)
 
 
 def _rows_to_keep(keep: int | Tensor, B: int, S: int, device: torch.device) -> Tensor | None:

@@ -117,6 +117,9 @@ def test_a_state_dict_loads_with_and_without_the_heads_keys(saved):
         other = lowrank.quantize(Decoder(model.config), "nf4", embeddings=True)
         other.load_state_dict(tensors)
         assert shared(other) and torch.equal(other(ids), model(ids))
+        other = lowrank.quantize(Decoder(model.config), "int8", embeddings=True)
+        other.load_state_dict(tensors)  # which says it is nf4
+        assert shared(other) and torch.equal(other(ids), model(ids))
     plain = lowrank.load_model(saved)
     other = lowrank.quantize(Decoder(model.config), "nf4", embeddings=True)
     other.load_state_dict(plain.state_dict())
