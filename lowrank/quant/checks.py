@@ -7,12 +7,16 @@ from torch import Tensor
 
 from lowrank import ops
 from lowrank.errors import ConfigError, DtypeError, ShapeError, WeightError
+from lowrank.ops.checks import WEIGHTS, check_tensors
 
 
 def matrix(weight: Tensor) -> Tensor:
     """`weight` [N, K] detached, in float32 if it was float64. Raises DtypeError, ShapeError."""
-    if not weight.is_floating_point():
-        raise DtypeError(f"weight: expected a floating-point dtype; got {weight.dtype}")
+    check_tensors(weight=weight)
+    if weight.dtype not in (*WEIGHTS, torch.float64):
+        raise DtypeError(
+            f"weight: expected a floating-point dtype of 16 bits or more; got {weight.dtype}"
+        )
     if weight.dim() != 2 or weight.numel() == 0:
         raise ShapeError(f"weight: expected [N, K] with N, K >= 1; got {list(weight.shape)}")
     weight = weight.detach()

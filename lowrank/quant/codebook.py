@@ -32,7 +32,13 @@ class CodebookQuantizer(Blockwise):
     def __init__(
         self, codebook: Tensor | Sequence[float], block_size: int = 64, double_quant: bool = False
     ) -> None:
-        table = torch.as_tensor(codebook, dtype=torch.float32, device="cpu").detach()
+        try:
+            values = codebook.tolist() if isinstance(codebook, Tensor) else codebook
+            table = torch.tensor(values, dtype=torch.float32, device="cpu")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"codebook: expected 16 numbers or [N, 16] of them; {error}"
+            ) from error
         if table.dim() not in (1, 2) or table.shape[-1] != 16 or table.numel() == 0:
             raise ShapeError(
                 f"codebook: expected 16 values or [N, 16]; got shape {list(table.shape)}"
@@ -42,7 +48,7 @@ class CodebookQuantizer(Blockwise):
                 "codebook: expected values in [-1, 1], which absmax scales; got others; "
                 "divide them by their largest magnitude"
             )
-        self.codebook = table.reshape(-1, 16).clone()  # [T, 16]
+        self.codebook = table.reshape(-1, 16)  # [T, 16]
         super().__init__(block_size, double_quant)
 
     @classmethod

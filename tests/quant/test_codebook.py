@@ -154,7 +154,10 @@ def test_non_finite_weights_are_refused(bad, dtype):
 
 
 def test_bad_options_are_named():
-    with pytest.raises(DtypeError, match="weight: expected a floating-point dtype; got torch.int8"):
+    with pytest.raises(
+        DtypeError,
+        match="weight: expected a floating-point dtype .*; got torch.int8",
+    ):
         quant.get("nf4").quantize(torch.zeros(4, 64, dtype=torch.int8))
     with pytest.raises(ShapeError, match="weight: expected"):
         quant.get("nf4").quantize(torch.randn(4, 4, 64))

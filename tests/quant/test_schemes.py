@@ -125,7 +125,10 @@ def test_what_is_no_matrix_of_floats_is_refused(quantizer):
         with pytest.raises(ShapeError, match=r"weight: expected \[N, K\] with N, K >= 1; got \["):
             quantizer.quantize(torch.ones(shape))
     for dtype in (torch.int8, torch.bool, torch.int64):
-        with pytest.raises(DtypeError, match="weight: expected a floating-point dtype; got torch"):
+        with pytest.raises(
+            DtypeError,
+            match="weight: expected a floating-point dtype .*; got torch",
+        ):
             quantizer.quantize(torch.ones(4, 64, dtype=dtype))
 
 
