@@ -10,17 +10,12 @@ is added to are the dequantized weights.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import lowrank
 from lowrank.cli.options import add_fields
 from lowrank.cli.source import Source, from_args
-from lowrank.errors import ConfigError
+from lowrank.io.atomic import new_directory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,29 +34,3 @@ def run(args: argparse.Namespace) -> int:
         tokenizer.save(folder)
     print(f"merged {args.adapter} into {source.model}, {source.dtype}: {args.output}")
     return 0
-
-
-@contextlib.contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """A directory beside `path` that becomes `path` if the block ends well, else is removed."""
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ConfigError(f"output: {path} exists; name a directory that does not, or remove it")
-    made = [folder for folder in path.parents if not folder.exists()]  # the innermost first
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield aside
-        aside.chmod(0o777 & ~_umask())
-        os.replace(aside, path)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        for folder in made:
-            with contextlib.suppress(OSError):  # another's file may have come into it
-                folder.rmdir()
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 import lowrank
-from lowrank.cli.merge import new_directory
 from lowrank.cli.options import add_fields
 from lowrank.cli.source import Source, from_args
 from lowrank.errors import ConfigError
+from lowrank.io.atomic import new_directory
 from lowrank.nn.quant_weight import quant_weights
 
 FORMATS = ("lowrank", "bitsandbytes")

@@ -1,12 +1,15 @@
-"""Files that appear whole or not at all."""
+"""Files and directories that appear whole or not at all."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from lowrank.errors import ConfigError
 
 
 def write_files(directory: str | Path, writers: Mapping[str, Callable[[Path], None]]) -> None:
@@ -37,6 +40,26 @@ def write_files(directory: str | Path, writers: Mapping[str, Callable[[Path], No
         for path in aside.values():
             with suppress(FileNotFoundError):
                 path.unlink()
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory beside `path` that becomes `path` if the block ends well, else is removed."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ConfigError(f"output: {path} exists; name a directory that does not, or remove it")
+    made = [folder for folder in path.parents if not folder.exists()]  # the innermost first
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield aside
+        aside.chmod(0o777 & ~_umask())
+        os.replace(aside, path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        for folder in made:
+            with suppress(OSError):  # another's file may have come into it
+                folder.rmdir()
+        raise
 
 
 def write_text(path: str | Path, text: str) -> None:
