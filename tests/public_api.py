@@ -61,6 +61,15 @@ def quantizing(w: Tensor) -> None:
     assert_type(lowrank.ops.explain("codebook_linear"), str)
 
 
+def comparing(model: nn.Module, tok: object) -> None:
+    compared = quant.report(model, ["nf4", "nf4:block_size=128"], text="text", tokenizer=tok)
+    quant.report(model, {"mine": quant.get("nf4"), "int4": "int4"}, speed=False)
+    quant.report({"layer.weight": torch.zeros(4, 4)}, None)
+    assert_type(compared.rows[0].error, float)
+    assert_type(compared.loss, float | None)
+    print(compared, compared.save("report"))
+
+
 def models() -> None:
     model = lowrank.load_model("path", quantizer="nf4", dtype=torch.bfloat16, device="cpu")
     lowrank.save_model(model, "directory", format="lowrank")

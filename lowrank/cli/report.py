@@ -29,6 +29,7 @@ from lowrank.report import report
 from lowrank.report.result import check_directory
 from lowrank.report.schemes import resolve
 from lowrank.report.weights import WeightFiles
+from lowrank.surgery.quantize import SKIP
 
 
 @dataclass(kw_only=True)
@@ -58,7 +59,7 @@ class Comparison:
     window: int | None = None
     stride: int | None = None
     rows: int = 256
-    skip: list[str] = field(default_factory=lambda: ["lm_head"])
+    skip: list[str] = field(default_factory=lambda: list(SKIP))
     embeddings: bool = False
     speed: bool = True
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

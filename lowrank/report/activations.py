@@ -14,7 +14,7 @@ from lowrank.errors import DataError
 
 @torch.no_grad()
 def capture(
-    model: nn.Module, linears: Mapping[str, nn.Linear], inputs: Any, rows: int
+    model: nn.Module, linears: Mapping[str, nn.Module], inputs: Any, rows: int
 ) -> dict[str, Tensor]:
     """{name: x [M, K]} with M <= `rows` input rows of each linear that `inputs` reach.
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from lowrank.errors import ConfigError, DataError, ShapeError
 from lowrank.surgery.inject import replace_modules
 
+Span = tuple[int, int, int]  # start, first, stop: see `windows`
+
 
 def token_ids(text: str | Sequence[int] | Tensor, tokenizer: Any, limit: int) -> Tensor:
     """The first `limit` token ids of a text, or of ids, as int64 [T]; no special tokens are added.
@@ -32,7 +34,7 @@ def token_ids(text: str | Sequence[int] | Tensor, tokenizer: Any, limit: int) ->
     return ids[:limit].long()
 
 
-def windows(count: int, window: int, stride: int) -> list[tuple[int, int, int]]:
+def windows(count: int, window: int, stride: int) -> list[Span]:
     """(start, first, stop): tokens start to stop are read, and those from `first` on are predicted.
 
     A window begins every `stride` tokens. Each token but the text's first, and those that begin a
@@ -51,7 +53,7 @@ def windows(count: int, window: int, stride: int) -> list[tuple[int, int, int]]:
 
 @torch.no_grad()
 def loss_per_token(
-    model: nn.Module, ids: Tensor, spans: Sequence[tuple[int, int, int]], tick: Callable[[], None]
+    model: nn.Module, ids: Tensor, spans: Sequence[Span], tick: Callable[[], None]
 ) -> float:
     """Mean of -log p(token | those before it in its window), in nats; the logits as float32.
 

@@ -140,7 +140,7 @@ class Report:
 
         Returns the paths. Files of these names are replaced. Raises ConfigError, OSError.
         """
-        from .plots import plots
+        from .plots import plots, write_png
         from .table import page
 
         directory = check_directory(directory)
@@ -153,8 +153,7 @@ class Report:
         texts = {DATA: data, TABLE: page(self, list(pictures))}
         write = partial(Path.write_text, encoding="utf-8")
         writers: dict[str, Callable[[Path], Any]] = {
-            name: partial(figure.savefig, format="png", dpi=100, pil_kwargs={"optimize": True})
-            for name, figure in pictures.items()
+            name: partial(write_png, figure) for name, figure in pictures.items()
         }
         writers |= {name: partial(write, data=text) for name, text in texts.items()}
         write_files(directory, writers)

@@ -127,7 +127,7 @@ def _digits(value: float | None) -> str:
     """Four decimals, or three digits of what they would lose."""
     if value is None or math.isnan(value):
         return _NONE
-    return f"{value:.4f}" if value >= 1e-3 or value == 0 else f"{value:.1e}"
+    return f"{value:.4f}" if value >= 1e-3 else f"{value:.1e}" if value else "0"
 
 
 def _fixed(value: float | None) -> str:

@@ -12,35 +12,43 @@ from torch import Tensor, nn
 from lowrank.errors import ConfigError, TargetError, WeightError
 from lowrank.io.safetensors import SafetensorsFile
 from lowrank.io.shards import Shards
-from lowrank.nn.lora_linear import LoRALinear
+from lowrank.nn.quant_linear import is_conv1d
 from lowrank.quant.blocks import panels
-from lowrank.surgery.targets import check_each_matches, matches, walk
+from lowrank.surgery.quantize import SKIP, linear_layers
+from lowrank.surgery.targets import check_each_matches, matches
 
 # Tables of vectors by name: word_embeddings, embed_tokens, GPT-2's wte and wpe, T5's shared.
 _EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|shared)\.")
 
 
-def linears_of(model: nn.Module, skip: Iterable[str]) -> dict[str, nn.Linear]:
-    """{name: nn.Linear} outside `skip`, the bases of adapted ones among them; a shared one once.
+def names_to_skip(skip: Iterable[str]) -> list[str]:
+    """The names as a list. Raises ConfigError for a string, which would be a list of letters."""
+    if isinstance(skip, str):
+        raise ConfigError(f"skip: expected a sequence of names; got the string {skip!r}")
+    return list(skip)
 
-    Raises TargetError if there is none, or if an entry of `skip` is no module.
+
+def linears_of(model: nn.Module, skip: list[str]) -> dict[str, nn.Module]:
+    """{name: nn.Linear or GPT-2's Conv1D}, those that `lowrank.quantize` quantizes; each once.
+
+    Raises TargetError if there is none, or if an entry of `skip` is no module; ConfigError for a
+    merged adapter.
     """
-    skip = _names(skip)
-    check_each_matches(model, [name for name in skip if name != "lm_head"], "skip")
-    found: dict[nn.Linear, str] = {}
-    for name, module in walk(model):
-        if isinstance(module, LoRALinear):
-            module = module.base_layer
-        if isinstance(module, nn.Linear) and not matches(name, skip):
-            found.setdefault(module, name)
+    check_each_matches(model, [name for name in skip if name not in SKIP], "skip")
+    found = {name: module for module, name in linear_layers(model, skip).items()}
     if not found:
-        raise TargetError("report: the model has no nn.Linear outside skip; nothing to compare on")
-    return {name: linear for linear, name in found.items()}
+        raise TargetError("report: the model has no dense linear layer outside skip")
+    return found
 
 
-def weights_of(tensors: Mapping[str, Tensor], skip: Iterable[str]) -> dict[str, str]:
+def matrix_of(linear: nn.Module) -> Tensor:
+    """The weight [N, K] of a linear layer; a view."""
+    weight = linear.weight.detach()
+    return weight.T if is_conv1d(linear) else weight
+
+
+def weights_of(tensors: Mapping[str, Tensor], skip: list[str]) -> dict[str, str]:
     """{layer: key} of the weights [N, K] named *.weight, outside `skip`. Raises TargetError."""
-    skip = _names(skip)
     shapes = tensors.shapes if isinstance(tensors, WeightFiles) else tensors
     found = {}
     for key, value in shapes.items():
@@ -107,9 +115,3 @@ def squares(name: str, weight: Tensor) -> float:
             raise WeightError(f"{name}.weight: expected finite values; got NaN or inf")
         total += float(rows.double().square().sum())
     return total
-
-
-def _names(skip: Iterable[str]) -> list[str]:
-    if isinstance(skip, str):
-        raise ConfigError(f"skip: expected a sequence of names; got the string {skip!r}")
-    return list(skip)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ def quantize(
     check_each_matches(model, named, "skip")
 
     tables = _embeddings(model, skip) if embeddings else {}
-    linears = _linears(model, skip, {id(table.weight) for table in tables})
+    linears = linear_layers(model, skip, {id(table.weight) for table in tables})
     experts = {n: at for n, at in experts.items() if not matches(n, skip)}
     experts = {n: at for n, at in experts.items() if not matches(n.rpartition(".")[0], skip)}
     if not linears and not experts and not tables:
@@ -92,14 +92,19 @@ def quantize(
     return model
 
 
-def _linears(model: nn.Module, skip: list[str], tied: set[int]) -> dict[nn.Module, str]:
-    """The linear layers to quantize, and their names; those whose weight is `tied` are."""
+def linear_layers(
+    model: nn.Module, skip: list[str], tied: Collection[int] = ()
+) -> dict[nn.Module, str]:
+    """The linear layers outside `skip`, and their names; those whose weight's id is in `tied` too.
+
+    Those that adapters are on are their bases. Raises ConfigError for a merged adapter.
+    """
     linears: dict[nn.Module, str] = {}
     for name, module in walk(model):
         if isinstance(module, LoRALinear):
             if module.merged:
                 raise ConfigError(
-                    f"quantize: expected unmerged layers; {name} is merged: call unmerge first"
+                    f"{name}: expected an unmerged layer; an adapter is merged: call unmerge first"
                 )
             module = module.base_layer
         if (isinstance(module, nn.Linear) or is_conv1d(module)) and (

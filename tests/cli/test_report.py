@@ -53,7 +53,7 @@ def test_a_model_and_a_text(run, tiny, text, tmp_path):
         "--tokens", 200, "--window", 64, "--stride", 32, "--rows", 50, "--output", out,
         "--skip", "lm_head", "k_proj", "--seed", 3, "--no-speed",
     )  # fmt: skip
-    assert outcome.status == 0, outcome
+    assert outcome.status == 0 and outcome.err == "", outcome
     assert {path.name for path in out.iterdir()} == FILES
     data = results(out)
     assert [one["scheme"] for one in data["schemes"]] == ["nf4", "int8", "hqq:block_size=32"]

@@ -10,6 +10,7 @@ import re
 import struct
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from torch import nn
 from lowrank import quant
 from lowrank.errors import ConfigError
 from lowrank.report import report
+from lowrank.surgery.quantize import SKIP
 
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 FILES = {"report.md", "report.json", "error.png", "layers.png"}
 
 
@@ -88,7 +91,7 @@ def test_json_holds_every_number(compared, tmp_path):
     about = data["about"]
     assert about["model"] == "a model" and about["layers"] == 61 and about["tokens"] == 40
     assert about["options"] == {
-        "skip": ["lm_head"],
+        "skip": list(SKIP),
         "rows": 256,
         "seed": 0,
         "window": 16,
@@ -125,7 +128,7 @@ def test_pictures_are_small_pngs(compared, tmp_path):
     page = (tmp_path / "new/folder/report.md").read_text()
     for name in ("error.png", "layers.png"):
         raw = (tmp_path / "new/folder" / name).read_bytes()
-        assert raw[:8] == b"\x89PNG\r\n\x1a\n" and len(raw) < 200_000
+        assert raw[:8] == b"\x89PNG\r\n\x1a\n" and len(raw) < 100_000
         width, height = struct.unpack(">II", raw[16:24])
         assert 300 < width < 2200 and 250 < height < 1200
         assert f"]({name})" in page
@@ -144,13 +147,16 @@ def test_every_scheme_is_named_once_in_the_picture(compared):
 
 
 def test_labels_do_not_cover_one_another():
+    from matplotlib.text import Text
+
     from lowrank.report.plots import ERRORS, plots
 
     schemes = [f"nf4:block_size={g}" for g in (32, 64, 128)] + ["int4", "fp4", "af4", "fitted"]
     schemes += ["int4_affine", "hqq", "nf4:double_quant=false", "int4:double_quant=false"]
     figure = plots(report({"a.weight": torch.randn(64, 512)}, schemes, speed=False))[ERRORS]
     figure.draw_without_rendering()
-    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    # of the words, without the line to their point
+    boxes = [Text.get_window_extent(text) for text in figure.axes[0].texts]
     for i, a in enumerate(boxes):
         for b in boxes[:i]:
             width = min(a.x1, b.x1) - max(a.x0, b.x0)
@@ -201,3 +207,10 @@ def test_it_is_an_attribute_of_quant():
     assert quant.report is report
     with pytest.raises(AttributeError, match="'lowrank.quant' has no attribute 'reports'"):
         quant.reports  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["minilm", "smollm2"])
+def test_the_docs_show_what_was_measured(name):
+    page = (DOCS / "report" / name / "report.md").read_text(encoding="utf-8")
+    (rows,) = re.findall(r"(^\| scheme .*?)\n\n- \*\*bits", page, re.DOTALL | re.MULTILINE)
+    assert rows in (DOCS / "report.md").read_text(encoding="utf-8")

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import lowrank
@@ -156,6 +157,26 @@ def test_a_model_of_transformers_is_measured_as_ours(tmp_path):
     for a, b in zip(ours.rows, theirs.rows, strict=True):
         assert a.loss == pytest.approx(b.loss, rel=1e-4)
         assert a.error == b.error and a.output_error == pytest.approx(b.output_error, rel=1e-4)
+
+
+def test_gpt2s_transposed_layers():
+    config = transformers.GPT2Config(n_layer=1, n_embd=64, n_head=2, vocab_size=97, n_positions=32)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    ids = torch.randint(0, 97, (60,))
+    (row,) = report(model, ["nf4"], text=ids, speed=False).rows
+    quantizer, total = quant.get("nf4"), 0.0
+    for name, layer in row.layers.items():
+        module = model.get_submodule(name)
+        w = module.weight.detach().T.contiguous()
+        q = quantizer.dequantize(quantizer.quantize(w))
+        assert layer.error == pytest.approx(relative((q - w).double(), w.double()), rel=1e-9)
+        module.weight.data = q.T
+    assert len(row.layers) == 4
+    with torch.no_grad():
+        for part in ids.split(32):
+            out = model(part[None]).logits[0]
+            total += nn.functional.cross_entropy(out[:-1], part[1:], reduction="sum").item()
+    assert row.loss == pytest.approx(total / 58, rel=1e-5)
 
 
 def test_bfloat16_models():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import lowrank
 from lowrank import quant
 from lowrank.errors import ConfigError, DataError, ShapeError, TargetError, WeightError
 from lowrank.report import report
@@ -129,8 +130,8 @@ class Halves(nn.Module):
 @pytest.mark.parametrize(
     ("model", "match"),
     [
-        (nn.Sequential(nn.Conv2d(2, 2, 1)), "the model has no nn.Linear outside skip"),
-        (nn.Sequential(nn.Embedding(9, 4)), "the model has no nn.Linear outside skip"),
+        (nn.Sequential(nn.Conv2d(2, 2, 1)), "the model has no dense linear layer outside skip"),
+        (nn.Sequential(nn.Embedding(9, 4)), "the model has no dense linear layer outside skip"),
         ({"lm_head.weight": torch.zeros(4, 4)}, "no matrices named .*; there are lm_head.weight"),
         ({}, "there are no tensors"),
     ],
@@ -140,6 +141,13 @@ def test_models_without_linears(model, match):
         report(model, ["nf4"])
     with pytest.raises(TargetError, match="skip: 'nowhere'"):
         report(linear(), ["nf4"], skip=["nowhere"])
+
+
+def test_a_merged_adapter():
+    model = lowrank.inject(linear(), lowrank.LoRAConfig(r=2, target_modules=["0"]))
+    lowrank.merge(model)
+    with pytest.raises(ConfigError, match="0: expected an unmerged layer; an adapter is"):
+        report(model, ["nf4"])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

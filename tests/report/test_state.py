@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import weakref
+from collections.abc import Mapping
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -86,7 +89,7 @@ def test_nothing_has_changed(model, hooks, when, error):
     schemes = {"fails": Fails(when, error), "int8": quant.get("int8")}
 
     def compare():
-        return report(model, schemes, text=ids, window=16, speed=False)
+        return report(model, schemes, text=ids, window=16, speed=when is None)
 
     if when and isinstance(error, Stopped):
         with pytest.raises(Stopped):
@@ -133,3 +136,53 @@ def test_adapted_layers_are_quantized_under_their_adapters(model):
         for out, part in zip(logits, ids.split(32), strict=True)
     )
     assert row.loss == pytest.approx(total / 62, rel=1e-6)
+
+
+class Streamed(Mapping):
+    """Weights that are made when asked for, and how many of them live at once."""
+
+    def __init__(self, count: int) -> None:
+        self.names = [f"layer{i}.weight" for i in range(count)]
+        self.made: list[weakref.ref] = []
+        self.most = 0
+
+    def __getitem__(self, name):
+        array = np.ones((40, 70), dtype=np.float32)
+        array[0] = self.names.index(name)
+        self.made.append(weakref.ref(array))
+        self.most = max(self.most, sum(ref() is not None for ref in self.made))
+        return torch.from_numpy(array)
+
+    def __iter__(self):
+        return iter(self.names)
+
+    def __len__(self):
+        return len(self.names)
+
+
+def test_weights_are_read_one_at_a_time():
+    weights = Streamed(9)
+    first, second = report(weights, ["nf4", "int8"], speed=False).rows
+    assert len(first.layers) == len(second.layers) == 9
+    assert weights.most <= 2  # the last, and the one that takes its place
+
+
+def test_progress_is_for_terminals_and_counts_all(model, monkeypatch):
+    bars = []
+
+    class Bar:
+        def __init__(self, **options):
+            self.options, self.count, self.closed = options, 0, False
+            bars.append(self)
+
+        def update(self):
+            self.count += 1
+
+        def close(self):
+            self.closed = True
+
+    monkeypatch.setattr("tqdm.tqdm", Bar)
+    report(model, ["nf4", "int8"], text=torch.randint(0, 97, (40,)), window=16, speed=False)
+    (bar,) = bars
+    assert bar.options["disable"] is None and bar.options["delay"] == 2
+    assert bar.closed and bar.count == bar.options["total"] == 2 * (14 + 3) + 3
