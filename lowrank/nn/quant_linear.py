@@ -54,7 +54,7 @@ class QuantLinear(QuantWeight):
     @classmethod
     def from_linear(
         cls,
-        linear: nn.Linear | nn.Module,
+        linear: nn.Module,
         quantizer: str | Quantizer,
         compute_dtype: torch.dtype | None = None,
     ) -> QuantLinear:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -41,6 +42,21 @@ def mixture(kind: str) -> nn.Module:
         config = transformers.MixtralConfig(**layers, intermediate_size=96, num_local_experts=4)
     elif kind == "gpt_oss":
         config = transformers.GptOssConfig(**layers, intermediate_size=96, num_local_experts=4)
+    elif kind == "llama4":
+        config = transformers.Llama4TextConfig(
+            **{**layers, "num_experts_per_tok": 1},
+            intermediate_size=96,
+            intermediate_size_mlp=96,
+            num_local_experts=4,
+            pad_token_id=0,
+            attention_chunk_size=64,
+        )
+    elif kind == "jetmoe":
+        for other in ("head_dim", "num_attention_heads"):
+            del layers[other]
+        config = transformers.JetMoeConfig(
+            **layers, kv_channels=16, intermediate_size=96, num_local_experts=4
+        )
     else:
         sizes = dict(intermediate_size=160, moe_intermediate_size=96, num_experts=4)
         if kind == "qwen2_moe":
@@ -157,6 +173,26 @@ def test_experts_compute_with_the_dequantized_weights(kind, how, generator):
     assert_same(model, with_dequantized(dense, model), ids)
 
 
+LLAMA4 = ("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj")
+JETMOE = [
+    f"{of}.{way}_linear.weight"
+    for of in ("mlp", "self_attention.experts")
+    for way in ("input", "output")
+]
+
+
+@pytest.mark.parametrize(("kind", "leaves"), [("llama4", LLAMA4), ("jetmoe", JETMOE)])
+def test_experts_of_one_way_to_compute(kind, leaves, generator):
+    model, ids = mixture(kind), torch.randint(97, (2, 7), generator=generator)
+    dense = copy.deepcopy(model)
+    lowrank.quantize(model, "nf4")
+    experts = {f"model.layers.{i}.{leaf}" for i in (0, 1) for leaf in leaves}
+    assert names_of(model, QuantExperts) == experts
+    # Llama 4's are [E, in, out], as its own forward multiplies by them
+    assert {model.get_submodule(name).transposed for name in experts} == {kind == "llama4"}
+    assert_same(model, with_dequantized(dense, model), ids)
+
+
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
 def test_a_mixtures_own_state_dict_loads_and_adapters_train_beside_it(kind, generator):
     source, ids = mixture(kind), torch.randint(97, (2, 7), generator=generator)
@@ -168,6 +204,37 @@ def test_a_mixtures_own_state_dict_loads_and_adapters_train_beside_it(kind, gene
     lowrank.inject(model, LoRAConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
     model(ids).logits.square().sum().backward()
     assert all(p.grad.any() for n, p in model.named_parameters() if "lora_" in n)
+
+
+@pytest.mark.parametrize("build", [gpt2, lambda: mixture("gpt_oss")], ids=["gpt2", "gpt_oss"])
+def test_whole_models_survive_copies_casts_and_the_meta_device(build, generator):
+    model, ids = build(), torch.randint(97, (2, 7), generator=generator)
+    lowrank.quantize(model, "nf4", embeddings=True)
+    codes = {n: p.clone() for n, p in model.named_parameters() if not p.is_floating_point()}
+    state = copy.deepcopy(model.state_dict())
+    logits = model(ids).logits
+    blank = copy.deepcopy(model).to("meta")
+    for other in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        blank,
+        copy.deepcopy(blank).to_empty(device="cpu"),
+    ):
+        other.load_state_dict(state, assign=other is blank)
+        for name, buffer in model.named_buffers():  # not all are in a state dict
+            parent, _, leaf = name.rpartition(".")
+            setattr(other.get_submodule(parent), leaf, buffer)
+        assert torch.equal(other(ids).logits, logits)
+    for cast in (lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double()):
+        other = cast(copy.deepcopy(model))
+        now = {n: p for n, p in other.named_parameters() if not p.is_floating_point()}
+        assert now.keys() == codes.keys() and all(torch.equal(now[n], codes[n]) for n in codes)
+        assert other(ids).logits.dtype == next(
+            p.dtype for p in other.parameters() if p.is_floating_point()
+        )
+    with pytest.raises(RuntimeError, match="floating point"):
+        model.requires_grad_(True)
+    model.requires_grad_(False)
 
 
 def test_skip_names_experts_and_routers_too(generator):
