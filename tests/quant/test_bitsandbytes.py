@@ -97,7 +97,7 @@ def test_scales_that_were_rounded_to_16_bits_on_the_way(K):
     """An offset that was bfloat16 once, and plain absmax in bfloat16."""
     weight = torch.randn(40, K, dtype=torch.bfloat16)
     tensors, _ = layer_tensors(weight)
-    for offset in (torch.tensor(0.1299).bfloat16().item(), 0, 1, -0.5):
+    for offset in (torch.tensor(0.1299).bfloat16().item(), 0, 1, -0.5, -(2**90)):
         changed = edited(tensors, nested_offset=offset)
         assert same_weights(dense(ours.read(changed), torch.bfloat16), dequantized(changed))
     for dtype in DTYPES:

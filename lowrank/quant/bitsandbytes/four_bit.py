@@ -168,7 +168,7 @@ def _nested(
     return {
         "nested_absmax": scales,
         "nested_quant_map": values,
-        "nested_offset": torch.full((1,), offset, dtype=torch.float32, device=scales.device),
+        "nested_offset": torch.full((1,), float(offset), device=scales.device, dtype=torch.float32),
     }
 
 
