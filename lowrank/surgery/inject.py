@@ -165,3 +165,8 @@ def replace_modules(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
         for name, child in list(parent._modules.items()):
             if child in new and parent is not new[child]:
                 setattr(parent, name, new[child])
+        # torch's encoder has a way for inference that reads its layers' weights and calls no layer
+        if new and isinstance(parent, nn.TransformerEncoderLayer):
+            parent.activation_relu_or_gelu = 0
+        if new and isinstance(parent, nn.TransformerEncoder):
+            parent.use_nested_tensor = False

@@ -63,29 +63,12 @@ def quantize(
     experts = {n: at for n, at in experts.items() if not matches(n.rpartition(".")[0], skip)}
     if not linears and not experts and not tables:
         raise TargetError("quantize: the model has no linear layer outside skip; nothing to do")
-    dense = {
-        id(m.weight): n for n, m in walk(model) if isinstance(m, nn.Embedding) and m not in tables
+    _refuse_tied_to_dense(model, tables, linears)
+    new = _replacements({**tables, **linears}, quantizer, compute_dtype)
+    weights = {
+        name: _expert_weights(name, module, leaf, quantizer, compute_dtype)
+        for name, (module, leaf) in experts.items()
     }
-    for linear, name in linears.items():
-        if id(linear.weight) in dense:
-            raise ConfigError(
-                f"{name}.weight: is also {dense[id(linear.weight)]}.weight; add {name!r} to skip, "
-                "or quantize both with embeddings=True"
-            )
-
-    new: dict[nn.Module, QuantWeight] = {}
-    held: dict[int, QuantWeight] = {}  # by the id of the weight
-    for module, name in {**tables, **linears}.items():
-        first = held.get(id(module.weight))
-        if first is None:
-            new[module] = held[id(module.weight)] = _quantized(
-                name, module, quantizer, compute_dtype
-            )
-        else:
-            new[module] = QuantLinear.from_tied(first, module.bias, compute_dtype)
-    weights = {}
-    for name, (module, leaf) in experts.items():
-        weights[name] = _expert_weights(name, module, leaf, quantizer, compute_dtype)
     replace_modules(model, new)
     for name, (module, leaf) in experts.items():
         replace_parameter(module, leaf, weights[name])
@@ -136,6 +119,37 @@ def _experts(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
         for leaf, weight in module.named_parameters(recurse=False)
         if weight.dim() == 3 and weight.is_floating_point()
     }
+
+
+def _refuse_tied_to_dense(
+    model: nn.Module, tables: dict[nn.Module, str], linears: dict[nn.Module, str]
+) -> None:
+    dense = {
+        id(m.weight): n for n, m in walk(model) if isinstance(m, nn.Embedding) and m not in tables
+    }
+    for linear, name in linears.items():
+        if id(linear.weight) in dense:
+            raise ConfigError(
+                f"{name}.weight: is also {dense[id(linear.weight)]}.weight; add {name!r} to skip, "
+                "or quantize both with embeddings=True"
+            )
+
+
+def _replacements(
+    modules: dict[nn.Module, str], quantizer: Quantizer, compute_dtype: torch.dtype | None
+) -> dict[nn.Module, QuantWeight]:
+    """A quantized module for each; those that share a weight share its storage."""
+    new: dict[nn.Module, QuantWeight] = {}
+    held: dict[tuple[int, bool], QuantWeight] = {}  # by the weight, and whether it is transposed
+    for module, name in modules.items():
+        key = id(module.weight), is_conv1d(module)
+        if key not in held:
+            new[module] = held[key] = _quantized(name, module, quantizer, compute_dtype)
+        else:
+            new[module] = QuantLinear.from_tied(held[key], module.bias, compute_dtype)
+            new[module].train(module.training)
+            new[module].fan_in_fan_out = key[1]
+    return new
 
 
 def _quantized(

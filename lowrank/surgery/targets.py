@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import TargetError
@@ -19,9 +20,13 @@ CONDENSE_FROM = 20  # names, from which PEFT shortens the list
 
 
 def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of all below `module` but the inside of linears; shared modules each time."""
+    """(name, module) of all below `module` but the inside of linears; shared modules each time.
+
+    Without the output projection of nn.MultiheadAttention, whose weight is read and which nobody
+    calls.
+    """
     for name, child in module._modules.items():
-        if child is not None:
+        if child is not None and not isinstance(child, NonDynamicallyQuantizableLinear):
             yield prefix + name, child
             if not isinstance(child, LINEAR):
                 yield from walk(child, f"{prefix}{name}.")

@@ -282,6 +282,40 @@ def test_whatever_is_refused_leaves_the_model_as_it_was():
     assert_unchanged(flat, before)
 
 
+def encoder() -> nn.TransformerEncoder:
+    layer = nn.TransformerEncoderLayer(64, 4, 96, dropout=0, batch_first=True)
+    return nn.TransformerEncoder(layer, 2).eval()
+
+
+def test_torchs_encoder_calls_its_layers_in_inference_too():
+    model = encoder()
+    dense = copy.deepcopy(model)
+    x, padding = torch.randn(2, 6, 64), torch.tensor([[False] * 6, [False] * 4 + [True] * 2])
+    lowrank.quantize(model, "nf4")
+    feed_forward = {f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)}
+    assert names_of(model, QuantLinear) == feed_forward  # nobody calls out_proj
+    with_dequantized(dense, model)
+    config = LoRAConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    for adapted in (False, True):
+        if adapted:
+            assert names_of(lowrank.inject(model, config), lowrank.LoRALinear) == feed_forward
+            for name in feed_forward:
+                layer = copy.deepcopy(model.get_submodule(name))
+                layer.merge()
+                dense.get_submodule(name).weight.data = layer.base_layer.weight.data
+        for mask in (None, padding):
+            expected = dense.train()(x, src_key_padding_mask=mask)  # which has only the one way
+            for training in (True, False):
+                model.train(training)
+                for grad in (True, False):
+                    with torch.set_grad_enabled(grad):
+                        y = model(x, src_key_padding_mask=mask)
+                    kept = slice(None) if mask is None else ~mask
+                    torch.testing.assert_close(y[kept], expected[kept], rtol=1e-4, atol=1e-5)
+    with pytest.raises(TargetError, match="'out_proj'.*matches nothing"):
+        lowrank.inject(encoder(), LoRAConfig(target_modules=["out_proj"]))
+
+
 def test_linears_that_share_a_weight_share_its_storage():
     model = nn.Sequential(nn.Linear(32, 64), nn.Linear(32, 64), nn.Embedding(64, 32))
     model[1].weight = model[0].weight
