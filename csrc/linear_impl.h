@@ -59,6 +59,7 @@ void lay_out(const T* x, int64_t M, int64_t K, float* to) {
   const int64_t whole = K / LOOKUP * LOOKUP, width = spans_of(K) * LOOKUP;
   for (int64_t m = 0; m < M; ++m, x += K, to += width) {
     for (int64_t k = 0; k < whole; k += LOOKUP)
+#pragma GCC unroll 128  // the places are then constants
       for (int i = 0; i < LOOKUP; ++i) to[k + span_place(i)] = to_float(x[k + i]);
     if (whole == width) continue;
     memset(to + whole, 0, LOOKUP * sizeof(float));

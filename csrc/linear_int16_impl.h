@@ -39,6 +39,7 @@ float fix_unit(const T* from, int64_t length, int16_t* to) {
   const bool finite = top < INFINITY, tiny = !(top >= X_TINY);
   const Vec inverse = set1(finite && !tiny ? X_MAX / top : 0);
   for (int i = 0; i < UNIT; i += W) store(room + i, round_to_even(mul(load(room + i), inverse)));
+#pragma GCC unroll 64  // the places are then constants
   for (int i = 0; i < UNIT; ++i) to[fixed_place(i)] = finite ? int16_t(room[i]) : 0;
   return finite ? (tiny ? 0 : top / X_MAX) : NAN;
 }

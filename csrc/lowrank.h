@@ -73,7 +73,7 @@ LOWRANK_EXPORT int32_t lowrank_codebook_dequantize_columns(
     void* out, int32_t dtype, int32_t threads);
 
 // y [M, N] = x [M, K] w^T + bias, all contiguous; x and y of `dtype`, bias float32 [N] or null.
-// Decoded once for up to 512 rows of x, in registers or in a cache, and never whole.
+// Decoded once for each 512 rows of x, in registers or in a cache, and never whole.
 LOWRANK_EXPORT int32_t lowrank_codebook_linear(
     const void* x, int32_t dtype, int64_t M, const uint8_t* packed, const void* absmax,
     const float* absmax_scale, const float* codebook, int64_t codebook_rows, int64_t N, int64_t K,

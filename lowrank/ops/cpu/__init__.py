@@ -1,8 +1,8 @@
 """The operators on a CPU, over the kernels of `csrc/`; their meaning is in `reference`.
 
-Up to hundreds of rows of x are multiplied straight from packed codes. For more, a panel of the
-weight's rows is decoded to float32 and given to the BLAS that torch brings, so the dense weight
-never exists.
+Few rows of x are multiplied straight from packed codes, with AVX2 and AVX-512 any number of them.
+Else a panel of the weight's rows is decoded to float32 and given to the BLAS that torch brings. So
+the dense weight never exists.
 16-bit activations are computed in float32: on a CPU without 16-bit matrix units that is many times
 faster, and the result is rounded once. Many rows of bfloat16 on a CPU with AMX or AVX512-BF16 are
 multiplied in it: the weight is then rounded to bfloat16, as dequantize and F.linear have it.

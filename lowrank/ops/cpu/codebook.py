@@ -19,10 +19,8 @@ from .panels import (
 )
 from .refusals import refuse_codebook, refuse_devices, refuse_dtype, refuse_weight
 
-# Rows of x up to which decoding inside the product beats a panel and BLAS: on any CPU, and where
-# that was measured with wider vectors.
-_DIRECT_M = 16
-_DIRECT_WIDE_M = {"avx2": 512, "avx512": 512}
+_DIRECT_M = 16  # rows of x up to which decoding inside the product beats a panel and BLAS
+_DIRECT_ISAS = ("avx2", "avx512")  # and where it does, as measured, for any number of them
 
 
 def codebook_quantize(weight: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -75,10 +73,9 @@ def codebook_linear(
 
 def goes_by_panels(x: Tensor) -> bool:
     """Whether codebook_linear of x decodes panels to float32."""
-    M = rows_of(x)
-    if M <= _DIRECT_M or multiplies_bfloat16(x.dtype):
+    if rows_of(x) <= _DIRECT_M or multiplies_bfloat16(x.dtype):
         return False
-    return _DIRECT_WIDE_M.get(native.isa(), _DIRECT_M) < M
+    return native.isa() not in _DIRECT_ISAS
 
 
 def linear_by_panels(
