@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -193,10 +192,8 @@ class LoRALinear(nn.Module):
         """
         A, B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         storage, *factors = self._split(adapter, config, weight.to(A.device))
-        base, dtype = self.base_layer, self.base_layer.dtype
-        base.storage = replace(storage, dtype=base.weight_dtype)
-        base.dtype = dtype
         with torch.no_grad():
+            self.base_layer.refill(storage)
             for parameter, factor in zip((A, B), factors, strict=True):
                 parameter.copy_(factor)
         self.config[adapter] = config

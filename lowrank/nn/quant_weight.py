@@ -73,6 +73,21 @@ class QuantWeight(nn.Module):
         for name, tensor in storage.tensors.items():
             self.register_parameter(name, nn.Parameter(as_bits(tensor), requires_grad=False))
 
+    def refill(self, storage: Storage) -> None:
+        """Hold another weight of the same quantizer, in the memory of the one that is held.
+
+        That is, where tensors of the same kinds allow; among those of a whole model, new ones would
+        scatter the memory that making them has freed. The dtypes of the layer stay as they are.
+        """
+        held, dtype = self.storage, self.dtype
+        kinds = [{n: (t.dtype, t.shape) for n, t in s.tensors.items()} for s in (held, storage)]
+        if kinds[0] == kinds[1] and storage.options == held.options:
+            for name, tensor in storage.tensors.items():
+                held[name].copy_(tensor)
+        else:
+            self.storage = replace(storage, dtype=held.dtype)
+            self.dtype = dtype
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight, as `dequantize` gives it."""

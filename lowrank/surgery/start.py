@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import ConfigError, DtypeError, ShapeError, WeightError
 from lowrank.nn.lora_linear import LoRALinear
+from lowrank.nn.quant_embedding import QuantEmbedding
 from lowrank.nn.quant_linear import QuantLinear
 from lowrank.quant import Quantizer
 
@@ -30,8 +31,22 @@ def check_start(
     how = f"init_lora_weights={config.init_lora_weights!r}"
     if weights is not None and not config.starts_from_weight:
         raise ConfigError(f"weights: expected None, {how} does not start from them; got a mapping")
-    embeddings = {id(m.weight): n for n, m in walk(model) if isinstance(m, nn.Embedding)}
+    tables = {
+        id(parameter): table
+        for table, module in walk(model)
+        if isinstance(module, nn.Embedding | QuantEmbedding)
+        for parameter in module.parameters()
+    }
     for name, module in targets.items():
+        tied = next((tables[id(p)] for p in module.parameters() if id(p) in tables), None)
+        changes = (
+            config.starts_from_weight or quantizer is not None and isinstance(module, nn.Linear)
+        )
+        if tied is not None and changes and not isinstance(module, LoRALinear):
+            raise ConfigError(
+                f"{name}.weight: is also {tied}.weight, which an adapter here must not change; "
+                f"add {name!r} to exclude_modules"
+            )
         if isinstance(module, LoRALinear):
             if config.starts_from_weight:
                 raise ConfigError(
@@ -48,11 +63,6 @@ def check_start(
                 raise ConfigError(
                     f"{how}: expected a quantizer for {name}; got None; pass quantizer='nf4', or "
                     "'none' to leave the rest in full precision"
-                )
-            if quantizer is not None and id(module.weight) in embeddings:
-                raise ConfigError(
-                    f"{name}.weight: is also {embeddings[id(module.weight)]}.weight, which cannot "
-                    f"be quantized; add {name!r} to exclude_modules"
                 )
         elif config.starts_from_weight:
             if weights is None:

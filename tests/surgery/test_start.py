@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Mapping
 
@@ -46,13 +49,15 @@ def test_a_dense_model_is_quantized_and_less_is_lost(init, generator):
         "lora_B",
     }
     with torch.no_grad():
-        got, want = model(ids).logits, dense(ids).logits
-        sums = logits_of_the_sums(model, dense, ids)
+        got, sums = model(ids).logits, logits_of_the_sums(model, dense, ids)
         assert (got.double() - sums).norm() <= 1e-5 * sums.norm()
-        plain = lowrank.quantize(copy.deepcopy(dense), "nf4")(ids).logits
-        assert (got - want).norm() < (plain - want).norm()
-        merged = lowrank.merge_and_unload(copy.deepcopy(model))(ids).logits
-        torch.testing.assert_close(merged, got, rtol=1e-4, atol=1e-5)
+        merged = lowrank.merge_and_unload(copy.deepcopy(model))
+        torch.testing.assert_close(merged(ids).logits, got, rtol=1e-4, atol=1e-5)
+        plain = lowrank.quantize(copy.deepcopy(dense), "nf4")
+        for name in names_of(model, LoRALinear):
+            weight, sums = (m.get_submodule(name).weight for m in (dense, merged))
+            alone = plain.get_submodule(name).dequantize()
+            assert (sums - weight).norm() < 0.97 * (alone - weight).norm(), name
     model(input_ids=ids, labels=ids).loss.backward()
     assert all(p.grad.norm() > 0 for p in model.parameters() if p.requires_grad)
 
@@ -140,6 +145,58 @@ def test_the_weights_are_held_one_at_a_time():
     assert weights.most <= 2  # the last one and the next
 
 
+# VmHWM, since ru_maxrss begins with what the parent held when it forked
+PEAK = """
+import sys, torch, lowrank
+from torch import nn
+def peak():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
+class Weights(dict):
+    def __getitem__(self, name):
+        torch.manual_seed(int(name.split(".")[0]))
+        return torch.randn(K, K)
+def start(layers):
+    model = nn.Sequential()
+    for i in range(layers):
+        linear = nn.Linear(K, K, bias=False)
+        linear.weight.data = Weights()[f"{i}.weight"]
+        model.append(lowrank.QuantLinear.from_linear(linear, "nf4"))
+    config = lowrank.LoRAConfig(4, target_modules="all-linear", init_lora_weights="pissa_niter_1")
+    before = peak()
+    lowrank.inject(model, config, weights=Weights())
+    return peak() - before
+K = 768
+start(2)                                                     # whatever is imported on first use
+print(start(60))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
+def test_starting_a_quantized_model_takes_a_few_tensors_more():
+    command = [sys.executable, "-c", PEAK]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    tensor = 4 * 768 * 768 / 2**20
+    assert float(out) < 12 * tensor  # 60 of them would be held by now; the adapters are 1.4 MB
+
+
+def test_quantized_layers_start_where_they_are():
+    """In the same memory, and under the same parameters."""
+    dense = tiny_llama()
+    model = lowrank.quantize(copy.deepcopy(dense), "nf4")
+    before = {n: (p, p.data_ptr()) for n, p in model.named_parameters()}
+    lowrank.inject(model, config("pissa"), weights=dense.state_dict())
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            old, place = before[name.replace(".base_layer", "")]
+            assert parameter is old and parameter.data_ptr() == place
+    # a dense scheme's tensors take the dtype of the weights
+    half = lowrank.quantize(copy.deepcopy(dense).bfloat16(), "none")
+    lowrank.inject(half, config("pissa", target_modules=["q_proj"]), weights=dense.state_dict())
+    base = half.model.layers[0].self_attn.q_proj.base_layer
+    assert base.storage["dense"].dtype == torch.float32 and base.weight_dtype == torch.bfloat16
+
+
 def test_a_layer_that_stands_twice_starts_once():
     linear = nn.Linear(64, 64)
     model = nn.Sequential(linear, nn.Tanh(), linear)
@@ -207,6 +264,7 @@ def test_wrong_requests_change_nothing():
     started = lowrank.inject(copy.deepcopy(dense), config("pissa"), quantizer="nf4")
     tied = copy.deepcopy(dense)
     tied.lm_head.weight = tied.model.embed_tokens.weight
+    both = lowrank.quantize(copy.deepcopy(tied), "nf4", skip=[], embeddings=True)
     weights, targets = dense.state_dict(), {"target_modules": ["q_proj"]}
     for model, options, arguments, match in (
         (
@@ -226,6 +284,7 @@ def test_wrong_requests_change_nothing():
         (adapted, {"init": "pissa", "target_modules": ["v_proj"]}, {"quantizer": "nf4"}, "alone"),
         (started, {"init": True, **targets}, {}, "'default': has the principal part"),
         (tied, {"target_modules": ["lm_head"]}, {"quantizer": "nf4"}, "is also .*embed_tokens"),
+        (both, {"target_modules": ["lm_head"]}, {"weights": weights}, "is also .*embed_tokens"),
     ):
         before = state(model)
         with pytest.raises(LowrankError, match=match) as caught:
