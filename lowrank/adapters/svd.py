@@ -60,8 +60,7 @@ def factors(
     root = (S / abs(scaling)).sqrt()
     left, right = root * U, (root / S)[:, None] * rows
     bound = 1 / math.sqrt(K)
-    A = torch.rand(r, K, generator=_generator(matrix.device), device=matrix.device)
-    A = (2 * bound * A - bound).to(matrix.dtype)
+    A = matrix.new_empty(r, K).uniform_(-bound, bound, generator=_generator(matrix.device))
     B = matrix.new_zeros(N, r)
     A[:found] = left.T if tall else right
     B[:, :found] = (right.T if tall else left) * math.copysign(1, scaling)

@@ -118,5 +118,6 @@ def _agrees(weight: Tensor, numbers: Mapping[str, float], name: str) -> bool:
 
 
 def _number(weight: Tensor) -> float:
-    left, right = (torch.arange(n, dtype=torch.float64).square().cos() for n in weight.shape)
-    return (left.to(weight) @ weight @ right.to(weight)).item()
+    counts = (torch.arange(n, dtype=torch.float64, device="cpu") for n in weight.shape)
+    left, right = (count.square().cos().to(weight) for count in counts)
+    return (left @ weight @ right).item()
