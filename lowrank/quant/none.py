@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .blocks import panels
 from .registry import register
 from .storage import Storage
 
@@ -20,7 +21,8 @@ class Unquantized:
         """Raises DtypeError, ShapeError, and WeightError at a NaN or inf, as the others do."""
         checks.matrix(weight)
         dense = weight.detach().clone(memory_format=torch.contiguous_format)
-        checks.finite(dense)
+        for start, stop in panels(*weight.shape, weight.device):
+            checks.finite(dense[start:stop], start)
         return Storage(self.name, tuple(weight.shape), weight.dtype, {"dense": dense})
 
     def dequantize(self, storage: Storage, dtype: torch.dtype = torch.float32) -> Tensor:
