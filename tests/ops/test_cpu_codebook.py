@@ -180,9 +180,10 @@ def test_linear_and_dx(N, K, dtype, double_quant, table_per_row):
         assert error_of_either(dx, dy, W) < EPS[dtype], M
 
 
-@pytest.mark.parametrize("M", [1, 2, 16, 33, 130, 520])
-def test_linear_and_dx_of_several_panels(M, threads):
-    N, K = 1400, 2080  # 1.4 panels of 2^21 weights
+@pytest.mark.parametrize("N", [500, 1400])
+@pytest.mark.parametrize("M", [1, 2, 16, 33, 130, 384, 385, 520])
+def test_linear_and_dx_of_one_panel_and_of_several(M, N, threads):
+    K = 2080  # half a panel of 2^21 weights, and 1.4 of them
     weight = random_weight(N, K, 64, double_quant=True)
     W = dense(*weight, K, 64)
     x, dy = torch.randn(M, K), torch.randn(M, N)

@@ -160,6 +160,11 @@ def test_rows_of_several_panels(backend, grouped):
     check(case("dense", torch.float32, LARGE, grouped, 0.0), backend)
 
 
+@pytest.mark.parametrize("grouped", [False, True], ids=["one", "grouped"])
+def test_many_rows_of_a_small_weight(backend, grouped):
+    check(case("double", torch.float32, ((3, 135), 63, 70, 5), grouped, 0.2), backend)
+
+
 @pytest.mark.parametrize("base", ["none", "dense", "plain"])
 @pytest.mark.parametrize("ids", [None, [2, -1, 0, 0, 2]], ids=["one", "grouped"])
 @pytest.mark.parametrize("p", [0.0, 0.4])

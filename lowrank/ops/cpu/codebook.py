@@ -9,6 +9,7 @@ from lowrank.ops import native
 
 from .matrix_units import multiplies_bfloat16
 from .panels import (
+    PANEL,
     Weight,
     bfloat16_columns,
     bfloat16_panels,
@@ -20,7 +21,8 @@ from .panels import (
 from .refusals import refuse_codebook, refuse_devices, refuse_dtype, refuse_weight
 
 _DIRECT_M = 16  # rows of x up to which decoding inside the product beats a panel and BLAS
-_DIRECT_ISAS = ("avx2", "avx512")  # and where it does, as measured, for any number of them
+_DIRECT_ISAS = ("avx2", "avx512")  # and where it does, as measured, for more of them too:
+_DECODED_ONCE_M = 384  # for any number, but of a weight that is one panel for so many
 
 
 def codebook_quantize(weight: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -64,18 +66,21 @@ def codebook_linear(
 ) -> Tensor:
     """y = x Wᵀ + b for x [..., K]: [..., N] in the dtype of x."""
     weight = (packed, absmax, absmax_scale, codebook)
-    if goes_by_panels(x):
+    if goes_by_panels(x, packed.shape[0]):
         return linear_by_panels(x, weight, bias, block_size)
     if rows_of(x) > _DIRECT_M and multiplies_bfloat16(x.dtype):
         return _bfloat16_linear(x, weight, bias, block_size)
     return linear_from_packed("lowrank_codebook_linear", x, weight, bias, block_size)
 
 
-def goes_by_panels(x: Tensor) -> bool:
-    """Whether codebook_linear of x decodes panels to float32."""
-    if rows_of(x) <= _DIRECT_M or multiplies_bfloat16(x.dtype):
+def goes_by_panels(x: Tensor, N: int) -> bool:
+    """Whether codebook_linear of x and a weight [N, K] decodes panels to float32."""
+    M = rows_of(x)
+    if M <= _DIRECT_M or multiplies_bfloat16(x.dtype):
         return False
-    return native.isa() not in _DIRECT_ISAS
+    if native.isa() not in _DIRECT_ISAS:
+        return True
+    return M > _DECODED_ONCE_M and N * x.shape[-1] <= PANEL
 
 
 def linear_by_panels(

@@ -54,7 +54,7 @@ def lora_linear(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y = x Wᵀ + b + scale * h B[e]ᵀ [..., N] and h = z A[e]ᵀ [M, R], z = x after dropout."""
-    if codebook is not None and order is None and products.goes_by_panels(x):
+    if codebook is not None and order is None and products.goes_by_panels(x, weight.shape[0]):
         h = _down(x, A, order, offsets, p, seed)
         packed = (weight, absmax, absmax_scale, codebook)
         branch = (h * scale, B[0].float())

@@ -12,7 +12,7 @@ from lowrank.ops import native
 
 # Weights decoded at once, 8 MB of float32: smaller panels are nearer in the caches, but BLAS
 # rearranges x anew for each.
-_PANEL = 1 << 21
+PANEL = 1 << 21
 # Rows or columns of a bfloat16 panel: of 512 and fewer, oneDNN takes up to twice as long.
 _BFLOAT16_WIDTH = 1024
 
@@ -23,7 +23,7 @@ Weight = tuple[Tensor, Tensor, Tensor | None, Tensor]  # packed, absmax, absmax_
 
 def panels(weight: Weight, K: int, block_size: int) -> Iterator[tuple[int, int, Tensor]]:
     """(n0, n1, w [n1 - n0, K] float32) over all rows."""
-    for n0, n1 in _parts(weight[0].shape[0], max(1, _PANEL // K)):
+    for n0, n1 in _parts(weight[0].shape[0], max(1, PANEL // K)):
         w = scratch(n1 - n0, K)
         dequantize_rows(weight, K, block_size, n0, n1, w)
         yield n0, n1, w
@@ -56,7 +56,7 @@ def dense_panels(weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
     if weight.dtype == torch.float32:
         yield 0, V, weight
         return
-    for v0, v1 in _parts(V, max(1, _PANEL // max(1, H))):
+    for v0, v1 in _parts(V, max(1, PANEL // max(1, H))):
         yield v0, v1, scratch(v1 - v0, H).copy_(weight[v0:v1])
 
 
