@@ -65,7 +65,7 @@ def normal_blocks(block_size):
     """2 million weights of N(0, 1) in rows of one block, spread evenly rather than drawn.
 
     Largest magnitudes M by equal steps of P(max < M) = (2 Φ(M) - 1)^G, the others by equal steps of
-    their distribution below M: the mean of a function of them is right to 2e-5.
+    their distribution below M. The mean error of a draw is right to 1e-5 times G / 1024.
     """
     rows = (1 << 21) // block_size
     steps = torch.arange(rows, dtype=torch.float64)[:, None]
@@ -80,11 +80,14 @@ def normal_blocks(block_size):
 @pytest.mark.parametrize("block_size", BLOCK_SIZES[1:])
 @pytest.mark.parametrize("name", ["nf4", "fp4"])
 def test_errors_on_normal_weights_are_the_documented_ones_to_four_digits(name, block_size):
-    weight = normal_blocks(block_size)
-    assert weight.std().item() == pytest.approx(1, abs=1e-3)
     quantizer = quant.get(name, block_size=block_size, double_quant=False)
-    error = (quantizer.dequantize(quantizer.quantize(weight)) - weight).abs().mean().item()
-    assert abs(error - DOCUMENTED[name][block_size]) < 5e-5
+    errors = []
+    for _ in range(max(1, block_size // 128)):  # the fewer blocks a draw has, the more draws
+        weight = normal_blocks(block_size)
+        assert weight.std().item() == pytest.approx(1, abs=1e-3)
+        error = quantizer.dequantize(quantizer.quantize(weight)) - weight
+        errors.append(error.abs().mean().item())
+    assert abs(sum(errors) / len(errors) - DOCUMENTED[name][block_size]) < 5e-5
 
 
 def test_fp4_is_in_the_order_of_bitsandbytes():
