@@ -29,7 +29,16 @@ def test_greedy_equals_transformers(saved):
         prompt = tokens(1, S, 599)
         expected = oracle.generate(prompt, max_new_tokens=30, do_sample=False, eos_token_id=599)
         (written,) = generate_ids(model, prompt.tolist(), 30, ends={599})
-        assert prompt[0].tolist() + written == [i for i in expected[0].tolist() if i != 599]
+        got = prompt[0].tolist() + written
+        want = [i for i in expected[0].tolist() if i != 599]
+        same = next(
+            (n for n, pair in enumerate(zip(got, want, strict=False)) if len({*pair}) > 1), None
+        )
+        if same is None:
+            assert got == want
+        else:  # of two tokens that rounding alone tells apart either may be written
+            logits = oracle(torch.tensor([want[:same]])).logits[0, -1]
+            assert logits.max() - logits[got[same]] < 1e-6
 
 
 def test_a_batch_of_different_lengths_equals_one_by_one(saved):
