@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The data sets that lie beside the checkout; CONTRIBUTING.md names their public sources."""
-    folder = Path(os.environ.get("LOWRANK_TEST_DATA", ROOT.parent / "shared" / "data"))
+    folder = Path(os.environ.get("LOWRANK_TEST_DATA", ROOT.parent / "shared" / "data")).resolve()
     if not folder.is_dir():
         pytest.skip(f"no test data in {folder}: set LOWRANK_TEST_DATA")
     return folder
