@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import ConfigError, DtypeError, ShapeError, WeightError
+from lowrank.ops.checks import check_int, check_number, check_tensors
 
 _OVERSAMPLED = 8  # directions beyond R that the fast form follows, for the last of the R to settle
 
@@ -17,17 +18,18 @@ def checked(weight: Tensor, r: int, num_iter: int, scaling: float) -> Tensor:
 
     Raises DtypeError, ShapeError, WeightError for a NaN or inf with its row, ConfigError.
     """
+    check_tensors(weight=weight)
     if not weight.is_floating_point():
         raise DtypeError(f"weight: expected the unquantized one, in floats; got {weight.dtype}")
     if weight.dim() != 2 or weight.numel() == 0:
         raise ShapeError(f"weight: expected [N, K] with N, K >= 1; got {list(weight.shape)}")
-    for name, value in (("r", r), ("num_iter", num_iter)):
-        if value < 1:
-            raise ConfigError(f"{name}: expected at least 1; got {value}")
-    if scaling == 0:
+    check_int("r", r, 1)
+    check_int("num_iter", num_iter, 1)
+    check_number("scaling", scaling)
+    if scaling == 0 or not math.isfinite(scaling):
         raise ConfigError(
-            "lora_alpha: expected another than 0, the adapter starts with a part of the weight; "
-            "got 0"
+            "lora_alpha: expected another than 0, and finite, as the adapter starts with a part of "
+            f"the weight; got a scaling of {scaling}"
         )
     weight = weight.detach()
     bad = ~weight.isfinite().all(dim=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
@@ -213,9 +215,12 @@ def test_what_is_refused(method):
         (bad, {}, WeightError, "weight: expected finite values; got NaN or inf in row 5"),
         (weight[0], {}, ShapeError, r"weight: expected \[N, K\].*; got \[64\]"),
         (weight.char(), {}, DtypeError, "weight: expected the unquantized one.*; got torch.int8"),
-        (weight, {"r": 0}, ConfigError, "r: expected at least 1; got 0"),
-        (weight, {"num_iter": 0}, ConfigError, "num_iter: expected at least 1; got 0"),
+        (weight, {"r": 0}, ConfigError, "r: expected a whole number >= 1; got 0"),
+        (weight, {"r": 2.5}, ConfigError, "r: expected a whole number >= 1; got 2.5"),
+        (weight, {"num_iter": 0}, ConfigError, "num_iter: expected a whole number >= 1; got 0"),
         (weight, {"scaling": 0.0}, ConfigError, "lora_alpha: expected another than 0"),
+        (weight, {"scaling": math.nan}, ConfigError, "lora_alpha: expected another than 0"),
+        (None, {}, DtypeError, "weight: expected a tensor; got NoneType"),
     ):
         with pytest.raises(kind, match=match):
             method(wrong, quantizer, **{"r": 4, **options})
