@@ -1,5 +1,6 @@
 """Low-rank fine-tuning over quantized weights."""
 
+from . import adapters as adapters
 from . import errors as errors
 from . import ops as ops
 from . import quant as quant
@@ -13,6 +14,7 @@ from .models.loading import load_model as load_model
 from .models.loading import open_weights as open_weights
 from .models.saving import save_model as save_model
 from .models.tokenizer import load_tokenizer as load_tokenizer
+from .nn.kinds import register_layer as register_layer
 from .nn.lora_linear import LoRALinear as LoRALinear
 from .nn.quant_embedding import QuantEmbedding as QuantEmbedding
 from .nn.quant_linear import QuantLinear as QuantLinear

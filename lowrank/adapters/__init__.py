@@ -1,0 +1,7 @@
+"""Adapters: a protocol, a registry, one method a file."""
+
+from . import lora as lora
+from .registry import Method as Method
+from .registry import get as get
+from .registry import names as names
+from .registry import register as register

@@ -11,6 +11,8 @@ from typing import Any
 
 from lowrank.errors import ConfigError
 
+from .registry import names
+
 INITS = (True, False, "gaussian", "loftq", "pissa")
 BIASES = ("none", "lora_only", "all")
 _LOFTQ = {"loftq_bits": 4, "loftq_iter": 1}  # PEFT's defaults
@@ -66,6 +68,7 @@ class LoRAConfig:
     """What to adapt and how: y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ, with s = lora_alpha / r.
 
     r: the rank R of each update.
+    method: the kind of adapter, by the name it is registered as (`lowrank.adapters.names()`).
     lora_alpha: the numerator of the scale s.
     target_modules: names or suffixes of names; a str is a regex for the whole name
       (`re.fullmatch`), and "all-linear" means every linear layer but the output head.
@@ -110,9 +113,11 @@ class LoRAConfig:
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
+    method: str = "lora"
 
     def __post_init__(self) -> None:
         _check_rank("r", self.r)
+        _check_choice("method", self.method, tuple(names()))
         _check_number("lora_alpha", self.lora_alpha)
         _check_number("lora_dropout", self.lora_dropout)
         if not 0 <= self.lora_dropout < 1:
@@ -179,7 +184,7 @@ class LoRAConfig:
         """The content of PEFT's adapter_config.json; an adapter on disk is always for inference."""
         return {
             **_PEFT_REST,
-            **{f.name: getattr(self, f.name) for f in fields(self)},
+            **{f.name: getattr(self, f.name) for f in fields(self) if f.name != "method"},
             "inference_mode": True,
         }
 

@@ -6,12 +6,32 @@ The product y = x Wᵀ + b + s·drop(x) Aᵀ Bᵀ is `ops.lora_linear`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from lowrank.errors import WeightError
+
+from .registry import register
+
+if TYPE_CHECKING:
+    from .config import LoRAConfig
+
+
+@register("lora")
+class LoRA:
+    """ΔW = s·B A, both trained."""
+
+    def shapes(self, N: int, K: int, r: int) -> dict[str, tuple[int, ...]]:
+        return {"lora_A": (r, K), "lora_B": (N, r)}
+
+    def init_(self, tensors: Mapping[str, Tensor], config: LoRAConfig) -> None:
+        init_(tensors["lora_A"], tensors["lora_B"], config.init_lora_weights)
+
+    def factors(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return tensors["lora_A"], tensors["lora_B"]
 
 
 def scaling(r: int, alpha: float, rslora: bool = False) -> float:

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import ConfigError, FileFormatError, TargetError
-from lowrank.nn.lora_linear import LoRALinear
+from lowrank.nn.adapted import AdaptedLayer
 from lowrank.quant import Quantizer
 from lowrank.surgery.inject import attach
 from lowrank.surgery.start import check_start
-from lowrank.surgery.targets import check_adapters, find_targets, lora_layers, walk
+from lowrank.surgery.targets import adapted_layers, check_adapters, find_targets, walk
 
 from .atomic import write_files
 from .base import check_made, is_base_to_be_made, metadata_of, read_numbers
@@ -50,7 +50,9 @@ def save_adapter(model: nn.Module, path: str | Path, adapter: str = "default") -
     directory = Path(path) if adapter == "default" else Path(path) / adapter
     if directory.exists() and not directory.is_dir():
         raise FileFormatError(f"{directory}: expected a directory or nothing there; it is a file")
-    layers = {name: layer for name, layer in lora_layers(model).items() if adapter in layer.lora_A}
+    layers = {
+        name: layer for name, layer in adapted_layers(model).items() if adapter in layer.config
+    }
     config = _config_of(model, layers, adapter)
     content = config.to_peft()
     if config.task_type is None:  # how PEFT finds the model's class again
@@ -97,8 +99,8 @@ def load_adapter(
     directory = _directory(path_or_repo, revision)
     config = replace(_read_config(directory / CONFIG_FILE), inference_mode=not is_trainable)
     tensors = _read_tensors(directory)
-    layers = lora_layers(model)
-    mine = {name: layer for name, layer in layers.items() if adapter in layer.lora_A}
+    layers = adapted_layers(model)
+    mine = {name: layer for name, layer in layers.items() if adapter in layer.config}
     _warn_of_other_base(model, config, directory)
 
     if mine:
@@ -124,7 +126,7 @@ def load_adapter(
         file, numbers, model, targets, config, adapter, quantizer, weights
     )
 
-    def fill(name: str, layer: LoRALinear) -> None:
+    def fill(name: str, layer: AdaptedLayer) -> None:
         if make_base and numbers is not None:
             check_made(file, numbers, name, layer)
         for part, linears in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
@@ -153,7 +155,7 @@ def load_adapter(
     return model
 
 
-def _config_of(model: nn.Module, layers: dict[str, LoRALinear], adapter: str) -> LoRAConfig:
+def _config_of(model: nn.Module, layers: dict[str, AdaptedLayer], adapter: str) -> LoRAConfig:
     """The adapter's config; on names, rank and alpha the layers have the last word."""
     config = next(iter(layers.values())).config[adapter]
     if config.target_modules is None:  # layers that were built by hand
@@ -181,7 +183,7 @@ def _escaped(names: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tensors(
-    model: nn.Module, layers: dict[str, LoRALinear], config: LoRAConfig, adapter: str
+    model: nn.Module, layers: dict[str, AdaptedLayer], config: LoRAConfig, adapter: str
 ) -> dict[str, Tensor]:
     tensors = {}
     for name, layer in layers.items():
@@ -200,16 +202,16 @@ def _biases(
     targets = set(targets)
     for name, module in walk(model):
         bias = module._parameters.get("bias")
-        if isinstance(module, LoRALinear):
+        if isinstance(module, AdaptedLayer):
             bias = module.bias
         if isinstance(bias, nn.Parameter) and (name in targets or config.bias == "all"):
-            wrapped = name in targets or isinstance(module, LoRALinear)
+            wrapped = name in targets or isinstance(module, AdaptedLayer)
             found[f"{name}.base_layer.bias" if wrapped else f"{name}.bias"] = bias
     return found
 
 
 def _check_agrees(
-    layers: dict[str, LoRALinear], config: LoRAConfig, adapter: str, directory: Path
+    layers: dict[str, AdaptedLayer], config: LoRAConfig, adapter: str, directory: Path
 ) -> None:
     for name, layer in layers.items():
         there = (

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lowrank.adapters import initial, lora
 from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import FileFormatError
-from lowrank.nn.lora_linear import LoRALinear
+from lowrank.nn.adapted import AdaptedLayer
 from lowrank.nn.quant_weight import resolve
 from lowrank.quant import Quantizer
 from lowrank.surgery.start import check_start
@@ -29,7 +29,7 @@ KEY = "lowrank.base"
 _TOLERANCE = 1e-3  # of |W|
 
 
-def metadata_of(layers: Mapping[str, LoRALinear]) -> dict[str, str]:
+def metadata_of(layers: Mapping[str, AdaptedLayer]) -> dict[str, str]:
     """What the file of an adapter of these layers says of their bases."""
     numbers = {name: _number(_weight(layer)) for name, layer in layers.items()}
     return {KEY: json.dumps(numbers)}
@@ -105,7 +105,7 @@ def check_made(
 
 
 def _weight(module: nn.Module) -> Tensor:
-    base = module.unmerged_base if isinstance(module, LoRALinear) else module
+    base = module.unmerged_base if isinstance(module, AdaptedLayer) else module
     if isinstance(base, nn.Linear):
         return base.weight.detach().float()
     return base.dequantize(torch.float32)

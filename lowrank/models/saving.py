@@ -16,7 +16,7 @@ from lowrank.io.safetensors import Lazy
 from lowrank.io.shards import write_shards
 from lowrank.models.decoder import Decoder
 from lowrank.models.quantization_config import bitsandbytes_config, lowrank_config
-from lowrank.nn.lora_linear import LoRALinear
+from lowrank.nn.adapted import AdaptedLayer
 from lowrank.nn.quant_linear import QuantLinear
 from lowrank.nn.quant_weight import QuantWeight, quant_weights
 from lowrank.quant import bitsandbytes
@@ -42,7 +42,7 @@ def save_model(
     already holds weights, or for layers that the format does not have.
     """
     for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
+        if isinstance(module, AdaptedLayer):
             raise WeightError(
                 f"{name}: expected no adapter; save it with save_adapter, or merge it into "
                 "the model with merge_and_unload first"

@@ -9,18 +9,19 @@ from torch import Tensor, nn
 
 from lowrank.adapters.config import LoRAConfig, pattern_matches
 from lowrank.errors import ConfigError, TargetError, WeightError
-from lowrank.nn.lora_linear import LoRALinear
+from lowrank.nn.adapted import AdaptedLayer
+from lowrank.nn.kinds import kind_of
 from lowrank.nn.quant_linear import QuantLinear
 from lowrank.quant import Quantizer
 
 from .start import check_alone, check_start
 from .targets import (
     DEFAULT_TARGETS,
+    adapted_layers,
     check_each_matches,
     condense,
     find_targets,
     is_all_linear,
-    lora_layers,
     walk,
 )
 
@@ -71,7 +72,7 @@ def attach(
     names: Iterable[str],
     config: LoRAConfig,
     adapter: str,
-    fill: Callable[[str, LoRALinear], None] = lambda name, layer: None,
+    fill: Callable[[str, AdaptedLayer], None] = lambda name, layer: None,
     quantizer: str | Quantizer | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
@@ -80,12 +81,12 @@ def attach(
     `quantizer` and `weights` are those of `inject`, which `check_start` has found sufficient; what
     starts from `weights` does so in place, one layer after the other, when all have the adapter.
     """
-    before = lora_layers(model).values()
+    before = adapted_layers(model).values()
     if any(layer.merged for layer in before):
         raise ConfigError(
             "inject: expected unmerged layers; the adapters are merged: call unmerge first"
         )
-    if any(adapter in layer.lora_A for layer in before):
+    if any(adapter in layer.config for layer in before):
         raise ConfigError(
             f"adapter: {adapter!r} is already in the model; delete it first or choose another name"
         )
@@ -96,21 +97,21 @@ def attach(
         raise ConfigError(
             f'bias: expected "none", adapter {biased[0]!r} trains the biases; got {config.bias!r}'
         )
-    is_first = not any(layer.lora_A for layer in before)
+    is_first = not any(layer.config for layer in before)
     names, modules, fresh = list(names), dict(walk(model)), config.with_fresh_start()
     quantized = [name for name in names if isinstance(modules[name], QuantLinear)]
     later = quantized if config.starts_from_weight else []
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    wrapped: dict[nn.Module, LoRALinear] = {}
+    wrapped: dict[nn.Module, AdaptedLayer] = {}
     try:
         for name in names:
             layer = modules[name]
             try:
-                if isinstance(layer, LoRALinear):
+                if isinstance(layer, AdaptedLayer):
                     layer.add_adapter(adapter, fresh, name)
                 else:
                     by = quantizer if isinstance(layer, nn.Linear) else None
-                    layer = LoRALinear.wrap(layer, fresh, adapter, name, by)
+                    layer = kind_of(layer).wrap(layer, fresh, adapter, name, by)
                     wrapped[modules[name]] = layer
                 if name in later:
                     continue
@@ -146,7 +147,7 @@ def activate(model: nn.Module, active: list[str]) -> None:
     """Make `active` the active adapters: they train, with the biases that their configs ask for;
     the biases of an idle adapter do not.
     """
-    layers = lora_layers(model).values()
+    layers = adapted_layers(model).values()
     for layer in layers:
         layer.set_adapter(active)
     every = [p for name, p in model.named_parameters() if name.split(".")[-1] == "bias"]

@@ -12,7 +12,7 @@ from lowrank.errors import ConfigError, TargetError, WeightError
 from lowrank.nn.quant_embedding import QuantEmbedding
 
 from .inject import replace_modules
-from .targets import check_adapters, lora_layers
+from .targets import adapted_layers, check_adapters
 
 
 def merge(
@@ -24,7 +24,7 @@ def merge(
     quantization: rounding it back to codes would lose most of what was learned. The base layers are
     kept aside meanwhile. Raises WeightError, all as before, if a merged weight is not finite.
     """
-    layers = lora_layers(model)
+    layers = adapted_layers(model)
     if not layers:
         raise TargetError("merge: no layer of the model has adapters; inject or load one first")
     if any(layer.merged for layer in layers.values()):
@@ -49,7 +49,7 @@ def merge(
 
 def unmerge(model: nn.Module) -> None:
     """Give every layer the base it had before `merge`, bit for bit."""
-    for layer in lora_layers(model).values():
+    for layer in adapted_layers(model).values():
         layer.unmerge()
 
 
@@ -60,7 +60,7 @@ def merge_and_unload(
 
     A head that was tied to the embedding is so no longer, and the model's config is told.
     """
-    layers = lora_layers(model)
+    layers = adapted_layers(model)
     if not any(layer.merged for layer in layers.values()):
         merge(model, adapters, dtype)
     elif adapters is not None or dtype is not None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lowrank import quant
 from lowrank.errors import ConfigError, LowrankError, TargetError
-from lowrank.nn.lora_linear import LoRALinear
+from lowrank.nn.adapted import AdaptedLayer
 from lowrank.nn.quant_embedding import QuantEmbedding
 from lowrank.nn.quant_experts import QuantExperts, replace_parameter
 from lowrank.nn.quant_linear import QuantLinear, is_conv1d
@@ -84,7 +84,7 @@ def linear_layers(
     """
     linears: dict[nn.Module, str] = {}
     for name, module in walk(model):
-        if isinstance(module, LoRALinear):
+        if isinstance(module, AdaptedLayer):
             if module.merged:
                 raise ConfigError(
                     f"{name}: expected an unmerged layer; an adapter is merged: call unmerge first"

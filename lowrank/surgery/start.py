@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import ConfigError, DtypeError, ShapeError, WeightError
-from lowrank.nn.lora_linear import LoRALinear
+from lowrank.nn.adapted import AdaptedLayer
 from lowrank.nn.quant_embedding import QuantEmbedding
 from lowrank.nn.quant_linear import QuantLinear
 from lowrank.quant import Quantizer
@@ -42,16 +42,16 @@ def check_start(
         changes = (
             config.starts_from_weight or quantizer is not None and isinstance(module, nn.Linear)
         )
-        if tied is not None and changes and not isinstance(module, LoRALinear):
+        if tied is not None and changes and not isinstance(module, AdaptedLayer):
             raise ConfigError(
                 f"{name}.weight: is also {tied}.weight, which an adapter here must not change; "
                 f"add {name!r} to exclude_modules"
             )
-        if isinstance(module, LoRALinear):
+        if isinstance(module, AdaptedLayer):
             if config.starts_from_weight:
                 raise ConfigError(
                     f"{how}: expected targets without adapters, as it changes the base; "
-                    f"{name} has {', '.join(module.lora_A)}"
+                    f"{name} has {', '.join(module.config)}"
                 )
             if quantizer is not None and isinstance(module.unmerged_base, nn.Linear):
                 raise ConfigError(

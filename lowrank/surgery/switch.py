@@ -9,10 +9,10 @@ from types import TracebackType
 from torch import nn
 
 from lowrank.errors import ConfigError
-from lowrank.nn.lora_linear import LoRALinear
+from lowrank.nn.adapted import AdaptedLayer
 
 from .inject import activate
-from .targets import check_adapters, lora_layers
+from .targets import adapted_layers, check_adapters
 
 
 def set_adapter(model: nn.Module, adapters: str | Iterable[str]) -> None:
@@ -55,19 +55,19 @@ def disable_adapters(model: nn.Module) -> Disabled:
 
     Biases that an adapter trained are part of the base and stay.
     """
-    return Disabled(lora_layers(model).values())
+    return Disabled(adapted_layers(model).values())
 
 
 def enable_adapters(model: nn.Module) -> None:
     """Undo `disable_adapters`."""
-    for layer in lora_layers(model).values():
+    for layer in adapted_layers(model).values():
         layer.disabled = False
 
 
 class Disabled:
     """Adapters disabled on creation; leaving the `with` block restores what was before."""
 
-    def __init__(self, layers: Iterable[LoRALinear]) -> None:
+    def __init__(self, layers: Iterable[AdaptedLayer]) -> None:
         self._before = [(layer, layer.disabled) for layer in layers]
         for layer, _ in self._before:
             layer.disabled = True
@@ -85,8 +85,8 @@ class Disabled:
             layer.disabled = disabled
 
 
-def _unmerged_layers(model: nn.Module, what: str) -> list[LoRALinear]:
-    layers = list(lora_layers(model).values())
+def _unmerged_layers(model: nn.Module, what: str) -> list[AdaptedLayer]:
+    layers = list(adapted_layers(model).values())
     if any(layer.merged for layer in layers):
         raise ConfigError(
             f"{what}: expected unmerged layers; the adapters are merged: call unmerge first"

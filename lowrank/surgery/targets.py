@@ -11,6 +11,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import TargetError
+from lowrank.nn.adapted import AdaptedLayer
+from lowrank.nn.kinds import kind_of
 from lowrank.nn.lora_linear import LoRALinear
 from lowrank.nn.quant_linear import QuantLinear
 
@@ -28,20 +30,20 @@ def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]
     for name, child in module._modules.items():
         if child is not None and not isinstance(child, NonDynamicallyQuantizableLinear):
             yield prefix + name, child
-            if not isinstance(child, LINEAR):
+            if not isinstance(child, (*LINEAR, AdaptedLayer)):
                 yield from walk(child, f"{prefix}{name}.")
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     """The layers with adapters by name, each once."""
     return {
-        name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)
+        name: module for name, module in model.named_modules() if isinstance(module, AdaptedLayer)
     }
 
 
 def adapter_names(model: nn.Module) -> list[str]:
     """Names of the adapters in the model, in order of appearance."""
-    return list(dict.fromkeys(a for layer in lora_layers(model).values() for a in layer.lora_A))
+    return list(dict.fromkeys(a for layer in adapted_layers(model).values() for a in layer.config))
 
 
 def check_adapters(model: nn.Module, adapters: Iterable[str]) -> list[str]:
@@ -103,9 +105,10 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
                 f"target_modules={wanted!r} matches"
             )
     for name, module in chosen:
-        if not isinstance(module, LINEAR):
+        if not isinstance(module, AdaptedLayer) and kind_of(module) is None:
             raise TargetError(
-                f"target {name!r}: expected a linear layer; got {type(module).__name__}"
+                f"target {name!r}: expected a layer that can have adapters (a linear one, or see "
+                f"lowrank.register_layer); got {type(module).__name__}"
             )
     return [name for name, _ in chosen]
 

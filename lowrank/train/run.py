@@ -14,7 +14,7 @@ from lowrank.errors import ConfigError
 from lowrank.io.adapter import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, save_adapter
 from lowrank.io.atomic import write_files, write_text
 from lowrank.io.safetensors import save_safetensors
-from lowrank.nn.lora_linear import LoRALinear
+from lowrank.nn.adapted import AdaptedLayer
 
 logger = logging.getLogger("lowrank.train")
 
@@ -85,11 +85,11 @@ class RunDirectory:
         """Save adapters in PEFT's format, other trained tensors by name; returns where they are."""
         of_adapters: set[int] = set()
         adapters = {}  # in order of appearance
-        for layer in (m for m in model.modules() if isinstance(m, LoRALinear)):
-            for name in layer.lora_A:
-                pair = [layer.lora_A[name].weight, layer.lora_B[name].weight]
-                of_adapters.update(map(id, pair))
-                if any(p.requires_grad for p in pair):
+        for layer in (m for m in model.modules() if isinstance(m, AdaptedLayer)):
+            for name in layer.config:
+                tensors = layer.tensors(name).values()
+                of_adapters.update(map(id, tensors))
+                if any(p.requires_grad for p in tensors):
                     adapters[name] = True
         for adapter in adapters:
             save_adapter(model, self.path, adapter=adapter)

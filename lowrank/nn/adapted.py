@@ -1,0 +1,260 @@
+"""What every layer with adapters shares, whatever kind of layer it is around."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.adapters import lora, registry
+from lowrank.adapters.config import LoRAConfig
+from lowrank.errors import ConfigError
+from lowrank.quant import Quantizer
+
+
+class AdaptedLayer(nn.Module):
+    """A frozen `base_layer` with adapters beside it; the weight of the base is read as W [N, K].
+
+    A kind of layer says what it computes (`forward`), how its base is read as a matrix (`matrix`)
+    and made of one again (`plain`), and N and K (`matrix_shape`).
+
+    What is trained lies under the names of the adapter's method, then the adapter's own:
+    `lora_A[adapter].weight`, `lora_B[adapter].weight`, as in PEFT. `scaling[adapter]` is s.
+    Adapters are float32 over a 16-bit or quantized base, else of the base's dtype.
+
+    While merged, `base_layer` is a plain layer with the merged weight, and the one that was there
+    is kept aside, so that unmerging gives back its very bits. A state dict of the plain layer
+    (`weight`, `bias`, or a quantized layer's tensors) loads into `base_layer`, strict too.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base.requires_grad_(False)
+        self.lora_dropout = nn.ModuleDict()
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+        self.config: dict[str, LoRAConfig] = {}
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}  # s, what scale_adapter chose included
+        self.active_adapters: list[str] = []
+        self.disabled = False
+        # in a list, so that it is no submodule: a merged layer's state is the merged weight alone
+        self._aside: list[nn.Module] = []
+        self.register_load_state_dict_pre_hook(_take_plain_keys)
+
+    @classmethod
+    def wrap(
+        cls,
+        base: nn.Module,
+        config: LoRAConfig,
+        adapter: str = "default",
+        name: str = "",
+        quantizer: str | Quantizer | None = None,
+    ) -> AdaptedLayer:
+        """The same layer with an adapter; `base` becomes `base_layer` and is frozen.
+
+        `name` is the layer's name in its model, for the config's rank_pattern and alpha_pattern. A
+        `quantizer` is for linear layers.
+        """
+        raise NotImplementedError
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(N, K) of the matrix that the base's weight is read as."""
+        raise NotImplementedError
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """W [N, K] of the unmerged base in `dtype`, dequantized if it is quantized."""
+        raise NotImplementedError
+
+    def plain(self, matrix: Tensor) -> nn.Module:
+        """A layer without adapters, frozen, like the unmerged base but with W = `matrix`."""
+        raise NotImplementedError
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The dtype of the base's weight, or the one it had before quantization."""
+        return self.unmerged_base.weight.dtype
+
+    @property
+    def merged(self) -> bool:
+        """Whether `base_layer` holds the merged weight."""
+        return bool(self._aside)
+
+    @property
+    def unmerged_base(self) -> nn.Module:
+        """The base layer as it is without any adapter, merged or not."""
+        return self._aside[0] if self._aside else self.base_layer
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of a dense base layer, as code written for that layer expects it."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the base layer."""
+        return self.base_layer.bias
+
+    def add_adapter(self, adapter: str, config: LoRAConfig, name: str = "") -> None:
+        """Add an inactive adapter as `config` says; `name` is this layer's name in its model."""
+        if adapter in self.config:
+            raise ConfigError(
+                f"adapter: {adapter!r} is already there; delete it first or choose another name"
+            )
+        if not isinstance(adapter, str) or not adapter or "." in adapter:
+            raise ConfigError(f"adapter: expected a name without dots; got {adapter!r}")
+        self._refuse_if_merged("add_adapter")
+        if config.starts_from_weight:
+            raise ConfigError(
+                f"init_lora_weights={config.init_lora_weights!r}: changes the base, so it is for a "
+                "first adapter only: LoRALinear.wrap(linear, config, quantizer=...)"
+            )
+        method, r = registry.get(config.method), config.rank(name)
+        weight = next(self.base_layer.parameters())
+        dtype = torch.float32
+        if weight.is_floating_point():
+            dtype = torch.promote_types(weight.dtype, dtype)
+        tensors = {
+            part: torch.empty(shape, dtype=dtype, device=weight.device)
+            for part, shape in method.shapes(*self.matrix_shape, r).items()
+        }
+        method.init_(tensors, config)
+        for part, tensor in tensors.items():
+            if part not in self._modules:
+                self.add_module(part, nn.ModuleDict())
+            self._modules[part][adapter] = Held(tensor)
+        self.lora_dropout[adapter] = nn.Dropout(config.lora_dropout)
+        self.config[adapter], self.r[adapter] = config, r
+        self.lora_alpha[adapter] = config.alpha(name)
+        self.scale_adapter(adapter, 1.0)
+
+    def tensors(self, adapter: str) -> dict[str, nn.Parameter]:
+        """What the adapter has here, by the names of its method: lora_A, lora_B."""
+        shapes = self.method(adapter).shapes(*self.matrix_shape, self.r[adapter])
+        return {part: self._modules[part][adapter].weight for part in shapes}
+
+    def method(self, adapter: str) -> registry.Method:
+        """The kind of adapter it is."""
+        return registry.get(self.config[adapter].method)
+
+    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """(A [R, K], B [N, R]) of ΔW = s·B A."""
+        return self.method(adapter).factors(self.tensors(adapter))
+
+    def set_adapter(self, adapters: Iterable[str]) -> None:
+        """Make these, as far as they are here, active: they add up, and only they train."""
+        self._refuse_if_merged("set_adapter")
+        self.active_adapters = [a for a in adapters if a in self.config]
+        for adapter, config in self.config.items():
+            trains = adapter in self.active_adapters and not config.inference_mode
+            frozen = getattr(self.method(adapter), "frozen", ())
+            for part, tensor in self.tensors(adapter).items():
+                tensor.requires_grad_(trains and part not in frozen)
+
+    def scale_adapter(self, adapter: str, factor: float) -> None:
+        """s = factor · alpha / R (sqrt(R) if rank-stabilized); never cumulative."""
+        self._refuse_if_merged("scale_adapter")
+        rslora = self.config[adapter].use_rslora
+        self.scaling[adapter] = factor * lora.scaling(
+            self.r[adapter], self.lora_alpha[adapter], rslora
+        )
+
+    def delete_adapter(self, adapter: str) -> None:
+        """Forget an adapter, if it is here."""
+        self._refuse_if_merged("delete_adapter")
+        if adapter in self.config:
+            for part in (*self.tensors(adapter), "lora_dropout"):
+                del self._modules[part][adapter]
+            for table in (self.config, self.r, self.lora_alpha, self.scaling):
+                del table[adapter]
+            self.active_adapters = [a for a in self.active_adapters if a != adapter]
+
+    def merge(
+        self, adapters: Iterable[str] | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        """Fold adapters (None: the active ones) into a plain base layer, the old one kept aside.
+
+        `dtype` of the merged weight: None means the base's, which for a quantized base is the dtype
+        its weight had before quantization. Quantizing again would round the adapter away.
+        """
+        self._refuse_if_merged("merge")
+        chosen = [
+            a for a in (self.active_adapters if adapters is None else adapters) if a in self.config
+        ]
+        dtype = dtype or self.weight_dtype
+        weight = self.matrix(torch.promote_types(dtype, torch.float32))
+        branches = [(*self.factors(a), self.scaling[a]) for a in chosen]
+        merged = self.plain(lora.merged_weight(weight, branches, dtype))
+        self._aside, self.base_layer = [self.base_layer], merged.train(self.training)
+
+    def unmerge(self) -> None:
+        """Put the base layer back as it was before `merge`, bit for bit."""
+        if self._aside:
+            self.base_layer, self._aside = self._aside[0], []
+
+    def start_again(self, adapter: str, plain: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        """What the base and an adapter that starts from the weight are, given a plain layer's keys.
+
+        `plain` and the result have the names of this layer's state dict.
+        """
+        raise NotImplementedError
+
+    def _refuse_if_merged(self, what: str) -> None:
+        if self.merged:
+            raise ConfigError(
+                f"{what}: expected unmerged layers; the adapters are merged: call unmerge first"
+            )
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> AdaptedLayer:
+        for base in self._aside:
+            base._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        state = "merged" if self.merged else "disabled" if self.disabled else "active"
+        return f"{state}={self.active_adapters}"
+
+
+class Held(nn.Module):
+    """One tensor of one adapter, frozen until the adapter is activated."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(tensor, requires_grad=False)
+
+    def extra_repr(self) -> str:
+        return str(list(self.weight.shape))
+
+
+def _take_plain_keys(layer: AdaptedLayer, state_dict: dict, prefix: str, *_: object) -> None:
+    """Before loading: a plain layer's keys go to `base_layer`, the adapters stay as they are.
+
+    But an adapter that starts from the weight, and its base, are made of the plain weight anew.
+    """
+    plain = {
+        key[len(prefix) :]
+        for key in state_dict
+        if key.startswith(prefix) and key[len(prefix) :].split(".")[0] not in layer._modules
+    }
+    moved = {f"base_layer.{name}": state_dict.pop(prefix + name) for name in plain}
+    if plain - {"bias"}:
+        for adapter, config in layer.config.items():
+            if config.starts_from_weight:
+                moved |= layer.start_again(adapter, moved, prefix)
+                del moved["base_layer.weight"]
+    if plain:
+        own = layer.state_dict()
+        moved = {name: own[name] for name in own if not name.startswith("base_layer.")} | moved
+    for name, value in moved.items():
+        state_dict.setdefault(prefix + name, value)
+
+
+def with_weight(module: nn.Module, weight: Tensor) -> nn.Module:
+    """The same layer around another weight, frozen; its other parameters are shared."""
+    twin = copy.copy(module)
+    twin._parameters = {**module._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
+    return twin
