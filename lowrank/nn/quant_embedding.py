@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lowrank import quant
 from lowrank.errors import ConfigError, DtypeError, ShapeError
 from lowrank.nn.quant_weight import QuantWeight, resolve
+from lowrank.ops.checks import check_float
 from lowrank.quant import Quantizer, Storage
 
 
@@ -37,6 +38,8 @@ class QuantEmbedding(QuantWeight):
                 "num_embeddings, embedding_dim: expected at least 1; "
                 f"got {num_embeddings}, {embedding_dim}"
             )
+        if dtype is not None:
+            check_float("dtype", dtype)
         quantizer = resolve(quantizer)
         table = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
         self._hold(quantizer.quantize(table.weight), quantizer, table.padding_idx)

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lowrank import quant
-from lowrank.errors import ConfigError, DtypeError, FileFormatError, ShapeError
+from lowrank.errors import ConfigError, FileFormatError, ShapeError
 from lowrank.nn.quant_linear import product
 from lowrank.nn.quant_weight import QuantWeight, resolve
+from lowrank.ops.checks import check_float
 from lowrank.quant import Quantizer, Storage, bitsandbytes
 
 
@@ -149,8 +150,8 @@ class QuantExperts(QuantWeight):
             raise ShapeError(
                 f"weight: expected [E, N, K], each at least 1; got {list(weight.shape)}"
             )
-        if compute_dtype is not None and not compute_dtype.is_floating_point:
-            raise DtypeError(f"compute_dtype: expected a floating-point dtype; got {compute_dtype}")
+        if compute_dtype is not None:
+            check_float("compute_dtype", compute_dtype)
         quantizer = resolve(quantizer)
         if not quant.decodes_rows(quantizer):
             raise ConfigError(

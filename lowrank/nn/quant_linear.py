@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from lowrank import quant
-from lowrank.errors import DtypeError, ShapeError
+from lowrank.errors import ShapeError
 from lowrank.nn.autocast import linear_dtype
 from lowrank.nn.quant_weight import QuantWeight, resolve
+from lowrank.ops.checks import check_float
 from lowrank.quant import Quantizer, Storage
 
 
@@ -42,6 +43,8 @@ class QuantLinear(QuantWeight):
             raise ShapeError(
                 f"in_features, out_features: expected at least 1; got {in_features}, {out_features}"
             )
+        if dtype is not None:
+            check_float("dtype", dtype)
         quantizer, bound = resolve(quantizer), 1 / math.sqrt(in_features)
         weight = torch.empty(out_features, in_features, device=device, dtype=dtype).uniform_(
             -bound, bound
@@ -94,8 +97,8 @@ class QuantLinear(QuantWeight):
         return layer
 
     def _hold(self, storage, quantizer, bias, compute_dtype) -> None:
-        if compute_dtype is not None and not compute_dtype.is_floating_point:
-            raise DtypeError(f"compute_dtype: expected a floating-point dtype; got {compute_dtype}")
+        if compute_dtype is not None:
+            check_float("compute_dtype", compute_dtype)
         if bias is not None and bias.shape != tuple(storage.shape[:1]):
             raise ShapeError(f"bias: expected [N={storage.shape[0]}]; got {list(bias.shape)}")
         super().__init__(storage, quantizer)

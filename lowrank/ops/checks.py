@@ -98,6 +98,15 @@ def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> 
         raise DtypeError(f"{name}: expected {names_of(allowed)}; got {tensor.dtype}")
 
 
+def check_float(name: str, dtype: torch.dtype) -> None:
+    """A dtype in which weights and activations are computed."""
+    if not isinstance(dtype, torch.dtype) or dtype not in ACTIVATIONS:
+        raise DtypeError(
+            f"{name}: expected a floating-point dtype, {names_of(ACTIVATIONS)}; "
+            f"got {value_of(dtype)}"
+        )
+
+
 def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
     if tensor.device != device:
         raise ConfigError(

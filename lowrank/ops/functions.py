@@ -23,11 +23,11 @@ from .checks import (
     check_codebook,
     check_device,
     check_dtype,
+    check_float,
     check_int,
     check_number,
     check_tensors,
     check_weight,
-    names_of,
     shape_of,
     value_of,
 )
@@ -59,8 +59,7 @@ def codebook_dequantize(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The weight [N, K] in `dtype`: one float32 product, rounded once."""
-    if not isinstance(dtype, torch.dtype) or dtype not in ACTIVATIONS:
-        raise DtypeError(f"dtype: expected {names_of(ACTIVATIONS)}; got {value_of(dtype)}")
+    check_float("dtype", dtype)
     check_weight(packed, absmax, absmax_scale, codebook, K, block_size)
     return dispatch.call(
         "codebook_dequantize", packed, absmax, absmax_scale, codebook, K, block_size, dtype

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from lowrank.ops.checks import check_float
+
 from .storage import Storage
 
 # Weights handled at once. A GPU gets fewer, larger pieces: there a launch costs what a panel saves.
@@ -25,7 +27,8 @@ def panels(N: int, K: int, device: torch.device) -> Iterator[tuple[int, int]]:
 def by_panels(
     storage: Storage, dtype: torch.dtype, decode: Callable[[Storage, torch.dtype], Tensor]
 ) -> Tensor:
-    """The weight [N, K] of a row-local scheme, its rows decoded a panel at a time."""
+    """The weight [N, K] of a row-local scheme, its rows decoded a panel at a time. DtypeError."""
+    check_float("dtype", dtype)
     N, K = storage.shape
     device = next(iter(storage.tensors.values())).device
     parts = list(panels(N, K, device))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowrank.ops.checks import check_float
+
 from . import checks
 from .blocks import panels
 from .registry import register
@@ -27,4 +29,5 @@ class Unquantized:
 
     def dequantize(self, storage: Storage, dtype: torch.dtype = torch.float32) -> Tensor:
         """A copy of the weight [N, K], rounded to `dtype` if that is narrower."""
+        check_float("dtype", dtype)
         return storage["dense"].to(dtype, copy=True)

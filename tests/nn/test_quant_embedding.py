@@ -104,6 +104,8 @@ def test_padding_and_training_are_kept():
     assert not QuantEmbedding(10, 32, padding_idx=-1)(torch.tensor(9)).any()
     with pytest.raises(ShapeError, match="num_embeddings, embedding_dim: expected at least 1"):
         QuantEmbedding(0, 32)
+    with pytest.raises(DtypeError, match="^dtype: expected a floating-point dtype"):
+        QuantEmbedding(10, 32, dtype=torch.int8)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

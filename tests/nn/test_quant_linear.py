@@ -195,8 +195,11 @@ def test_bad_arguments_are_named():
         ShapeError, match="in_features, out_features: expected at least 1; got 0, 8"
     ):
         QuantLinear(0, 8)
-    with pytest.raises(DtypeError, match="compute_dtype: expected a floating-point dtype"):
-        QuantLinear(64, 8, compute_dtype=torch.int8)
+    for dtype in (torch.int8, torch.float8_e4m3fn, "bfloat16"):
+        with pytest.raises(DtypeError, match="^compute_dtype: expected a floating-point dtype"):
+            QuantLinear(64, 8, compute_dtype=dtype)
+        with pytest.raises(DtypeError, match="^dtype: expected a floating-point dtype"):
+            QuantLinear(64, 8, dtype=dtype)
     with pytest.raises(ConfigError, match="quantizer: expected a name or an object"):
         QuantLinear(64, 8, quantizer=4)
     with pytest.raises(ConfigError, match="quantizer: expected one of"):

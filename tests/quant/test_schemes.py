@@ -50,6 +50,13 @@ def test_weights_come_back_near_and_in_the_dtype_asked_for(dtype, quantizer):
             assert torch.equal(quantizer.dequantize(storage, other), got.to(other))
 
 
+def test_a_dtype_that_is_none_of_them_is_refused(quantizer):
+    storage = quantizer.quantize(torch.randn(3, 40))
+    for dtype in (None, "float32", torch.int8, torch.bool, torch.float8_e4m3fn):
+        with pytest.raises(DtypeError, match="^dtype: expected a floating-point dtype, .*; got "):
+            quantizer.dequantize(storage, dtype)
+
+
 def test_any_strides_and_float64_give_the_codes_of_the_plain_weight(quantizer):
     weight = torch.randn(9, 123)
     expected = quantizer.quantize(weight)
