@@ -11,7 +11,7 @@ from lowrank import quant
 from lowrank.errors import ShapeError
 from lowrank.nn.autocast import linear_dtype
 from lowrank.nn.quant_weight import QuantWeight, resolve
-from lowrank.ops.checks import check_float
+from lowrank.ops.checks import check_float, check_tensors
 from lowrank.quant import Quantizer, Storage
 
 
@@ -117,8 +117,7 @@ class QuantLinear(QuantWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
-        if x.shape[-1:] != (self.in_features,):
-            raise ShapeError(f"x: expected [..., K={self.in_features}]; got {list(x.shape)}")
+        check_tensors(x=x)
         return product(x, self.quantizer, self.storage, self.bias, self.compute_dtype)
 
     @property

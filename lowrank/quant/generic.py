@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import ShapeError
+from lowrank.ops.checks import ACTIVATIONS, check_device, check_dtype, check_tensors
 
 from .blocks import panels
 from .registry import Quantizer
@@ -23,11 +24,18 @@ def linear(quantizer: Quantizer, x: Tensor, storage: Storage, bias: Tensor | Non
     MB, in the forward and in the backward; another as a whole. Between the two only the storage's
     tensors are kept, compiled or not: torch.compile breaks its graph here.
     """
+    check_tensors(x=x)
+    if x.shape[-1:] != tuple(storage.shape[1:]):
+        raise ShapeError(f"x: expected [..., K={storage.shape[1]}]; got {list(x.shape)}")
     fast = getattr(quantizer, "linear", None)
     if fast is not None:
         return fast(x, storage, bias)
-    if x.shape[-1:] != tuple(storage.shape[1:]):
-        raise ShapeError(f"x: expected [..., K={storage.shape[1]}]; got {list(x.shape)}")
+    check_dtype("x", x, ACTIVATIONS)
+    check_device("x", x, next(iter(storage.tensors.values())).device)
+    if bias is not None:
+        check_tensors(bias=bias)
+        if bias.shape != tuple(storage.shape[:1]):
+            raise ShapeError(f"bias: expected [N={storage.shape[0]}]; got {list(bias.shape)}")
     apply = _DequantizedLinear.apply
     if torch.compiler.is_compiling():  # a compiler would keep the dense weight for the backward
         apply = torch.compiler.disable(apply)

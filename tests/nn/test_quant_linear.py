@@ -189,8 +189,9 @@ def test_bad_arguments_are_named():
     for x in (torch.randn(3, 128), torch.randn(8), torch.tensor(1.0)):
         with pytest.raises(ShapeError, match=r"x: expected \[..., K=100\]"):
             layer(x)
-    with pytest.raises(DtypeError, match="x: expected"):
-        layer(torch.zeros(3, 100, dtype=torch.int64))
+    for x in (torch.zeros(3, 100, dtype=torch.int64), [0.0] * 100, None):
+        with pytest.raises(DtypeError, match="x: expected"):
+            layer(x)
     with pytest.raises(
         ShapeError, match="in_features, out_features: expected at least 1; got 0, 8"
     ):

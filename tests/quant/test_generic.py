@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank import QuantLinear, quant
-from lowrank.errors import ConfigError, ShapeError
+from lowrank.errors import ConfigError, DtypeError, ShapeError
 from tests.ops.oracle import assert_near, linear
 
 
@@ -39,6 +39,24 @@ def test_linear_and_gradients_equal_the_dense_ones(dtype, tolerance):
     W = quantizer.dequantize(storage, torch.float64)
     assert y.dtype == dx.dtype == dbias.dtype == dtype
     assert_near((y, dx, dbias), linear, (x, W, bias, dy), tolerance)
+
+
+@pytest.mark.parametrize("quantizer", [RowInt8(), quant.get("hqq"), quant.get("nf4")])
+def test_bad_operands_are_named(quantizer):
+    x, bias = torch.randn(3, 64), torch.randn(20)
+    storage = quantizer.quantize(torch.randn(20, 64))
+    for wrong, b, kind, match in (
+        (None, bias, DtypeError, "x: expected a tensor; got NoneType"),
+        (x.to_sparse(), bias, DtypeError, "x: expected a dense tensor"),
+        (x.int(), bias, DtypeError, "x: expected torch.float32 or .*; got torch.int32"),
+        (x.to(torch.complex64), bias, DtypeError, "x: expected torch.float32 or .*complex64"),
+        (x[:, :63], bias, ShapeError, r"x: expected \[..., K=64\]; got \[3, 63\]"),
+        (x.to("meta"), None, ConfigError, "x: expected on cpu, with the rest; got meta"),
+        (x, bias[:1], ShapeError, r"bias: expected \[N=20\]; got \[1\]"),
+        (x, 3, DtypeError, "bias: expected a tensor; got int"),
+    ):
+        with pytest.raises(kind, match=f"^{match}"):
+            quant.linear(quantizer, wrong, storage, b)
 
 
 def test_only_the_storage_is_kept_for_backward():
