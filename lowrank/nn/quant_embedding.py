@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank import quant
-from lowrank.errors import ConfigError, DtypeError, ShapeError
+from lowrank.errors import ConfigError, ShapeError
 from lowrank.nn.quant_weight import QuantWeight, resolve
-from lowrank.ops.checks import check_float
+from lowrank.ops.checks import check_dtype, check_float, check_tensors
 from lowrank.quant import Quantizer, Storage
 
 
@@ -93,10 +93,10 @@ class QuantEmbedding(QuantWeight):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] int32 or int64 -> [..., K]. IndexError: an id that has no row."""
-        if ids.dtype not in (torch.int32, torch.int64):
-            raise DtypeError(f"ids: expected int32 or int64; got {ids.dtype}")
-        if not ids.numel():
-            return torch.empty(*ids.shape, self.embedding_dim, dtype=self.dtype, device=ids.device)
+        check_tensors(ids=ids)
+        check_dtype("ids", ids, (torch.int32, torch.int64))
+        if ids.is_meta:
+            return ids.new_empty(*ids.shape, self.embedding_dim, dtype=self.dtype)
         unique, place = ids.unique(return_inverse=True)
         rows = quant.gather(self.quantizer, self.storage, unique, self.dtype)
         return F.embedding(place, rows)

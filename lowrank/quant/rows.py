@@ -48,12 +48,14 @@ def gather(quantizer: Quantizer, storage: Storage, index: Tensor, dtype: torch.d
     that are asked for are decoded, a few MB at a time.
     """
     N, K = storage.shape
+    device = index.device
+    if not index.numel():
+        return torch.empty(0, K, dtype=dtype, device=device)
+    if not 0 <= int(index[0]) <= int(index[-1]) < N:
+        raise IndexError(f"index: expected 0 to {N - 1}; got {int(index[0])} to {int(index[-1])}")
     if has_row_parts(quantizer):
         return quantizer.dequantize(storage.take(index), dtype)
-    device = index.device
     out = torch.empty(index.numel(), K, dtype=dtype, device=device)
-    if index.numel() and not 0 <= int(index[0]) <= int(index[-1]) < N:
-        raise IndexError(f"index: expected 0 to {N - 1}; got {int(index[0])} to {int(index[-1])}")
     parts = list(panels(N, K, device))
     edges = torch.tensor([start for start, _ in parts] + [N], dtype=index.dtype, device=device)
     edges = torch.searchsorted(index, edges).tolist()

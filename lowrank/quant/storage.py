@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from lowrank.errors import ShapeError
+from lowrank.errors import ConfigError, ShapeError
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,23 @@ class Storage:
     options: Mapping[str, int | float | bool | str] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Tensor:
+        """The tensor of this name. ConfigError: another scheme's storage, which has none."""
+        if name not in self.tensors:
+            raise ConfigError(
+                f"storage: expected a tensor {name!r}; got {self.scheme!r}, which has "
+                f"{', '.join(self.tensors) or 'none'}; quant.quantizer_of(storage) reads it"
+            )
         return self.tensors[name]
 
     def rows(self, start: int, stop: int) -> Storage:
-        """Rows start <= n < stop of a row-local scheme's weight, as views.
+        """Rows start <= n < stop of a row-local scheme's weight, as views. ShapeError: no such.
 
         Its tensors are [N, ...], with a part for each row, or [1, ...], shared by all of them.
         """
+        if not 0 <= start < stop <= self.shape[0]:
+            raise ShapeError(
+                f"rows: expected 0 <= start < stop <= N={self.shape[0]}; got {start}, {stop}"
+            )
         part = {k: t[start:stop] if own else t for k, (t, own) in self._by_row().items()}
         return replace(self, shape=(stop - start, *self.shape[1:]), tensors=part)
 

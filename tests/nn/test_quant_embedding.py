@@ -50,11 +50,15 @@ def test_rows_are_those_of_the_dequantized_table(dtype, quantizer):
 def test_ids_beyond_the_table_are_an_index_error(quantizer):
     layer = QuantEmbedding(50, 33, quantizer=quantizer)
     for ids in ([0, 50], [-1, 3], [49, 2**31 - 1]):
-        with pytest.raises(IndexError):
+        with pytest.raises(IndexError, match=f"index: expected 0 to 49; got {min(ids)} to "):
             layer(torch.tensor(ids))
     for kind in (torch.float32, torch.uint8, torch.int16, torch.bool):
-        with pytest.raises(DtypeError, match="ids: expected int32 or int64"):
+        with pytest.raises(DtypeError, match="ids: expected torch.int32 or torch.int64"):
             layer(torch.zeros(3, dtype=kind))
+    assert layer.to("meta")(torch.zeros(2, 3, dtype=torch.int64, device="meta")).shape == (2, 3, 33)
+    for wrong in (None, 3, [1, 2]):
+        with pytest.raises(DtypeError, match="ids: expected a tensor; got"):
+            layer(wrong)
 
 
 def test_only_the_rows_asked_for_are_decoded():

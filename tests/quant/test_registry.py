@@ -110,6 +110,12 @@ def test_a_storage_of_an_unknown_scheme_is_refused_by_name():
         quant.quantizer_of(storage)
 
 
+def test_a_storage_of_another_scheme_is_named():
+    storage = quant.get("nf3").quantize(torch.randn(4, 64))
+    with pytest.raises(ConfigError, match=r"expected a tensor 'packed'; got 'nf3', which has plan"):
+        quant.get("nf4").dequantize(storage)
+
+
 def test_a_table_of_ones_own_is_a_scheme_by_two_lines():
     @quant.register("test-table")
     class Table(quant.FixedCodebook):

@@ -151,6 +151,9 @@ def test_rows_of_a_row_local_scheme_stand_alone(quantizer):
         assert part.shape == (stop - start, 123)
         assert same(quantizer.quantize(weight[start:stop]), part)
         assert torch.equal(quantizer.dequantize(part), dense[start:stop])
+    for start, stop in ((0, 10), (-1, 5), (3, 3), (5, 4)):
+        with pytest.raises(ShapeError, match=f"rows: expected .* <= N=9; got {start}, {stop}"):
+            whole.rows(start, stop)
 
 
 def test_a_weight_of_several_panels_is_its_rows(quantizer):
