@@ -16,7 +16,7 @@ from torch import nn
 import lowrank
 from lowrank import LoRAConfig, LoRALinear, QuantLinear
 from lowrank.errors import ConfigError, DtypeError, LowrankError, ShapeError, WeightError
-from tests.adapters.oracle import peft_model, tiny_llama, words
+from tests.adapters.oracle import peft_model, spread_singular_values_, tiny_llama, words
 from tests.quant.schemes import same
 from tests.surgery.models import assert_unchanged, names_of, state
 
@@ -87,6 +87,8 @@ def test_a_quantized_model_takes_the_same_start_from_the_original_weights(init):
 @pytest.mark.parametrize("alpha", [4, 10])
 def test_over_an_unquantized_rest_the_logits_are_pefts(alpha, generator):
     dense, ids = tiny_llama(), words(generator)
+    for name in names_of(dense, nn.Linear):
+        spread_singular_values_(dense.get_submodule(name).weight)
     options = {"r": 4, "lora_alpha": alpha, "target_modules": "all-linear"}
     theirs = peft_model(dense, init_lora_weights="pissa", **options)
     model = lowrank.inject(
