@@ -40,7 +40,7 @@ def tiny_llama(attention_bias: bool = False, layers: int = 2) -> nn.Module:
 
 @torch.no_grad()
 def spread_singular_values_(weight: torch.Tensor) -> None:
-    """Each singular value 0.9 of the one before: float32 tells the vectors of near ones not apart."""
+    """Each singular value is 0.9 of the one before: near ones mix their vectors in float32."""
     U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
     weight.copy_(U * S[0] * 0.9 ** torch.arange(len(S)) @ Vh)
 
