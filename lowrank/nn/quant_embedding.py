@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank import quant
-from lowrank.errors import ConfigError, ShapeError
+from lowrank.errors import ConfigError, ShapeError, TargetError
 from lowrank.nn.quant_weight import QuantWeight, resolve
 from lowrank.ops.checks import check_dtype, check_float, check_tensors
 from lowrank.quant import Quantizer, Storage
@@ -49,8 +49,12 @@ class QuantEmbedding(QuantWeight):
         """The layer with `embedding`'s table quantized.
 
         Raises ConfigError for max_norm, which would change the table, and for sparse and
-        scale_grad_by_freq, which are about its gradient.
+        scale_grad_by_freq, which are about its gradient. TargetError: no nn.Embedding.
         """
+        if not isinstance(embedding, nn.Embedding):
+            raise TargetError(
+                f"from_embedding: expected an nn.Embedding; got {type(embedding).__name__}"
+            )
         for option in ("max_norm", "sparse", "scale_grad_by_freq"):
             if getattr(embedding, option):
                 raise ConfigError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank import quant
-from lowrank.errors import ShapeError
+from lowrank.errors import ShapeError, TargetError
 from lowrank.nn.autocast import linear_dtype
 from lowrank.nn.quant_weight import QuantWeight, resolve
 from lowrank.ops.checks import check_float, check_tensors
@@ -63,9 +63,14 @@ class QuantLinear(QuantWeight):
     ) -> QuantLinear:
         """The layer with `linear`'s weight quantized and its very bias parameter.
 
-        `linear` may also be GPT-2's Conv1D, y = x W + b: its W [K, N] is transposed.
+        `linear` may also be GPT-2's Conv1D, y = x W + b: its W [K, N] is transposed. Of anything
+        else, a LoRALinear too, this would be another function: TargetError.
         """
         quantizer, transposed = resolve(quantizer), is_conv1d(linear)
+        if not (transposed or isinstance(linear, nn.Linear)):
+            raise TargetError(
+                f"from_linear: expected an nn.Linear or GPT-2's Conv1D; got {type(linear).__name__}"
+            )
         weight = linear.weight.T.contiguous() if transposed else linear.weight
         layer = cls.from_storage(quantizer.quantize(weight), quantizer, linear.bias, compute_dtype)
         layer.fan_in_fan_out = transposed

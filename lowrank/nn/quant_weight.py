@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lowrank import quant
 from lowrank.errors import ConfigError, DtypeError, FileFormatError, ShapeError, WeightError
+from lowrank.ops.checks import check_tensors
 from lowrank.quant import Quantizer, Storage, bitsandbytes
 from lowrank.quant.description import Description, as_bits, read_description
 
@@ -145,6 +146,8 @@ class QuantWeight(nn.Module):
         own = {
             key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)
         }
+        for name in own.keys() & {"weight", _DESCRIPTION, *self._tensor_dtypes}:
+            check_tensors(**{prefix + name: own[name]})
         is_bitsandbytes = bitsandbytes.is_layer(own)
         if "weight" in own or is_bitsandbytes:
             for name in (*self._tensor_dtypes, _DESCRIPTION):
@@ -258,7 +261,7 @@ def resolve(quantizer: str | Quantizer) -> Quantizer:
     """The quantizer of this name, or the object itself if it is one."""
     if isinstance(quantizer, str):
         return quant.get(quantizer)
-    if not isinstance(quantizer, Quantizer):
+    if isinstance(quantizer, type) or not isinstance(quantizer, Quantizer):
         raise ConfigError(
             f"quantizer: expected a name or an object with quantize, dequantize; got {quantizer!r}"
         )

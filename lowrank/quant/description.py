@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import DtypeError, FileFormatError
+from lowrank.ops.checks import check_tensors
 
 from .storage import Storage
 
@@ -63,6 +64,7 @@ class Description:
                     f"{name}{key}: expected for {self.scheme}, {dict(self.options)}, which the "
                     "state dict describes; it is missing"
                 )
+            check_tensors(**{name + key: tensors[key]})
             if tensors[key].dtype != _kept_as(dtype):
                 raise DtypeError(
                     f"{name}{key}: expected {_kept_as(dtype)} for {self.scheme}, "

@@ -11,7 +11,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lowrank import QuantEmbedding, QuantLinear, quant
-from lowrank.errors import ConfigError, DtypeError, FileFormatError, ShapeError, WeightError
+from lowrank.errors import (
+    ConfigError,
+    DtypeError,
+    FileFormatError,
+    ShapeError,
+    TargetError,
+    WeightError,
+)
 from tests.quant.schemes import label, same, variants
 
 
@@ -110,6 +117,9 @@ def test_padding_and_training_are_kept():
         QuantEmbedding(0, 32)
     with pytest.raises(DtypeError, match="^dtype: expected a floating-point dtype"):
         QuantEmbedding(10, 32, dtype=torch.int8)
+    for wrong in (None, nn.Linear(8, 8), nn.EmbeddingBag(10, 32)):
+        with pytest.raises(TargetError, match="from_embedding: expected an nn.Embedding; got "):
+            QuantEmbedding.from_embedding(wrong, "nf4")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -10,8 +10,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lowrank
-from lowrank import QuantLinear, quant
-from lowrank.errors import ConfigError, DtypeError, FileFormatError, ShapeError, WeightError
+from lowrank import LoRALinear, QuantLinear, quant
+from lowrank.errors import (
+    ConfigError,
+    DtypeError,
+    FileFormatError,
+    ShapeError,
+    TargetError,
+    WeightError,
+)
 from tests.ops.oracle import assert_near, linear
 
 SHAPES = [(1, 1), (33, 7), (63, 5), (123, 9), (256, 130)]  # K, N
@@ -201,8 +208,12 @@ def test_bad_arguments_are_named():
             QuantLinear(64, 8, compute_dtype=dtype)
         with pytest.raises(DtypeError, match="^dtype: expected a floating-point dtype"):
             QuantLinear(64, 8, dtype=dtype)
-    with pytest.raises(ConfigError, match="quantizer: expected a name or an object"):
-        QuantLinear(64, 8, quantizer=4)
+    for quantizer in (4, None, quant.CodebookQuantizer):
+        with pytest.raises(ConfigError, match="quantizer: expected a name or an object"):
+            QuantLinear(64, 8, quantizer=quantizer)
+    for wrong in (None, nn.Embedding(8, 64), nn.Bilinear(8, 8, 8), layer, LoRALinear(64, 8)):
+        with pytest.raises(TargetError, match="from_linear: expected an nn.Linear or .*; got "):
+            QuantLinear.from_linear(wrong, "nf4")
     with pytest.raises(ConfigError, match="quantizer: expected one of"):
         QuantLinear(64, 8, quantizer="nf5")
     with pytest.raises(ShapeError, match=r"bias: expected \[N=8\]"):

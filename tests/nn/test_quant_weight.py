@@ -131,6 +131,10 @@ def test_a_description_that_cannot_be_believed_is_refused_and_changes_nothing():
         (ShapeError, r"absmax: expected \[8, 1\]", state | {"absmax": state["absmax"][:4]}),
         (ShapeError, r"a weight of \[8, 64\]; got \[8, 63\]", edited(state, shape=[8, 63])),
     ]  # fmt: skip
+    cases += [
+        (DtypeError, f"{name}: expected a tensor; got NoneType", state | {name: None})
+        for name in (KEY, "packed", "weight")
+    ]
     for error, match, wrong in cases:
         for strict in (False, True):
             with pytest.raises(error, match=rf"^up\.[a-zA-Z_]+: .*{match}|^up\.{match}"):
