@@ -16,7 +16,7 @@ from lowrank import quant
 from lowrank.errors import ConfigError, FileFormatError, ShapeError
 from lowrank.nn.quant_linear import product
 from lowrank.nn.quant_weight import QuantWeight, resolve
-from lowrank.ops.checks import check_float
+from lowrank.ops.checks import check_float, check_tensors
 from lowrank.quant import Quantizer, Storage, bitsandbytes
 
 
@@ -68,6 +68,11 @@ class ExpertWeights:
 
     def __getitem__(self, key: int | slice | Tensor) -> ExpertWeights:
         """Those of some experts: by index, slice, list or tensor. IndexError: there is none."""
+        if not isinstance(key, int | slice | list | Tensor):
+            raise IndexError(
+                f"experts: expected one index, slice, list or tensor; got {key!r}; "
+                "call dequantize() first"
+            )
         if self.index is not None:
             raise IndexError(f"experts: expected one index, into E={self.of.num_experts}; got two")
         E = self.of.num_experts
@@ -101,17 +106,19 @@ class ExpertWeights:
         N = self.of.matrix_shape[0] // self.of.num_experts
         if self.index is None:
             weight = self.of.quantizer.dequantize(self.of.storage, dtype).unflatten(0, (-1, N))
+        elif isinstance(self.index, int):
+            weight = self._expert(self.index, dtype)
         else:
-            which = [self.index] if isinstance(self.index, int) else self.index.tolist()
-            storage = self.of.storage
-            weight = torch.stack(
-                [
-                    quant.dequantize_rows(self.of.quantizer, storage, e * N, (e + 1) * N, dtype)
-                    for e in which
-                ]
-            )
-            weight = weight[0] if isinstance(self.index, int) else weight
+            check_float("dtype", dtype)
+            shape = (*self.index.shape, N, self.of.matrix_shape[1])
+            weight = torch.empty(shape, dtype=dtype, device=self.device)
+            for place, e in zip(weight.flatten(0, -3), self.index.flatten().tolist(), strict=True):
+                place.copy_(self._expert(e, dtype))
         return weight.mT if self.transposed else weight
+
+    def _expert(self, e: int, dtype: torch.dtype) -> Tensor:
+        N = self.of.matrix_shape[0] // self.of.num_experts
+        return quant.dequantize_rows(self.of.quantizer, self.of.storage, e * N, (e + 1) * N, dtype)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] -> x Wᵀ + b, [..., N], of one expert that is not transposed."""
@@ -146,6 +153,7 @@ class QuantExperts(QuantWeight):
         transposed: bool = False,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
+        check_tensors(weight=weight)
         if weight.dim() != 3 or weight.numel() == 0:
             raise ShapeError(
                 f"weight: expected [E, N, K], each at least 1; got {list(weight.shape)}"
@@ -281,6 +289,8 @@ def _grouped(
     whole = isinstance(w, ExpertWeights) and w.index is None and w.transposed
     if not whole or x.dim() != 2 or offs is None or bias is not None or out_dtype is not None:
         return None
+    if len(offs) != len(w):
+        raise ShapeError(f"offs: expected [E={len(w)}]; got {list(offs.shape)}")
     ends = offs.tolist()
     sizes = [end - start for start, end in pairwise([0, *ends, len(x)])]
     *groups, rest = x.split(sizes)

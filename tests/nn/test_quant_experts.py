@@ -115,7 +115,8 @@ def test_transposed_experts_hold_rows_of_outputs(quantizer):
 def test_it_has_the_shape_dtype_and_indexing_of_a_tensor():
     weight = torch.randn(E, N, K, dtype=torch.float16)
     holder = QuantExperts(weight, "nf4")
-    for key in (0, -1, torch.tensor(3), slice(1, 3), [0, 2], torch.tensor([3, 3, 1])):
+    several = (torch.tensor([3, 3, 1]), torch.tensor([[0, 2], [1, 1]]), torch.tensor([]).long())
+    for key in (0, -1, torch.tensor(3), slice(1, 3), [0, 2], *several):
         view, expected = holder[key], weight[key]
         assert view.shape == expected.shape and view.dim() == view.ndim == expected.dim()
         assert torch.equal(view.dequantize(), holder.dequantize()[key])
@@ -126,6 +127,11 @@ def test_it_has_the_shape_dtype_and_indexing_of_a_tensor():
     for key in (E, -E - 1, torch.tensor([0, E])):
         with pytest.raises(IndexError):
             holder[key]
+    for key in (None, "up", 1.0, (0, slice(None)), ...):
+        with pytest.raises(IndexError, match="experts: expected one index, slice, list or tensor"):
+            holder[key]
+    with pytest.raises(ShapeError, match=r"offs: expected \[E=4\]; got \[3\]"):
+        F.grouped_mm(torch.randn(9, K), holder.mT, offs=torch.tensor([3, 6, 9], dtype=torch.int32))
     with pytest.raises(IndexError, match="expected one index, into E=4; got two"):
         holder[1][2]
     with pytest.raises(ShapeError, match="transpose: expected the last two dimensions"):
@@ -209,6 +215,8 @@ def test_files_meta_skeletons_and_the_plain_key(transposed, quantizer, tmp_path)
 
 def test_bad_experts_are_named():
     weight = torch.randn(E, N, K)
+    with pytest.raises(DtypeError, match="weight: expected a tensor; got NoneType"):
+        QuantExperts(None)
     for wrong in (weight[0], weight[:0], weight[None]):
         with pytest.raises(ShapeError, match=r"weight: expected \[E, N, K\], each at least 1"):
             QuantExperts(wrong)
