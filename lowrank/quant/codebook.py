@@ -35,7 +35,7 @@ class CodebookQuantizer(Blockwise):
         try:
             values = codebook.tolist() if isinstance(codebook, Tensor) else codebook
             table = torch.tensor(values, dtype=torch.float32, device="cpu")
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise ConfigError(
                 f"codebook: expected 16 numbers or [N, 16] of them; {error}"
             ) from error

@@ -33,7 +33,9 @@ class Int8:
         for start, stop in panels(N, K, source.device):
             half = source[start:stop].to(torch.float16)
             largest = half.abs().amax(dim=1).float()
-            checks.finite(largest, start, "magnitudes below 65520, the limit of float16; got more")
+            checks.finite(
+                largest, start, "magnitudes below 65520, the limit of float16; got others"
+            )
             SCB[start:stop] = largest
             factor = 127 / torch.where(largest > 0, largest, 1)
             CB[start:stop] = (half * factor[:, None]).round_()

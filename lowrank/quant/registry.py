@@ -45,9 +45,18 @@ _REGISTRY: dict[str, type] = {}
 
 
 def register(name: str) -> Callable[[_Q], _Q]:
-    """Class decorator: `get(name, **options)` makes `cls(**options)`; `cls.name` is the name."""
+    """Class decorator: `get(name, **options)` makes `cls(**options)`; `cls.name` is the name.
+
+    Raises ConfigError for a name that is another's, and for what has no quantize and dequantize.
+    """
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"register: expected the name of a scheme; got {name!r}")
 
     def add(cls: _Q) -> _Q:
+        if not isinstance(cls, type) or not issubclass(cls, Quantizer):
+            raise ConfigError(
+                f"quantizer {name!r}: expected a class with quantize and dequantize; got {cls!r}"
+            )
         if _REGISTRY.get(name, cls) is not cls:
             raise ConfigError(
                 f"quantizer {name!r} is registered, by {_REGISTRY[name]}; choose another name"
@@ -99,7 +108,7 @@ def quantizer_of(storage: Storage) -> Quantizer:
 
 
 def _find(name: str) -> type:
-    if name not in _REGISTRY:
+    if not isinstance(name, str) or name not in _REGISTRY:
         _load(name)
     return _REGISTRY[name]
 
@@ -124,10 +133,9 @@ def _load(name: str) -> None:
         raise ConfigError(
             f"quantizer {name!r}: its entry point {found[0].value} fails to load: {error!r}"
         ) from error
-    if isinstance(loaded, type) and name not in _REGISTRY:
+    if name not in _REGISTRY and isinstance(loaded, type) and issubclass(loaded, Quantizer):
         register(name)(loaded)
-    if not isinstance(_REGISTRY.get(name), type) or not issubclass(_REGISTRY[name], Quantizer):
-        _REGISTRY.pop(name, None)
+    if name not in _REGISTRY:
         raise ConfigError(
             f"quantizer {name!r}: expected its entry point {found[0].value} to be a class with "
             f"quantize and dequantize; got {loaded!r}"

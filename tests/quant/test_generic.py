@@ -97,6 +97,16 @@ def test_register_gives_the_name_and_refuses_a_second_owner():
     quant.register("test-row-int8")(Named)
     with pytest.raises(ConfigError, match="'test-row-int8' is registered"):
         quant.register("test-row-int8")(type("Other", (RowInt8,), {}))
+    misspelled = type("Misspelled", (), {"quantise": RowInt8.quantize, "dequantise": None})
+    for wrong in (misspelled, RowInt8(), quant.get):
+        with pytest.raises(ConfigError, match="'test-wrong': expected a class with quantize and"):
+            quant.register("test-wrong")(wrong)
+    for name in (None, "", 3):
+        with pytest.raises(ConfigError, match="register: expected the name of a scheme; got"):
+            quant.register(name)
+    for name in (None, "test-wrong", ["nf4"], {}):
+        with pytest.raises(ConfigError, match="quantizer: expected one of .*; got "):
+            quant.get(name)
 
 
 class Largest(TorchDispatchMode):

@@ -160,6 +160,7 @@ def test_any_table_of_16_values_takes_the_nearest(double_quant, per_row, table):
         torch.zeros(0, 16), torch.zeros(2, 2, 16), torch.zeros(16, dtype=torch.complex64),
         torch.zeros(16, device="meta"), torch.zeros(16).to_sparse(),
         [float("nan")] + [0.0] * 15, [float("inf")] + [0.0] * 15, [1.0000001] + [0.0] * 15,
+        [10**400] * 16,
     ],
     ids=lambda wrong: str(wrong)[:30].replace("\n", ""),
 )  # fmt: skip

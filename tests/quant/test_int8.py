@@ -43,7 +43,7 @@ def test_int8_refuses_what_float16_does_not_hold():
     weight[1, 2] = 65519  # rounds to 65504
     assert quant.get("int8").quantize(weight)["SCB"].tolist() == [0, 65504, 0]
     weight[1, 2] = -65520
-    with pytest.raises(WeightError, match="magnitudes below 65520, .* got more in row 1"):
+    with pytest.raises(WeightError, match="magnitudes below 65520, .* got others in row 1"):
         quant.get("int8").quantize(weight)
 
 
