@@ -2,67 +2,21 @@
 
 from __future__ import annotations
 
-import math
-import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from lowrank.errors import ConfigError
 
+from . import checks
+from .peft_keys import from_peft, takes_peft_fields, to_peft
 from .registry import names
 
 INITS = (True, False, "gaussian", "loftq", "pissa")
 BIASES = ("none", "lora_only", "all")
-_LOFTQ = {"loftq_bits": 4, "loftq_iter": 1}  # PEFT's defaults
-TASKS = ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-
-# Keys of adapter_config.json that are no field here, with the values PEFT 0.21.2 writes by default.
-_PEFT_REST: dict[str, Any] = {
-    "alora_invocation_tokens": None,
-    "arrow_config": None,
-    "auto_mapping": None,
-    "corda_config": None,
-    "ensure_weight_tying": False,
-    "eva_config": None,
-    "fan_in_fan_out": False,
-    "kasa_config": None,
-    "layer_replication": None,
-    "lora_bias": False,
-    "lora_ga_config": None,
-    "megatron_config": None,
-    "megatron_core": "megatron.core",
-    "monteclora_config": None,
-    "peft_type": "LORA",
-    "peft_version": "0.21.2",
-    "qalora_group_size": 16,
-    "target_parameters": None,
-    "trainable_token_indices": None,
-    "use_bdlora": None,
-    "use_qalora": False,
-    "velora_config": None,
-}
-# Of those, the ones that change what the layer computes: a file that sets one of them is refused.
-_PEFT_REFUSED = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "layer_replication",
-    "lora_bias",
-    "megatron_config",
-    "monteclora_config",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_qalora",
-)
-# Initialisations that leave the base as it was: once trained, such an adapter is plain LoRA.
-_PEFT_PLAIN_INITS = ("eva", "orthogonal")
-
-_PATTERN = r"(.*\.)?({})$"  # what a key of rank_pattern or alpha_pattern stands for
 
 
+@takes_peft_fields
 @dataclass
 class LoRAConfig:
     """What to adapt and how: y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ, with s = lora_alpha / r.
@@ -116,18 +70,18 @@ class LoRAConfig:
     method: str = "lora"
 
     def __post_init__(self) -> None:
-        _check_rank("r", self.r)
-        _check_choice("method", self.method, tuple(names()))
-        _check_number("lora_alpha", self.lora_alpha)
-        _check_number("lora_dropout", self.lora_dropout)
+        checks.rank("r", self.r)
+        checks.choice("method", self.method, tuple(names()))
+        checks.alpha("lora_alpha", self.lora_alpha)
+        checks.number("lora_dropout", self.lora_dropout)
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout: expected 0 <= p < 1; got {self.lora_dropout!r}")
         for name in ("use_rslora", "use_dora", "inference_mode"):
-            _check_choice(name, getattr(self, name), (True, False))
-        _check_choice("bias", self.bias, BIASES)
-        if not _is_fast_pissa(self.init_lora_weights):
-            _check_choice("init_lora_weights", self.init_lora_weights, INITS)
-        self.loftq_config = _loftq(self.loftq_config, self.init_lora_weights)
+            checks.choice(name, getattr(self, name), (True, False))
+        checks.choice("bias", self.bias, BIASES)
+        if not checks.is_fast_pissa(self.init_lora_weights):
+            checks.choice("init_lora_weights", self.init_lora_weights, INITS)
+        self.loftq_config = checks.loftq(self.loftq_config, self.init_lora_weights)
         if self.use_dora:
             raise ConfigError(
                 "use_dora: expected False (LoRA and use_rslora are supported); got True"
@@ -137,24 +91,17 @@ class LoRAConfig:
                 "modules_to_save: expected None, whole trained modules are not supported "
                 f"(adapt linear layers through target_modules); got {self.modules_to_save!r}"
             )
-        self.task_type = _task(self.task_type)
-        self.target_modules = _names("target_modules", self.target_modules)
-        self.exclude_modules = _names("exclude_modules", self.exclude_modules)
-        self.layers_pattern = _names("layers_pattern", self.layers_pattern)
+        self.task_type = checks.task(self.task_type)
+        self.target_modules = checks.names("target_modules", self.target_modules)
+        self.exclude_modules = checks.names("exclude_modules", self.exclude_modules)
+        self.layers_pattern = checks.names("layers_pattern", self.layers_pattern)
         for pattern in self.layers_pattern if isinstance(self.layers_pattern, list) else []:
-            _check_regex("layers_pattern", pattern)
+            checks.regex("layers_pattern", pattern)
         for name in ("base_model_name_or_path", "revision"):
-            setattr(self, name, _text(name, getattr(self, name)))
-        _check_layers(self.layers_to_transform, self.layers_pattern, self.target_modules)
-        for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_number)):
-            pattern = getattr(self, name)
-            if not isinstance(pattern, Mapping):
-                raise ConfigError(
-                    f"{name}: expected a dict from module names to numbers; got {pattern!r}"
-                )
-            for key, value in pattern.items():
-                _check_regex(name, key, _PATTERN)
-                check(f"{name}[{key!r}]", value)
+            setattr(self, name, checks.text(name, getattr(self, name)))
+        checks.layers(self.layers_to_transform, self.layers_pattern, self.target_modules)
+        checks.patterns("rank_pattern", self.rank_pattern, checks.rank)
+        checks.patterns("alpha_pattern", self.alpha_pattern, checks.alpha)
 
     def rank(self, name: str) -> int:
         """R of the layer called `name`."""
@@ -172,7 +119,7 @@ class LoRAConfig:
     @property
     def starts_as_principal_part(self) -> bool:
         """Whether that part is the largest there is, so that the base alone is no model."""
-        return self.init_lora_weights == "pissa" or _is_fast_pissa(self.init_lora_weights)
+        return self.init_lora_weights == "pissa" or checks.is_fast_pissa(self.init_lora_weights)
 
     def with_fresh_start(self) -> LoRAConfig:
         """This config, but for an adapter that does not start from the weight."""
@@ -182,11 +129,7 @@ class LoRAConfig:
 
     def to_peft(self) -> dict[str, Any]:
         """The content of PEFT's adapter_config.json; an adapter on disk is always for inference."""
-        return {
-            **_PEFT_REST,
-            **{f.name: getattr(self, f.name) for f in fields(self) if f.name != "method"},
-            "inference_mode": True,
-        }
+        return to_peft(self)
 
     @classmethod
     def from_peft(cls, content: Mapping[str, Any]) -> LoRAConfig:
@@ -194,122 +137,8 @@ class LoRAConfig:
 
         Raises ConfigError if the file asks for something that would change what the layers compute.
         """
-        if content.get("peft_type") != "LORA":
-            raise ConfigError(f'peft_type: expected "LORA"; got {content.get("peft_type")!r}')
-        for key in _PEFT_REFUSED:
-            if content.get(key):
-                raise ConfigError(
-                    f"{key}: is not supported, expected {_PEFT_REST[key]!r}; got {content[key]!r}"
-                )
-        known = {f.name: content[f.name] for f in fields(cls) if content.get(f.name) is not None}
-        if known.get("init_lora_weights") in _PEFT_PLAIN_INITS:
-            known["init_lora_weights"] = True
-        if not str(known.get("init_lora_weights")).startswith(("loftq", "pissa")):
-            known.pop("loftq_config", None)  # left there by who set the other to True afterwards
-        return cls(**{**known, "inference_mode": False})
-
-
-def pattern_matches(key: str, name: str) -> bool:
-    """Whether a key of rank_pattern or alpha_pattern means the layer called `name`."""
-    return re.match(_PATTERN.format(key), name) is not None
-
-
-def _check_rank(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
-        raise ConfigError(f"{name}: expected an integer rank of at least 1; got {value!r}")
-
-
-def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(f"{name}: expected a finite number; got {value!r}")
-
-
-def _check_choice(name: str, value: Any, choices: tuple) -> None:
-    if not any(type(value) is type(c) and value == c for c in choices):
-        raise ConfigError(f"{name}: expected one of {', '.join(map(repr, choices))}; got {value!r}")
-
-
-def _is_fast_pissa(value: Any) -> bool:
-    """pissa_niter_ and a number, PEFT's spelling of PiSSA by a fast SVD."""
-    return isinstance(value, str) and re.fullmatch(r"pissa_niter_\d+", value) is not None
-
-
-def _loftq(value: Any, init: bool | str) -> dict[str, int]:
-    value = vars(value) if hasattr(value, "loftq_iter") else value  # PEFT's LoftQConfig
-    if not isinstance(value, Mapping) or value.keys() - _LOFTQ.keys():
-        raise ConfigError(f"loftq_config: expected a dict of {', '.join(_LOFTQ)}; got {value!r}")
-    for key, number in value.items():
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise ConfigError(f"{key}: expected an integer of at least 1; got {number!r}")
-    if init == "loftq":
-        return {**_LOFTQ, **value}
-    if value and init != "pissa" and not _is_fast_pissa(init):
-        raise ConfigError(
-            "loftq_config: expected {}, it belongs to init_lora_weights='loftq' or 'pissa'; "
-            f"got {value!r} with {init!r}"
-        )
-    return dict(value)
-
-
-def _check_regex(name: str, pattern: Any, form: str = "{}") -> None:
-    if not isinstance(pattern, str) or not pattern:
-        raise ConfigError(f"{name}: expected names or a regex; got {pattern!r}")
-    try:
-        re.compile(form.format(pattern))
-    except re.error as error:
-        raise ConfigError(f"{name}: {pattern!r} is not a regular expression ({error})") from error
-
-
-def _names(name: str, value: Any) -> list[str] | str | None:
-    if value is None:
-        return None
-    if isinstance(value, str):
-        _check_regex(name, value)
-        return value
-    if not isinstance(value, Iterable) or isinstance(value, Mapping | bytes):
-        raise ConfigError(f"{name}: expected a list of names, a regex, or None; got {value!r}")
-    value = list(value)
-    if not value or not all(isinstance(v, str) and v for v in value):
-        raise ConfigError(
-            f"{name}: expected at least one name, each a non-empty string; got {value!r}"
-        )
-    return list(dict.fromkeys(value))
-
-
-def _text(name: str, value: Any) -> str | None:
-    if value is not None and not isinstance(value, str | os.PathLike):
-        raise ConfigError(f"{name}: expected text or None; got {value!r}")
-    return None if value is None else os.fspath(value)
-
-
-def _task(value: Any) -> str | None:
-    value = getattr(value, "value", value)  # PEFT's TaskType is an enum of strings
-    if value is not None and value not in TASKS:
-        raise ConfigError(f"task_type: expected None or one of {', '.join(TASKS)}; got {value!r}")
-    return value
-
-
-def _check_layers(layers: Any, pattern: Any, targets: Any) -> None:
-    if layers is None:
-        if pattern is not None:
-            raise ConfigError(
-                f"layers_pattern: expected None without layers_to_transform; got {pattern!r}"
-            )
-        return
-    indices = [layers] if isinstance(layers, int) else layers
-    if (
-        not isinstance(indices, list | tuple)
-        or not indices
-        or any(type(i) is not int or i < 0 for i in indices)
-    ):
-        raise ConfigError(
-            f"layers_to_transform: expected block indices of at least 0; got {layers!r}"
-        )
-    if isinstance(targets, str):
-        raise ConfigError(
-            f"layers_to_transform: expected target_modules as a list; got the regex {targets!r}"
-        )
+        return cls(**from_peft(content, [field.name for field in fields(cls)]))
 
 
 def _first_match(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
-    return next((v for key, v in pattern.items() if pattern_matches(key, name)), default)
+    return next((v for key, v in pattern.items() if checks.pattern_matches(key, name)), default)

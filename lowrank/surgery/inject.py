@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from lowrank.adapters.config import LoRAConfig, pattern_matches
+from lowrank.adapters.checks import pattern_matches
+from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import ConfigError, TargetError, WeightError
 from lowrank.nn.adapted import AdaptedLayer
 from lowrank.nn.kinds import kind_of

@@ -103,6 +103,8 @@ def test_refuses_files_that_mean_something_else(change):
         ("r", True),
         ("r", None),
         ("lora_alpha", "16"),
+        ("lora_alpha", 0),
+        ("alpha_pattern", {"q_proj": 0.0}),
         ("lora_alpha", float("nan")),
         ("lora_alpha", float("inf")),
         ("lora_dropout", 1.0),
@@ -181,3 +183,29 @@ def test_takes_pefts_task_type_and_sets():
     config = LoRAConfig(task_type=peft.TaskType.CAUSAL_LM, target_modules={"q_proj"})
     assert config.task_type == "CAUSAL_LM" and type(config.task_type) is str
     assert config.target_modules == ["q_proj"]
+
+
+def test_takes_the_rest_of_pefts_fields_at_their_defaults():
+    theirs = peft.LoraConfig(r=4, target_modules=["c_attn"], task_type="CAUSAL_LM")
+    given = {field.name: getattr(theirs, field.name) for field in dataclasses.fields(theirs)}
+    given["fan_in_fan_out"] = True  # as tutorials of GPT-2 have it
+    config = LoRAConfig(**given)
+    assert config == LoRAConfig(r=4, target_modules=["c_attn"], task_type="CAUSAL_LM")
+    assert dataclasses.replace(config, r=2).r == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("lora_alfa", 16, "did you mean 'lora_alpha'"),
+        ("rank", 16, "no such field; did you mean 'rank_pattern'"),
+        ("target_module", ["q_proj"], "did you mean 'target_modules'"),
+        ("wholly_other", 1, "expected one of r, lora_alpha"),
+        ("layer_replication", [[0, 2]], "is not supported, expected None"),
+        ("peft_type", "IA3", "expected 'LORA'"),
+    ],
+)
+def test_refuses_unknown_fields(field, value, says):
+    with pytest.raises(ConfigError, match=f"{field}.*{says}") as caught:
+        LoRAConfig(r=4, **{field: value})
+    assert "\n" not in str(caught.value)

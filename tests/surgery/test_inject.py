@@ -142,7 +142,7 @@ def test_targets_that_are_no_linears():
     model = tiny_llama()
     before = state(model)
     for targets in (["mlp"], ["q_proj", "embed_tokens"], r".*norm"):
-        with pytest.raises(TargetError, match="expected a linear layer"):
+        with pytest.raises(TargetError, match="expected a layer that can have adapters"):
             lowrank.inject(model, LoRAConfig(target_modules=targets))
     with pytest.raises(TargetError, match="matches nothing"):
         lowrank.inject(nn.Sequential(nn.ReLU()), LoRAConfig(target_modules="all-linear"))
