@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from lowrank.errors import ConfigError
 from lowrank.io.versions import processor, versions
 from lowrank.quant.affine import Int4Affine
-from lowrank.surgery.quantize import SKIP
+from lowrank.surgery.quantize import SKIP, names_to_skip
 
 from . import perplexity
 from .activations import capture
 from .comparison import Comparison
 from .result import Report
 from .schemes import Schemes, resolve
-from .weights import names_to_skip
 
 # Formats of GGUF whose blocks are affine; what has been through one is kind to affine schemes.
 AFFINE_FORMATS = ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")
@@ -64,6 +63,11 @@ def report(
     is a row with its reason.
     Raises ConfigError, TargetError, DataError, and WeightError for a weight that is not finite.
     """
+    if not isinstance(model, nn.Module | Mapping):
+        raise ConfigError(
+            f"model: expected an nn.Module or a mapping of tensors; got {type(model).__name__}; "
+            "lowrank.load_model reads a model, lowrank.open_weights its tensors"
+        )
     quantizers, skip = resolve(schemes), names_to_skip(skip)
     window = _window(model, window)
     _check_numbers(rows=rows, tokens=tokens, window=window, stride=stride)

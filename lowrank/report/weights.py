@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from lowrank.errors import ConfigError, TargetError, WeightError
+from lowrank.errors import TargetError, WeightError
 from lowrank.io.safetensors import SafetensorsFile
 from lowrank.io.shards import Shards
 from lowrank.nn.quant_linear import is_conv1d
@@ -19,13 +19,6 @@ from lowrank.surgery.targets import check_each_matches, matches
 
 # Tables of vectors by name: word_embeddings, embed_tokens, GPT-2's wte and wpe, T5's shared.
 _EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|shared)\.")
-
-
-def names_to_skip(skip: Iterable[str]) -> list[str]:
-    """The names as a list. Raises ConfigError for a string, which would be a list of letters."""
-    if isinstance(skip, str):
-        raise ConfigError(f"skip: expected a sequence of names; got the string {skip!r}")
-    return list(skip)
 
 
 def linears_of(model: nn.Module, skip: list[str]) -> dict[str, nn.Module]:

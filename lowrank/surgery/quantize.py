@@ -13,7 +13,7 @@ from lowrank.nn.adapted import AdaptedLayer
 from lowrank.nn.quant_embedding import QuantEmbedding
 from lowrank.nn.quant_experts import QuantExperts, replace_parameter
 from lowrank.nn.quant_linear import QuantLinear, is_conv1d
-from lowrank.nn.quant_weight import QuantWeight
+from lowrank.nn.quant_weight import QuantWeight, resolve
 from lowrank.quant import Quantizer
 
 from .inject import replace_modules
@@ -42,17 +42,20 @@ def quantize(
     means that scheme's own default. Returns the model. Raises ConfigError for what cannot be
     quantized and WeightError at a NaN or inf, naming it; the model is then as it was.
     """
-    if isinstance(quantizer, str):
-        quantizer = quant.get(
-            quantizer, **({} if double_quant is None else {"double_quant": double_quant})
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"model: expected an nn.Module; got {type(model).__name__}; "
+            "lowrank.load_model reads files, and quantizes as it does"
         )
-    elif double_quant is not None:
+    if double_quant is None:
+        quantizer = resolve(quantizer)
+    elif isinstance(quantizer, str):
+        quantizer = quant.get(quantizer, double_quant=double_quant)
+    else:
         raise ConfigError(
             "double_quant: expected None beside a quantizer object, which has its own options"
         )
-    if isinstance(skip, str):
-        raise ConfigError(f"skip: expected a sequence of names; got the string {skip!r}")
-    skip = list(skip)
+    skip = names_to_skip(skip)
     experts = _experts(model)
     named = [s for s in skip if s not in SKIP and not any(matches(n, [s]) for n in experts)]
     check_each_matches(model, named, "skip")
@@ -73,6 +76,16 @@ def quantize(
     for name, (module, leaf) in experts.items():
         replace_parameter(module, leaf, weights[name])
     return model
+
+
+def names_to_skip(skip: Iterable[str]) -> list[str]:
+    """The names as a list. Raises ConfigError for what is none, such as a single string."""
+    if isinstance(skip, str):
+        raise ConfigError(f"skip: expected a sequence of names; got the string {skip!r}")
+    names = list(skip) if isinstance(skip, Iterable) else [skip]
+    if not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"skip: expected a sequence of names; got {skip!r}")
+    return names
 
 
 def linear_layers(

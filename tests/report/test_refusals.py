@@ -143,6 +143,12 @@ def test_models_without_linears(model, match):
         report(linear(), ["nf4"], skip=["nowhere"])
 
 
+@pytest.mark.parametrize("model", [None, "model.safetensors", torch.randn(4, 4)])
+def test_what_is_no_model(model):
+    with pytest.raises(ConfigError, match="model: expected an nn.Module or a mapping of tensors"):
+        report(model, ["nf4"])
+
+
 def test_a_merged_adapter():
     model = lowrank.inject(linear(), lowrank.LoRAConfig(r=2, target_modules=["0"]))
     lowrank.merge(model)

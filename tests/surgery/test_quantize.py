@@ -76,6 +76,10 @@ def test_quantize_refuses_a_bad_weight_by_name(bad):
             },
             "skip",
         ),
+        ({"skip": None}, "skip: expected a sequence of names; got None"),
+        ({"skip": ["lm_head", 3]}, r"skip: expected a sequence of names; got \['lm_head', 3\]"),
+        ({"quantizer": None}, "^quantizer: expected a name or an object with quantize"),
+        ({"quantizer": lowrank.quant.Fitted}, "^quantizer: expected a name or an object with"),
         ({"quantizer": lowrank.quant.get("nf4"), "double_quant": True}, "double_quant"),
     ],
 )
@@ -84,6 +88,12 @@ def test_quantize_refuses_wrong_requests(options, match):
     with pytest.raises(LowrankError, match=match):
         lowrank.quantize(model, **options)
     assert not names_of(model, QuantLinear)
+
+
+@pytest.mark.parametrize("model", [None, "SmolLM2", torch.randn(4, 4), {}])
+def test_what_is_no_model_is_refused(model):
+    with pytest.raises(ConfigError, match="model: expected an nn.Module; got .*; lowrank.load_mo"):
+        lowrank.quantize(model)
 
 
 def test_quantize_refuses_a_tied_head_that_is_not_skipped():
