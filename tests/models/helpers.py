@@ -34,6 +34,18 @@ def tokens(B: int, S: int, vocab_size: int = TINY["vocab_size"]) -> torch.Tensor
     return torch.randint(0, vocab_size, (B, S))
 
 
+@torch.no_grad()
+def assert_same_greedy(model: torch.nn.Module, prompt: list[int], one: list, other: list) -> None:
+    """Both go on alike after the prompt, till rounding alone tells the two largest logits apart."""
+    for n, pair in enumerate(zip(one, other, strict=False)):
+        if len({*pair}) > 1:
+            logits = model(torch.tensor([prompt + one[:n]]))
+            last = getattr(logits, "logits", logits)[0, -1]
+            assert last.max() - last[list(pair)].min() < 1e-5, n
+            return
+    assert len(one) == len(other)
+
+
 def write_gguf(path: Path, model: torch.nn.Module, kind: str = "F32", **metadata) -> None:
     """The model as llama.cpp's converter writes it, by the gguf package's own writer."""
     import gguf

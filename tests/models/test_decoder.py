@@ -11,16 +11,11 @@ from lowrank.errors import ConfigError, ShapeError
 from lowrank.models.attention import KVCache
 from lowrank.models.config import DecoderConfig
 from lowrank.models.decoder import Decoder
+from tests.models.helpers import TINY, llama, tokens
 
 transformers = pytest.importorskip("transformers", reason="the oracle; pip install transformers")
 
-SMALL = dict(
-    vocab_size=97,
-    hidden_size=48,
-    intermediate_size=123,
-    num_hidden_layers=3,
-    max_position_embeddings=256,
-)
+SMALL = dict(hidden_size=48, intermediate_size=123, num_hidden_layers=3)
 VARIANTS = {
     "grouped": dict(num_attention_heads=6, num_key_value_heads=2),
     "plain": dict(num_attention_heads=4, num_key_value_heads=4, rope_theta=500000.0),
@@ -48,18 +43,10 @@ VARIANTS = {
 
 def pair(variant: str) -> tuple[Decoder, torch.nn.Module]:
     """Our decoder and transformers' with the same random weights."""
-    raw = {**SMALL, **VARIANTS[variant], "initializer_range": 0.1}
-    oracle = transformers.LlamaForCausalLM(transformers.LlamaConfig(**raw)).eval()
-    for name, parameter in oracle.named_parameters():
-        if name.endswith(("bias", "norm.weight")):
-            torch.nn.init.normal_(parameter, 1.0, 0.3)
+    oracle = llama(**SMALL, **VARIANTS[variant])
     ours = Decoder(DecoderConfig.from_hf(oracle.config.to_dict()))
     ours.load_state_dict(oracle.state_dict())
     return ours, oracle
-
-
-def tokens(B: int, S: int) -> torch.Tensor:
-    return torch.randint(0, SMALL["vocab_size"], (B, S))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -259,14 +246,14 @@ def test_bfloat16_stays_near_transformers():
     ],
 )
 def test_a_config_we_cannot_build_is_refused(change, says):
-    raw = {**SMALL, **VARIANTS["grouped"], "model_type": "llama", "head_dim": 8}
+    raw = {**TINY, **SMALL, **VARIANTS["grouped"], "model_type": "llama", "head_dim": 8}
     with pytest.raises(ConfigError, match=says):
         DecoderConfig.from_hf({**raw, **change})
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_config_survives_the_round_trip_through_both_spellings(variant):
-    theirs = transformers.LlamaConfig(**SMALL, **VARIANTS[variant], eos_token_id=[5, 7])
+    theirs = transformers.LlamaConfig(**{**TINY, **SMALL, **VARIANTS[variant]}, eos_token_id=[5, 7])
     config = DecoderConfig.from_hf(theirs.to_dict())
     again = transformers.LlamaConfig(**config.to_hf(torch.float32))
     assert (

@@ -15,37 +15,31 @@ from lowrank.errors import ConfigError, TargetError, WeightError
 from lowrank.nn.quant_experts import QuantExperts
 from lowrank.nn.quant_weight import QuantWeight
 from tests.adapters.oracle import quiet, transformers
+from tests.models.helpers import TINY
 from tests.surgery.models import assert_unchanged, names_of, state
-
-SIZES = dict(vocab_size=97, initializer_range=0.1)
 
 
 def gpt2(tied: bool = True) -> nn.Module:
-    config = transformers.GPT2Config(
-        n_embd=48, n_layer=2, n_head=4, n_positions=64, tie_word_embeddings=tied, **SIZES
-    )
+    sizes = dict(vocab_size=97, n_embd=48, n_layer=2, n_head=4, n_positions=64)
+    config = transformers.GPT2Config(**sizes, initializer_range=0.1, tie_word_embeddings=tied)
     return randomised(transformers.GPT2LMHeadModel(config))
 
 
 def mixture(kind: str) -> nn.Module:
-    layers = dict(
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_experts_per_tok=2,
-        head_dim=16,
-        tie_word_embeddings=False,
-        **SIZES,
-    )
+    layers = {
+        **TINY,
+        "intermediate_size": 160 if kind.startswith("qwen") else 96,
+        "num_experts_per_tok": 1 if kind == "llama4" else 2,
+        "head_dim": 16,
+        "tie_word_embeddings": False,
+    }
     if kind == "mixtral":
-        config = transformers.MixtralConfig(**layers, intermediate_size=96, num_local_experts=4)
+        config = transformers.MixtralConfig(**layers, num_local_experts=4)
     elif kind == "gpt_oss":
-        config = transformers.GptOssConfig(**layers, intermediate_size=96, num_local_experts=4)
+        config = transformers.GptOssConfig(**layers, num_local_experts=4)
     elif kind == "llama4":
         config = transformers.Llama4TextConfig(
-            **{**layers, "num_experts_per_tok": 1},
-            intermediate_size=96,
+            **layers,
             intermediate_size_mlp=96,
             num_local_experts=4,
             pad_token_id=0,
@@ -54,18 +48,14 @@ def mixture(kind: str) -> nn.Module:
     elif kind == "jetmoe":
         for other in ("head_dim", "num_attention_heads"):
             del layers[other]
-        config = transformers.JetMoeConfig(
-            **layers, kv_channels=16, intermediate_size=96, num_local_experts=4
+        config = transformers.JetMoeConfig(**layers, kv_channels=16, num_local_experts=4)
+    elif kind == "qwen2_moe":
+        del layers["head_dim"]
+        config = transformers.Qwen2MoeConfig(
+            **layers, moe_intermediate_size=96, num_experts=4, shared_expert_intermediate_size=32
         )
     else:
-        sizes = dict(intermediate_size=160, moe_intermediate_size=96, num_experts=4)
-        if kind == "qwen2_moe":
-            del layers["head_dim"]
-            config = transformers.Qwen2MoeConfig(
-                **layers, **sizes, shared_expert_intermediate_size=32
-            )
-        else:
-            config = transformers.Qwen3MoeConfig(**layers, **sizes)
+        config = transformers.Qwen3MoeConfig(**layers, moe_intermediate_size=96, num_experts=4)
     with quiet():
         return randomised(transformers.AutoModelForCausalLM.from_config(config))
 
