@@ -112,7 +112,7 @@ class RunDirectory:
         if eval_losses:
             axes.plot(*zip(*eval_losses, strict=True), "o-", color="tab:orange", label="held out")
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc="upper right")  # a loss falls; "best" tries every point
         write_files(self.path, {PLOT: lambda aside: figure.savefig(aside, format="png", dpi=120)})
         return self.path / PLOT
 
