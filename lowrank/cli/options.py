@@ -12,7 +12,7 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lowrank.errors import ConfigError
 
@@ -20,6 +20,8 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+T = TypeVar("T")
 
 
 def add_fields(parser: argparse.ArgumentParser, config: type, prefix: str, title: str) -> None:
@@ -31,10 +33,7 @@ def add_fields(parser: argparse.ArgumentParser, config: type, prefix: str, title
     texts, hints = field_help(config), get_type_hints(config)
     for field in dataclasses.fields(config):
         kinds = _kinds(hints[field.name])
-        required = (
-            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        )
-        default = "required" if required else f"default: {_shown(_default(field))}"
+        default = "required" if _is_required(field) else f"default: {_shown(_default(field))}"
         text = f"{texts.get(field.name, '').rstrip('.')} ({default})".strip().replace("%", "%%")
         flag = "--" + field.name.replace("_", "-")
         options: dict[str, Any] = {
@@ -57,6 +56,17 @@ def given_fields(args: argparse.Namespace, prefix: str) -> dict[str, Any]:
     """The flags of `add_fields` that were given: {field: value}."""
     start = prefix + "."
     return {k.removeprefix(start): v for k, v in vars(args).items() if k.startswith(start)}
+
+
+def make(config: type[T], values: Mapping[str, Any], elsewhere: str = "") -> T:
+    """The dataclass of these fields. ConfigError if a required one is missing; `elsewhere` is where
+    it could be set but for its flag.
+    """
+    for field in dataclasses.fields(config):
+        if _is_required(field) and field.name not in values:
+            flag = "--" + field.name.replace("_", "-")
+            raise ConfigError(f"{field.name} is needed: pass {flag}{elsewhere}")
+    return config(**values)
 
 
 def field_help(config: type) -> dict[str, str]:
@@ -219,6 +229,10 @@ def _word_kinds(hint: Any) -> list[Any]:
 def _metavar(kind: Any) -> str:
     names = {int: "N", float: "X", str: "TEXT", Path: "PATH", dict: "NAME=N", bool: "true|false"}
     return names[kind] if kind in names else str(kind).lower()
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _default(field: dataclasses.Field) -> Any:

@@ -19,7 +19,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from lowrank.cli.options import add_fields, check_types, given_fields
+from lowrank.cli.options import add_fields, check_types, given_fields, make
 from lowrank.cli.source import Source
 from lowrank.errors import ConfigError, DataError
 from lowrank.io.json_files import read_json
@@ -76,10 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    given = given_fields(args, "report")
-    if "model" not in given:
-        raise ConfigError("model is needed: pass --model")
-    settings = Comparison(**given)
+    settings = make(Comparison, given_fields(args, "report"))
     resolve(settings.schemes or None)  # before anything is loaded
     if settings.output is not None:
         check_directory(settings.output)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 import lowrank
 from lowrank import quant
-from lowrank.cli.options import check_types
+from lowrank.cli.options import check_types, given_fields, make
 from lowrank.errors import ConfigError
 from lowrank.quant.registry import Quantizer
 
@@ -91,7 +91,4 @@ class Source:
 
 def from_args(args: argparse.Namespace) -> Source:
     """The Source of the flags that `options.add_fields(parser, Source, "source")` added."""
-    given = vars(args)
-    return Source(
-        **{f.name: given[k] for f in fields(Source) if (k := f"source.{f.name}") in given}
-    )
+    return make(Source, given_fields(args, "source"))

@@ -18,10 +18,9 @@ from typing import Any
 import torch
 
 import lowrank
-from lowrank.cli.options import add_fields, dump_toml, given_fields, read_toml
+from lowrank.cli.options import add_fields, dump_toml, given_fields, make, read_toml
 from lowrank.cli.source import Source
 from lowrank.data import load_examples
-from lowrank.errors import ConfigError
 from lowrank.io.atomic import write_text
 from lowrank.train import TrainConfig, Trainer
 from lowrank.train.run import check_output_dir
@@ -77,7 +76,8 @@ def resolve(args: argparse.Namespace) -> tuple[Run, TrainConfig, lowrank.LoRACon
     tables = read_toml(args.config, TABLES) if args.config else {name: {} for name in TABLES}
     for name in TABLES:
         tables[name] |= given_fields(args, name)
-    return tuple(_make(config, tables[name]) for name, config in TABLES.items())
+    elsewhere = ", or set it in the TOML file"
+    return tuple(make(config, tables[name], elsewhere) for name, config in TABLES.items())
 
 
 def report(result: Any) -> str:
@@ -89,15 +89,3 @@ def report(result: Any) -> str:
         (_, before), (_, after) = result.eval_losses[0], result.eval_losses[-1]
         lines.append(f"held-out loss {before:.4f} → {after:.4f}")
     return "\n".join([*lines, f"saved in {result.output_dir}"])
-
-
-def _make(config: type, values: dict[str, Any]) -> Any:
-    """The dataclass; ConfigError for a required field that neither the flags nor the file have."""
-    for field in dataclasses.fields(config):
-        required = (
-            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        )
-        if required and field.name not in values:
-            flag = "--" + field.name.replace("_", "-")
-            raise ConfigError(f"{field.name} is needed: pass {flag}, or set it in the TOML file")
-    return config(**values)

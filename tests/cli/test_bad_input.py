@@ -87,6 +87,8 @@ def test_no_command_and_no_model(run):
     refused(run(), "COMMAND")
     refused(run("trian"), "trian", "train")
     refused(run("train", "--data", "x.jsonl", "--output-dir", "out"), "model", "--model")
+    for command in ("generate --prompt x", "merge --adapter a --output b", "quantize --output b"):
+        refused(run(*command.split()), "model is needed", "--model")
 
 
 @pytest.mark.parametrize(
