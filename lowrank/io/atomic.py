@@ -48,13 +48,20 @@ def new_directory(path: Path) -> Iterator[Path]:
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ConfigError(f"output: {path} exists; name a directory that does not, or remove it")
     made = [folder for folder in path.parents if not folder.exists()]  # the innermost first
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise ConfigError(
+            f"output: expected a place for a directory; got {path}: {error.strerror}; name another"
+        ) from error
     try:
         yield aside
         aside.chmod(0o777 & ~_umask())
         os.replace(aside, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and isinstance(error.filename, str):
+            error.filename = error.filename.replace(str(aside), str(path))
         shutil.rmtree(aside, ignore_errors=True)
         for folder in made:
             with suppress(OSError):  # another's file may have come into it

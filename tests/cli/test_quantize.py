@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 
 import pytest
@@ -129,6 +131,28 @@ def test_mistakes_are_one_line_and_leave_nothing(run, tiny, tmp_path, words, say
     outcome = run("quantize", "--model", tiny, *words, "--output", tmp_path / "new" / "x")
     assert outcome.status == 2 and outcome.err.count("\n") == 1 and says in outcome.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_cannot_be_is_named_as_it_was_given(run, tiny, tmp_path, monkeypatch):
+    words = ("quantize", "--model", tiny, "--quantizer", "nf4", "--output")
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "link").symlink_to("nowhere")
+    before = sorted(tmp_path.iterdir())
+    for name in ("file", "file/below", "link"):
+        outcome = run(*words, tmp_path / name)
+        assert outcome.status == 2 and outcome.err.count("\n") == 1
+        assert f" {tmp_path / name}" in outcome.err
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    outcome = run(*words, tmp_path / "new")
+    assert outcome.status == 2
+    assert outcome.err == (
+        f"lowrank: error: {tmp_path / 'new' / 'model.safetensors'}: No space left on device\n"
+    )
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_nothing_is_overwritten_and_nothing_quantized_twice(quantized, run, tiny, tmp_path):
