@@ -19,7 +19,7 @@ from torch import Tensor
 from lowrank.errors import DtypeError, FileFormatError
 
 from .atomic import write_files
-from .pages import empty_bytes
+from .pages import Empty, empty_bytes
 
 _DTYPES = {
     "F64": torch.float64,
@@ -87,10 +87,10 @@ class SafetensorsFile:
         if end != size:
             raise FileFormatError(f"{self.path}: expected {end} bytes; got {size}; fetch it again")
 
-    def read(self, name: str) -> Tensor:
-        """The tensor, in the dtype of the file and memory of its own."""
+    def read(self, name: str, empty: Empty = empty_bytes) -> Tensor:
+        """The tensor, in the dtype of the file and memory from `empty`."""
         entry = self.entries[name]
-        raw = empty_bytes(entry.end - entry.start)
+        raw = empty(entry.end - entry.start)
         with open(self.path, "rb", buffering=0) as file:
             file.seek(entry.start)
             view, filled = memoryview(raw.numpy()), 0

@@ -14,6 +14,7 @@ from lowrank.errors import ConfigError, FileFormatError
 
 from .atomic import write_files
 from .json_files import read_json, write_json
+from .pages import Empty, empty_bytes
 from .safetensors import Lazy, SafetensorsFile, write_safetensors
 
 INDEX = "model.safetensors.index.json"
@@ -40,9 +41,9 @@ class Shards:
                 self._file_of[name] = file
         self.shapes = {name: file.entries[name].shape for name, file in self._file_of.items()}
 
-    def read(self, name: str) -> Tensor:
-        """The tensor, in the dtype of the file and memory of its own."""
-        return self._file_of[name].read(name)
+    def read(self, name: str, empty: Empty = empty_bytes) -> Tensor:
+        """The tensor, in the dtype of the file and memory from `empty`."""
+        return self._file_of[name].read(name, empty)
 
     def blank(self, name: str) -> Tensor:
         """A tensor of that dtype and shape on the meta device."""

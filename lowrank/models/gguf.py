@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lowrank.errors import ConfigError, FileFormatError
+from lowrank.io.pages import Empty, empty_bytes
 from lowrank.models.config import DecoderConfig
 from lowrank.models.gguf_file import GGUFFile
 
@@ -41,9 +42,9 @@ class GGUFModel:
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, empty: Empty = empty_bytes) -> Tensor:
         """The tensor as float32 in Hugging Face's order of rows."""
-        tensor = self._file.read(self._names[name])
+        tensor = self._file.read(self._names[name], empty)
         if ".q_proj." in name:
             return _unpermute(tensor, self.config.num_attention_heads)
         if ".k_proj." in name:

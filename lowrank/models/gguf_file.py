@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import FileFormatError, MissingPackageError
-from lowrank.io.pages import empty_bytes
+from lowrank.io.pages import Empty, empty_bytes
 
 _PANEL_BYTES = 1 << 18  # of a tensor in the file, expanded at once
 _SCALARS = {
@@ -79,13 +79,13 @@ class GGUFFile:
 
         return GGMLQuantizationType(self.tensors[name].kind).name
 
-    def read(self, name: str) -> Tensor:
-        """The tensor as float32, expanded a few rows at a time."""
+    def read(self, name: str, empty: Empty = empty_bytes) -> Tensor:
+        """The tensor as float32 in memory from `empty`, expanded a few rows at a time."""
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
         info = self.tensors[name]
-        out = empty_bytes(4 * math.prod(info.shape)).view(torch.float32).view(info.shape)
+        out = empty(4 * math.prod(info.shape)).view(torch.float32).view(info.shape)
         rows = out.view(-1, info.shape[-1]).numpy()
         panel = max(1, _PANEL_BYTES // info.row_bytes)
         with open(self.path, "rb") as file:

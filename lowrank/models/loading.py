@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from lowrank import quant
 from lowrank.errors import ConfigError, DtypeError, FileFormatError, WeightError
 from lowrank.io.ahead import read_ahead
 from lowrank.io.hub import fetch_model, is_repo_id
+from lowrank.io.pages import Empty, Reused, empty_bytes
 from lowrank.io.quantized import (
     QuantizedTensors,
     join,
@@ -45,7 +46,7 @@ class Weights(Protocol):
     quantization: QuantizationConfig | None
     shapes: dict[str, tuple[int, ...]]
 
-    def read(self, name: str) -> Tensor: ...
+    def read(self, name: str, empty: Empty = empty_bytes) -> Tensor: ...
 
 
 def load_model(
@@ -90,21 +91,30 @@ def load_model(
     check_each_matches(model, [name for name in skip if name != "lm_head"], "skip")
     if compute_dtype is None and weights.quantization is not None:
         compute_dtype = weights.quantization.compute_dtype
-    skip, holders = list(skip), _holders(model)
+    holders, skip = _holders(model), list(skip)
     kinds = (nn.Linear, nn.Embedding) if embeddings else nn.Linear
-    read = partial(_read, weights, quantized, source)
-    for (name, module), tensors in _with_progress(read_ahead(holders, read), len(holders), source):
+    to_quantize = {
+        name
+        for name, module in holders
+        if quantizer is not None and isinstance(module, kinds) and not matches(name, skip)
+    }
+
+    def put(holder: tuple[str, nn.Module], tensors: dict[str, Tensor]) -> None:
+        name, module = holder
         tensors = {leaf: tensor.to(device) for leaf, tensor in tensors.items()}
         if name in quantized:
             layer = _prequantized(module, tensors, dtype, compute_dtype, name, source)
-        elif quantizer is not None and isinstance(module, kinds) and not matches(name, skip):
+        elif name in to_quantize:
             layer = _quantized(name, module, tensors, quantizer, dtype, compute_dtype)
         else:
             for leaf, tensor in tensors.items():
                 setattr(module, leaf, nn.Parameter(tensor.to(dtype)))
-            continue
+            return
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
+
+    read = partial(_read, weights, quantized, to_quantize, Reused(), source)
+    read_ahead(_with_progress(holders, source), read, put)
     model.tie_weights(compute_dtype)
     model.name_or_path = str(source)
     return model.eval()
@@ -209,16 +219,22 @@ def _prequantized(
 def _read(
     weights: Weights,
     quantized: Mapping[str, QuantizedTensors],
+    to_quantize: Set[str],
+    reused: Reused,
     source: str | Path,
     holder: tuple[str, nn.Module],
 ) -> dict[str, Tensor]:
-    """The tensors of one module, by their names in it."""
+    """The tensors of one module, by their names in it; a weight that will be quantized in `reused`
+    memory.
+    """
     name, module = holder
     if name in quantized:
         return {leaf: weights.read(join(name, leaf)) for leaf in quantized[name].names}
     tensors = {}
     for leaf, _ in module.named_parameters(recurse=False):
-        tensor = tensors[leaf] = weights.read(f"{name}.{leaf}")
+        passes = name in to_quantize and leaf == "weight"  # a bias stays
+        empty = reused.empty if passes else empty_bytes
+        tensor = tensors[leaf] = weights.read(f"{name}.{leaf}", empty)
         if not tensor.is_floating_point():
             raise FileFormatError(f"{source}: {name}.{leaf}: expected floats; got {tensor.dtype}")
     return tensors
@@ -278,7 +294,7 @@ def _check_names(
     check_shapes(expected, found, source)
 
 
-def _with_progress(modules: Iterator[T], count: int, source: str | Path) -> Iterator[T]:
+def _with_progress(modules: Sequence[T], source: str | Path) -> Iterable[T]:
     try:
         from tqdm import tqdm
     except ImportError:
@@ -286,4 +302,4 @@ def _with_progress(modules: Iterator[T], count: int, source: str | Path) -> Iter
     label = Path(source).name
     # disable=None: only on a terminal
     shown = {"desc": f"loading {label}", "delay": _QUIET_SECONDS, "leave": False, "disable": None}
-    return iter(tqdm(modules, total=count, **shown))
+    return tqdm(modules, **shown)
