@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.quant import schemes
+
 CI_MAY_SKIP = ("needs a GPU", "needs a CPU with")
 
 # Directories whose code allocates outputs for kernels to fill.
@@ -82,6 +84,12 @@ def seed(request) -> int:
 def generator(seed: int) -> torch.Generator:
     """A torch.Generator of the test's own, from the same seed."""
     return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(params=schemes.variants(block_size=32), ids=schemes.label)
+def quantizer(request):
+    """Each registered scheme in each of its variants, in blocks of 32."""
+    return schemes.make(request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from lowrank.adapters.loftq import loftq
 from lowrank.adapters.pissa import qpissa
 from lowrank.errors import ConfigError, DtypeError, ShapeError, WeightError
 from tests.adapters.oracle import peft_model, spread_singular_values_
-from tests.quant.schemes import label, same, variants
+from tests.quant.schemes import same
 
 METHODS = [loftq, qpissa]
 SHAPES = [(48, 96), (96, 48), (40, 123), (63, 63)]
@@ -34,12 +34,6 @@ def error(quantizer, weight, storage, A, B, scaling=1.0) -> float:
 def error_alone(quantizer, weight) -> float:
     base = quantizer.dequantize(quantizer.quantize(weight), torch.float64)
     return (weight.double() - base).norm().item()
-
-
-@pytest.fixture(params=variants(block_size=32), ids=label)
-def quantizer(request):
-    name, options = request.param
-    return quant.get(name, **options)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -14,6 +14,7 @@ import lowrank
 from lowrank import quant
 from lowrank.errors import ConfigError, DtypeError, LowrankError, WeightError
 from tests.models.helpers import llama, tokens
+from tests.surgery.training import train
 
 transformers = pytest.importorskip("transformers", reason="the oracle; pip install transformers")
 
@@ -91,11 +92,7 @@ def test_an_adapter_over_a_quantized_directory(dense, tmp_path):
     lowrank.save_model(lowrank.load_model(dense, "nf4"), tmp_path / "x", format="lowrank")
     model, ids = lowrank.load_model(tmp_path / "x"), tokens(2, 20)
     lowrank.inject(model, lowrank.LoRAConfig(r=4, target_modules="all-linear"))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(3):
-        model.loss(ids, ids).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train(model, lambda: model.loss(ids, ids), 3, 1e-2)
     lowrank.save_adapter(model, tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "x")

@@ -18,6 +18,7 @@ from tests.ops.oracle import assert_near, linear
 from tests.quant.bnb_damage import damaged
 from tests.quant.bnb_layers import F, bnb, dequantized, layer_tensors, same_bits
 from tests.quant.schemes import same
+from tests.surgery.training import assert_merges_and_back, train
 
 SHAPES = [(8, 128), (6, 80), (5, 33)]
 
@@ -110,20 +111,9 @@ def test_lora_over_a_layer_of_theirs_trains_merges_and_reloads(tmp_path):
     frozen = copy.deepcopy(model[0].storage)
     lowrank.inject(model, lowrank.LoRAConfig(r=4, lora_alpha=8, target_modules="all-linear"))
     x, target = torch.randn(64, 80), torch.randn(64, 6)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
-    losses = []
-    for _ in range(10):
-        loss = nn.functional.mse_loss(model(x), target)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = train(model, lambda: nn.functional.mse_loss(model(x), target), 10, 2e-2)
     assert losses[-1] < 0.9 * losses[0] and same(model[0].base_layer.storage, frozen)
-    y = model(x)
-    lowrank.merge(model)
-    torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-4)
-    lowrank.unmerge(model)
-    assert torch.equal(model(x), y)
+    assert_merges_and_back(model, x)
     written = ours.write(model[0].base_layer.storage)
     state = theirs[0].state_dict()
     assert all(same_bits(written[key], state[key]) for key in written)

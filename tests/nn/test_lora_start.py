@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import lowrank
-from lowrank import LoRAConfig, LoRALinear, QuantLinear, quant
+from lowrank import LoRAConfig, LoRALinear, QuantLinear
 from lowrank.errors import ConfigError, FileFormatError, ShapeError, TargetError, WeightError
 from tests.ops.oracle import assert_near, lora
-from tests.quant.schemes import label, same, variants
+from tests.quant.schemes import label, make, same, variants
 
 STARTS = ["loftq", "pissa", "pissa_niter_2"]
 K, N = 123, 40
@@ -35,8 +35,7 @@ def effective(layer: LoRALinear) -> torch.Tensor:
 @pytest.mark.parametrize("variant", variants(block_size=32), ids=label)
 @pytest.mark.parametrize("init", ["loftq", "pissa"])
 def test_output_gradients_and_merge_are_those_of_the_sum(init, variant):
-    name, options = variant
-    quantizer, linear = quant.get(name, **options), nn.Linear(K, N)
+    quantizer, linear = make(variant), nn.Linear(K, N)
     layer = LoRALinear.wrap(linear, config(init), quantizer=quantizer)
     plain = QuantLinear.from_linear(linear, quantizer).dequantize(torch.float64)
     W = linear.weight.double()

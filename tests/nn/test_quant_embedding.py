@@ -19,13 +19,7 @@ from lowrank.errors import (
     TargetError,
     WeightError,
 )
-from tests.quant.schemes import label, same, variants
-
-
-@pytest.fixture(params=variants(block_size=32), ids=label)
-def quantizer(request):
-    name, options = request.param
-    return quant.get(name, **options)
+from tests.quant.schemes import same
 
 
 class Whole:

@@ -9,19 +9,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lowrank import quant
 from lowrank.errors import ConfigError, DtypeError, ShapeError, WeightError
 from lowrank.nn.quant_experts import QuantExperts, replace_parameter
-from tests.quant.schemes import label, same, variants
+from tests.quant.schemes import same
 
 E, N, K = 4, 24, 40
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 2e-6, torch.bfloat16: 8e-3}
-
-
-@pytest.fixture(params=variants(block_size=32), ids=label)
-def quantizer(request):
-    name, options = request.param
-    return quant.get(name, **options)
 
 
 def one(x, w, e):

@@ -2,11 +2,9 @@
 
 import copy
 import io
-import pickle
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lowrank
@@ -87,38 +85,6 @@ def test_every_parameter_of_the_weight_is_frozen_and_integer(quantizer):
     )
     with pytest.raises(RuntimeError, match="floating point"):
         layer.requires_grad_(True)
-
-
-@pytest.mark.parametrize(
-    "cast",
-    [
-        lambda m: m.to(torch.bfloat16).to(torch.float32),
-        lambda m: m.half().float(),
-        lambda m: m.double(),
-        copy.deepcopy,
-        lambda m: pickle.loads(pickle.dumps(m)),
-        lambda m: m.train().eval(),
-        lambda m: nn.Sequential(m).to("cpu", torch.float16)[0],
-    ],
-)
-def test_casts_and_copies_leave_the_bits_unchanged(cast, quantizer):
-    layer = QuantLinear(123, 9, quantizer=quantizer)
-    assert same_weight(cast(copy.deepcopy(layer)), layer)
-
-
-def test_safetensors_to_a_meta_skeleton_and_back(tmp_path, quantizer):
-    layer = QuantLinear(123, 9, quantizer=quantizer)
-    save_file(layer.state_dict(), tmp_path / "layer.safetensors")
-    tensors = load_file(tmp_path / "layer.safetensors")
-    for assign in (False, True):
-        with torch.device("meta"):
-            other = QuantLinear(123, 9, quantizer=quantizer)
-        assert all(p.is_meta for p in other.parameters())
-        if not assign:
-            other.to_empty(device="cpu")
-        other.load_state_dict(tensors, assign=assign)
-        assert same_weight(other, layer) and torch.equal(other.bias, layer.bias)
-        assert not any(p.requires_grad for n, p in other.named_parameters() if n != "bias")
 
 
 def test_weights_only_torch_save(quantizer):

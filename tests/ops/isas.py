@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+import torch
 
 from lowrank import ops
 from lowrank.ops import native
@@ -27,6 +28,17 @@ ISAS = [
     )
     for name in native.ISAS
 ]
+
+
+@contextmanager
+def using_threads(count: int) -> Iterator[None]:
+    """So many for torch's operators and ours."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

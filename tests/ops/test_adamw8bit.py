@@ -8,7 +8,7 @@ import torch
 from lowrank import ops
 from lowrank.errors import ConfigError, DtypeError, ShapeError
 from lowrank.ops import adamw8bit
-from tests.ops.isas import ISAS, running_on
+from tests.ops.isas import ISAS, running_on, using_threads
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
@@ -18,12 +18,9 @@ DEFAULTS = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay
 
 @pytest.fixture(params=["reference", *ISAS])
 def backend(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     named = ops.use_backend("reference") if request.param == "reference" else None
-    with named if named is not None else running_on(request.param):
+    with using_threads(1), named if named is not None else running_on(request.param):
         yield
-    torch.set_num_threads(before)
 
 
 class Moved:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from lowrank import ops
 from lowrank.errors import ConfigError
 from lowrank.ops import cpu
+from tests.ops.isas import using_threads
 from tests.ops.weights import random_weight
 
 N, K, V, E, R = 9, 70, 23, 3, 4
@@ -151,11 +152,10 @@ def test_a_derivative_in_forward_mode_is_an_error_and_not_zero(case):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_bits_on_every_run_and_with_two_threads(backend, case, dtype):
     f, inputs = case.make(40, dtype)
-    threads, results = torch.get_num_threads(), []
+    results = []
     for count in (1, 1, 2):
-        torch.set_num_threads(count)
-        results.append(run(f, inputs))
-    torch.set_num_threads(threads)
+        with using_threads(count):
+            results.append(run(f, inputs))
     assert equal(results[0], results[1]) and equal(results[0], results[2])
 
 

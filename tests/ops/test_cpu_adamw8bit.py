@@ -5,7 +5,7 @@ import torch
 
 from lowrank import ops
 from lowrank.ops import cpu
-from tests.ops.isas import ISAS, needs_library, running_on
+from tests.ops.isas import ISAS, needs_library, running_on, using_threads
 
 SHAPES = [(5, 700), (3, 256), (40, 16), (7,), (), (3, 5, 3, 3), (1, 1000), (2, 33), (9, 48)]
 OPTIONS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
@@ -31,8 +31,6 @@ def copied(states):
 def test_codes_and_scales_are_the_references_to_the_bit(isa, threads, dtype):
     params = [torch.randn(shape).to(dtype) for shape in SHAPES]
     ours = [[p, *ops.adamw8bit_state(p)] for p in params]
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     for step in range(1, 13):
         spread = 10 ** (1.5 * torch.randn(()).item() - 3)
         grads = [(torch.randn(p.shape) * torch.randn(p.shape) * spread).to(dtype) for p in params]
@@ -42,7 +40,7 @@ def test_codes_and_scales_are_the_references_to_the_bit(isa, threads, dtype):
         theirs = copied(ours)
         with ops.use_backend("reference"):
             take(theirs, grads, step)
-        with running_on(isa):
+        with running_on(isa), using_threads(threads):
             take(ours, grads, step)
         for got, expected in zip(ours, theirs, strict=True):
             # Its square root may be one off in the last place, and so a parameter by one rounding.
@@ -50,7 +48,6 @@ def test_codes_and_scales_are_the_references_to_the_bit(isa, threads, dtype):
             torch.testing.assert_close(got[0], expected[0], rtol=off, atol=1e-8)
             for mine, its in zip(got[1:], expected[1:], strict=True):
                 assert torch.equal(mine, its)
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("isa", ISAS)

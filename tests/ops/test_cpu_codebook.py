@@ -8,7 +8,7 @@ import torch
 from lowrank import ops
 from lowrank.ops import reference
 from lowrank.ops.cpu.codebook import linear_from_packed
-from tests.ops.isas import ISAS, running_on
+from tests.ops.isas import ISAS, running_on, using_threads
 from tests.ops.weights import dense, nf4, random_weight
 
 pytestmark = pytest.mark.parametrize("isa", ISAS)
@@ -23,11 +23,8 @@ KINDS = [(False, False), (True, False), (False, True), (True, True)]
 
 @pytest.fixture(autouse=True)
 def kernels(isa):
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with running_on(isa):
+    with using_threads(1), running_on(isa):
         yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])

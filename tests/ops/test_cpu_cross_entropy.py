@@ -5,18 +5,15 @@ import torch
 import torch.nn.functional as F
 
 from lowrank import ops
-from tests.ops.isas import ISAS, running_on
+from tests.ops.isas import ISAS, running_on, using_threads
 
 pytestmark = pytest.mark.parametrize("isa", ISAS)
 
 
 @pytest.fixture(autouse=True)
 def kernels(isa):
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with running_on(isa):
+    with using_threads(1), running_on(isa):
         yield
-    torch.set_num_threads(before)
 
 
 def logits_as_product(z):

@@ -5,7 +5,7 @@ import torch
 
 import lowrank
 from lowrank import ops
-from tests.ops.isas import ISAS, needs_library, running_on
+from tests.ops.isas import ISAS, needs_library, running_on, using_threads
 from tests.ops.weights import dense, nf4, random_weight
 
 SHAPES = [(1, 1), (5, 33), (33, 63), (9, 123), (64, 256), (3, 8200)]
@@ -15,11 +15,8 @@ KINDS = [(False, False), (True, False), (False, True), (True, True)]
 
 @pytest.fixture(params=ISAS)
 def kernels(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with running_on(request.param), ops.use_backend("cpu_int16"):
+    with using_threads(1), running_on(request.param), ops.use_backend("cpu_int16"):
         yield
-    torch.set_num_threads(before)
 
 
 def bound(x, weight, K, block_size):
@@ -96,9 +93,9 @@ def test_the_bits_do_not_depend_on_threads_or_other_rows(kernels):
     weight = random_weight(300, 1024, double_quant=True)
     x = torch.randn(7, 1024)
     alone = torch.stack([ops.codebook_linear(row, *weight) for row in x])
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        assert torch.equal(ops.codebook_linear(x, *weight), alone)
+    for count in (1, 2):
+        with using_threads(count):
+            assert torch.equal(ops.codebook_linear(x, *weight), alone)
 
 
 @needs_library

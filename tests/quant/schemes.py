@@ -37,6 +37,12 @@ def required(name: str) -> dict:
     return {"codebook": TABLE} if name == "codebook" else {}
 
 
+def make(variant):
+    """The quantizer of one of `variants`."""
+    name, options = variant
+    return quant.get(name, **options)
+
+
 def label(variant) -> str:
     name, options = variant
     return "-".join([name, *(str(v) for k, v in options.items() if k != "codebook")])

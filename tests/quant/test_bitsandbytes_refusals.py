@@ -30,6 +30,14 @@ def int8_layer(N, K):
     return layer.to("cpu").state_dict()
 
 
+def read_or_named(found):
+    """The storage, or None where what is wrong is told by name in one line."""
+    try:
+        return ours.read(found, "a.b.")
+    except (FileFormatError, ShapeError) as error:
+        assert str(error).startswith("a.b.") and "\n" not in str(error) and len(str(error)) < 500
+
+
 @EXAMPLES
 @hypothesis.given(st.data())
 def test_what_is_accepted_bitsandbytes_computes_to_the_same_weights(data):
@@ -37,10 +45,8 @@ def test_what_is_accepted_bitsandbytes_computes_to_the_same_weights(data):
     kind, nested, N, K = data.draw(st.sampled_from(LAYERS))
     tensors, _ = layer_tensors(torch.randn(N, K), kind, nested)
     found = data.draw(damaged(tensors))
-    try:
-        storage = ours.read(found, "a.b.")
-    except (FileFormatError, ShapeError) as error:
-        assert str(error).startswith("a.b.") and "\n" not in str(error) and len(str(error)) < 500
+    storage = read_or_named(found)
+    if storage is None:
         return
     got = quant.quantizer_of(storage).dequantize(storage, storage.dtype)
     known = {key: t for key, t in found.items() if ours.is_key(key)}
@@ -53,10 +59,8 @@ def test_so_it_is_with_int8(data):
     torch.manual_seed(data.draw(SEEDS))
     tensors = int8_layer(6, 40)
     found = data.draw(damaged(tensors))
-    try:
-        storage = ours.read(found, "a.b.")
-    except (FileFormatError, ShapeError) as error:
-        assert str(error).startswith("a.b.") and "\n" not in str(error) and len(str(error)) < 500
+    storage = read_or_named(found)
+    if storage is None:
         return
     got = quant.quantizer_of(storage).dequantize(storage)
     assert same_weights(got, F.int8_vectorwise_dequant(found["weight"], found["SCB"].float()))

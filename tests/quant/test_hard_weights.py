@@ -12,7 +12,7 @@ import lowrank
 from lowrank import QuantLinear, quant
 from lowrank.errors import DtypeError, LowrankError, ShapeError
 
-from .schemes import NAMES, label, required, same, variants
+from .schemes import NAMES, label, make, required, same, variants
 
 BLOCK = 32
 
@@ -59,9 +59,8 @@ WEIGHTS = {
 @pytest.mark.parametrize("case", WEIGHTS)
 @pytest.mark.parametrize("variant", variants(block_size=BLOCK), ids=label)
 def test_a_hard_weight_goes_all_the_way(variant, case):
-    name, options = variant
-    quantizer, (make, tolerance) = quant.get(name, **options), WEIGHTS[case]
-    weight = make()
+    quantizer, (weight, tolerance) = make(variant), WEIGHTS[case]
+    weight = weight()
     N, K = weight.shape
     storage = quantizer.quantize(weight)
     W = quantizer.dequantize(storage, torch.float64)
@@ -165,37 +164,31 @@ def test_any_table_of_16_values_takes_the_nearest(double_quant, per_row, table):
     ids=lambda wrong: str(wrong)[:30].replace("\n", ""),
 )  # fmt: skip
 def test_what_is_no_table_is_refused_in_one_line(wrong):
-    for make in (quant.CodebookQuantizer, lambda table: quant.get("codebook", codebook=table)):
+    for take in (quant.CodebookQuantizer, lambda table: quant.get("codebook", codebook=table)):
         with pytest.raises(LowrankError, match=r"^codebook: expected [^\n]*$"):
-            make(wrong)
+            take(wrong)
 
 
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("theirs", variants(block_size=32), ids=label)
 def test_tensors_of_another_scheme_are_taken_as_what_they_are_or_reported(theirs, strict):
     """With their description and without it, into layers of other schemes and block sizes."""
-    name, options = theirs
     weight = torch.randn(8, 64)
-    source = QuantLinear.from_storage(quant.get(name, **options).quantize(weight), name_of(theirs))
+    source = QuantLinear.from_storage(make(theirs).quantize(weight), make(theirs))
     tensors = source.state_dict()
     expected = source.dequantize(torch.float64)
     bare = {k: v for k, v in tensors.items() if k != "_extra_state"}
     for ours in random.sample(variants(block_size=32) + variants(block_size=4096), 6):
-        layer = QuantLinear(64, 8, bias=False, quantizer=name_of(ours))
+        layer = QuantLinear(64, 8, bias=False, quantizer=make(ours))
         layer.load_state_dict(tensors, strict=strict)
         assert torch.equal(layer.dequantize(torch.float64), expected), ours
-        layer = QuantLinear(64, 8, bias=False, quantizer=name_of(ours))
+        layer = QuantLinear(64, 8, bias=False, quantizer=make(ours))
         try:
             outcome = layer.load_state_dict(bare, strict=strict)
         except (LowrankError, RuntimeError):
             continue
         told = set(outcome.missing_keys) - {"_extra_state"} or outcome.unexpected_keys
         assert told or torch.equal(layer.dequantize(torch.float64), expected), ours
-
-
-def name_of(variant):
-    name, options = variant
-    return quant.get(name, **options)
 
 
 def test_a_model_with_a_bad_weight_anywhere_is_left_as_it_was():

@@ -12,16 +12,11 @@ import lowrank
 from lowrank import QuantLinear, quant
 from lowrank.errors import LowrankError, ShapeError
 from tests.ops.oracle import assert_near, linear, lora
+from tests.surgery.training import assert_merges_and_back, train
 
-from .schemes import label, same, variants
+from .schemes import label, make, same, variants
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 7e-4, torch.float64: 2e-6}
-
-
-@pytest.fixture(params=variants(block_size=32), ids=label)
-def quantizer(request):
-    name, options = request.param
-    return quant.get(name, **options)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -81,6 +76,7 @@ def test_casts_and_copies_leave_the_bits_unchanged(quantizer):
         lambda m: m.to(torch.bfloat16).to(torch.float32),
         lambda m: m.half().float(),
         lambda m: m.double(),
+        lambda m: m.train().eval(),
         lambda m: nn.Sequential(m).to("cpu", torch.float16)[0],
     ):
         other = cast(copy.deepcopy(layer))
@@ -113,6 +109,7 @@ def test_files_meta_skeletons_and_to_empty(tmp_path, quantizer):
             other.to_empty(device="cpu")
         other.load_state_dict(tensors, assign=assign)
         assert same(other.storage, layer.storage) and torch.equal(other.bias, layer.bias)
+        assert not any(p.requires_grad for n, p in other.named_parameters() if n != "bias")
         x = torch.randn(3, 123)
         assert torch.equal(other(x), layer(x))
 
@@ -146,30 +143,18 @@ def test_a_plain_weight_is_quantized_on_load(quantizer):
 
 @pytest.mark.parametrize("variant", variants(), ids=label)
 def test_a_model_trains_merges_saves_and_reloads(variant, tmp_path):
-    name, options = variant
     model = nn.Sequential(nn.Linear(33, 48), nn.Tanh(), nn.Linear(48, 5))
-    model = lowrank.quantize(model, quant.get(name, **options))
+    model = lowrank.quantize(model, make(variant))
     fresh = copy.deepcopy(model)
     config = lowrank.LoRAConfig(r=4, lora_alpha=8, target_modules="all-linear")
     lowrank.inject(model, config)
     frozen = copy.deepcopy([layer.base_layer.storage for layer in (model[0], model[2])])
     x, target = torch.randn(64, 33), torch.randn(64, 5)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
-    losses = []
-    for _ in range(12):
-        loss = nn.functional.mse_loss(model(x), target)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = train(model, lambda: nn.functional.mse_loss(model(x), target), 12, 2e-2)
     assert losses[-1] < 0.8 * losses[0]
     now = [layer.base_layer.storage for layer in (model[0], model[2])]
     assert all(same(a, b) for a, b in zip(now, frozen, strict=True))
-    y = model(x)
     lowrank.save_adapter(model, tmp_path)
     lowrank.load_adapter(fresh, tmp_path)
-    assert torch.equal(fresh(x), y)
-    lowrank.merge(model)
-    torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-4)
-    lowrank.unmerge(model)
-    assert torch.equal(model(x), y)
+    assert torch.equal(fresh(x), model(x))
+    assert_merges_and_back(model, x)

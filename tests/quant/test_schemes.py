@@ -8,17 +8,12 @@ import torch
 from lowrank import quant
 from lowrank.errors import DtypeError, ShapeError, WeightError
 from lowrank.ops import BLOCK_SIZES
+from tests.ops.isas import using_threads
 
-from .schemes import label, same, variants
+from .schemes import make, same, variants
 
 SHAPES = [(1, 1), (3, 1), (1, 33), (7, 33), (5, 63), (9, 123), (16, 256)]  # N, K
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-@pytest.fixture(params=variants(block_size=32), ids=label)
-def quantizer(request):
-    name, options = request.param
-    return quant.get(name, **options)
 
 
 def test_a_storage_names_the_quantizer_that_reads_it(quantizer):
@@ -70,12 +65,12 @@ def test_any_strides_and_float64_give_the_codes_of_the_plain_weight(quantizer):
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_every_block_size_and_blocks_larger_than_the_row(block_size):
-    for name, options in variants(block_size=block_size):
-        quantizer = quant.get(name, **options)
+    for variant in variants(block_size=block_size):
+        quantizer = make(variant)
         for K in (10, 2 * block_size, 2 * block_size + 10):
             weight = torch.randn(3, K)
             got = quantizer.dequantize(quantizer.quantize(weight))
-            assert ((got - weight).abs() <= 0.6 * weight.abs().max()).all(), name
+            assert ((got - weight).abs() <= 0.6 * weight.abs().max()).all(), variant
 
 
 def test_zero_rows_and_blocks_stay_zero(quantizer):
@@ -204,11 +199,9 @@ def test_storages_share_no_memory(quantizer):
 def test_the_same_weight_gives_the_same_bits(quantizer):
     weight = torch.randn(40, 200)
     first = quantizer.quantize(weight)
-    torch.set_num_threads(3 - torch.get_num_threads() if torch.get_num_threads() < 3 else 1)
-    try:
-        assert same(quantizer.quantize(weight), first)
-    finally:
-        torch.set_num_threads(1)
+    for count in (1, 2):
+        with using_threads(count):
+            assert same(quantizer.quantize(weight), first)
 
 
 def test_default_device_and_dtype_of_the_caller_are_his_own(quantizer):

@@ -10,6 +10,7 @@ from lowrank import LoRAConfig, LoRALinear, QuantLinear
 from lowrank.errors import ConfigError, TargetError, WeightError
 from tests.adapters.oracle import peft_model, tiny_llama, words
 from tests.surgery.models import assert_unchanged, names_of, state, two_adapters
+from tests.surgery.training import train
 
 PATTERNS = {
     "rank_pattern": {"q_proj": 3, r"layers\.1\..*": 5},
@@ -76,13 +77,7 @@ def test_a_trained_adapter_survives_merging_over_a_quantized_base(dtype, generat
     def loss():
         return model(input_ids=ids, labels=ids).loss
 
-    first = loss().item()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(30):
-        optimizer.zero_grad()
-        loss().backward()
-        optimizer.step()
-    last = loss().item()
+    first, last = train(model, loss, 30, 1e-2)[0], loss().item()
     assert last < first - 0.3
     assert lowrank.merge_and_unload(model, dtype=dtype) is model
     assert not names_of(model, LoRALinear) and not names_of(model, QuantLinear)
