@@ -129,7 +129,7 @@ def test_what_has_no_original_weight_is_refused():
         FileFormatError, match="expected the original in floats.*got a quantized one"
     ):
         layer.load_state_dict(quantized.state_dict())
-    with pytest.raises(ConfigError, match="lora_alpha: expected another than 0"):
+    with pytest.raises(ConfigError, match="lora_alpha: expected a number other than 0"):
         LoRALinear.wrap(linear, config(lora_alpha=0), quantizer="nf4")
     with pytest.raises(
         WeightError, match="weight: expected finite values; got NaN or inf in row 2"

@@ -279,7 +279,7 @@ def test_wrong_requests_change_nothing():
         (quantized, {}, {}, r"the original weight of .*; pass weights=lowrank\.open_weights"),
         (quantized, {}, {"quantizer": "nf4"}, "the original weight of .* is quantized already"),
         (quantized, {"init": True}, {"weights": weights}, "weights: expected None, .*=True"),
-        (dense, {"lora_alpha": 0}, {"quantizer": "nf4"}, "lora_alpha: expected another than 0"),
+        (dense, {"lora_alpha": 0}, {"quantizer": "nf4"}, "lora_alpha: expected .* other than 0"),
         (dense, {}, {"quantizer": "nf5"}, "nf5"),
         (adapted, targets, {"quantizer": "nf4"}, "targets without adapters.*q_proj has default"),
         (adapted, {"init": True, **targets}, {"quantizer": "nf4"}, "call lowrank.quantize first"),
