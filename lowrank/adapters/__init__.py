@@ -1,5 +1,6 @@
 """Adapters: a protocol, a registry, one method a file."""
 
+from . import dora as dora
 from . import lora as lora
 from .registry import Method as Method
 from .registry import get as get

@@ -31,13 +31,14 @@ class LoRAConfig:
     lora_dropout: probability of dropping each element of x on the way to A, in training.
     rank_pattern, alpha_pattern: {name, suffix or regex: value} for layers that differ; the first
       that matches wins.
-    modules_to_save, use_dora: PEFT's; not supported, None and False only.
+    modules_to_save: PEFT's; not supported, None only.
     layers_to_transform: indices of the blocks to adapt, counted in the ModuleList `layers_pattern`
       (None: the first one in the name).
     layers_pattern: names of such a ModuleList.
     task_type, base_model_name_or_path, revision: noted in adapter_config.json.
     inference_mode: inject the adapter frozen; nothing trains.
     use_rslora: s = lora_alpha / sqrt(r).
+    use_dora: method="dora", under PEFT's name.
     bias: which of the base's biases train and are saved: none, lora_only (the targets') or all.
     init_lora_weights: True (A uniform, B zero), "gaussian" (A normal, B zero), False (neither is
       zero); over weights that are quantized for it, "loftq" (what quantizing loses), "pissa" (the
@@ -82,10 +83,12 @@ class LoRAConfig:
         if not checks.is_fast_pissa(self.init_lora_weights):
             checks.choice("init_lora_weights", self.init_lora_weights, INITS)
         self.loftq_config = checks.loftq(self.loftq_config, self.init_lora_weights)
-        if self.use_dora:
+        if self.use_dora and self.method not in ("lora", "dora"):
             raise ConfigError(
-                "use_dora: expected False (LoRA and use_rslora are supported); got True"
+                f'use_dora: expected False with method={self.method!r}, or method="dora"; got True'
             )
+        if self.use_dora or self.method == "dora":  # two names of one thing
+            self.use_dora, self.method = True, "dora"
         if self.modules_to_save:
             raise ConfigError(
                 "modules_to_save: expected None, whole trained modules are not supported "

@@ -1,7 +1,7 @@
 """Adapters on disk in PEFT's format: adapter_config.json, adapter_model.safetensors, README.md.
 
-A tensor's key is `base_model.model.` + the module's name + `.lora_A.weight` or `.lora_B.weight`;
-the adapter's name is not in the file. Trained biases are there too: a targeted layer's as
+A tensor's key is `base_model.model.` + the module's name + `.lora_A.weight` or `.lora_B.weight`, or
+DoRA's `.lora_magnitude_vector`; the adapter's name is not in the file. Trained biases are there too: a targeted layer's as
 `<module>.base_layer.bias`, others (bias="all") under their plain names.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank.adapters import registry
 from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import ConfigError, FileFormatError, TargetError
 from lowrank.nn.adapted import AdaptedLayer
@@ -111,10 +112,11 @@ def load_adapter(
         raise FileFormatError(f"{directory}: made for another base model: {error}") from error
     modules = dict(walk(model))
     expected: dict[str, tuple[int, ...]] = {}
+    method = registry.get(config.method)
     for name in names:
         module, r = modules[name], mine[name].r[adapter] if mine else config.rank(name)
-        expected[f"{name}.lora_A.weight"] = (r, module.in_features)
-        expected[f"{name}.lora_B.weight"] = (module.out_features, r)
+        shapes = method.shapes(module.out_features, module.in_features, r)
+        expected.update({_key(name, part, method): shape for part, shape in shapes.items()})
     biases = _biases(model, names, config)
     expected.update((name, tuple(p.shape)) for name, p in biases.items())
     _check_fits(tensors, expected, directory)
@@ -129,9 +131,9 @@ def load_adapter(
     def fill(name: str, layer: AdaptedLayer) -> None:
         if make_base and numbers is not None:
             check_made(file, numbers, name, layer)
-        for part, linears in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+        for part, held in layer.tensors(adapter).items():
             with torch.no_grad():
-                linears[adapter].weight.copy_(tensors[f"{name}.{part}.weight"])
+                held.copy_(tensors[_key(name, part, method)])
 
     if mine:
         for name, layer in mine.items():
@@ -187,9 +189,15 @@ def _tensors(
 ) -> dict[str, Tensor]:
     tensors = {}
     for name, layer in layers.items():
-        tensors[f"{name}.lora_A.weight"] = layer.lora_A[adapter].weight
-        tensors[f"{name}.lora_B.weight"] = layer.lora_B[adapter].weight
+        method = layer.method(adapter)
+        for part, held in layer.tensors(adapter).items():
+            tensors[_key(name, part, method)] = held
     return {**tensors, **_biases(model, layers, config)}
+
+
+def _key(name: str, part: str, method: registry.Method) -> str:
+    """What the tensor of a layer called `name` is called in the file: PEFT's word for it."""
+    return f"{name}.{part}" if part == getattr(method, "magnitude", "") else f"{name}.{part}.weight"
 
 
 def _biases(
@@ -219,11 +227,14 @@ def _check_agrees(
             layer.lora_alpha[adapter],
             layer.config[adapter].use_rslora,
             layer.config[adapter].bias,
+            layer.config[adapter].method,
         )
-        here = (config.rank(name), config.alpha(name), config.use_rslora, config.bias)
+        here = (
+            config.rank(name), config.alpha(name), config.use_rslora, config.bias, config.method
+        )  # fmt: skip
         if there != here:
             raise FileFormatError(
-                f"{directory}: {name} has (r, lora_alpha, use_rslora, bias) = {here}, "
+                f"{directory}: {name} has (r, lora_alpha, use_rslora, bias, method) = {here}, "
                 f"adapter {adapter!r} in the model {there}; "
                 "load it under another name, or delete_adapter first"
             )

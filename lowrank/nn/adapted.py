@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapters import lora, registry
+from lowrank.adapters import dora, lora, registry
 from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import ConfigError
+from lowrank.nn.autocast import no_autocast
+from lowrank.nn.kept import Kept
 from lowrank.quant import Quantizer
 
 
@@ -22,7 +24,9 @@ class AdaptedLayer(nn.Module):
 
     What is trained lies under the names of the adapter's method, then the adapter's own:
     `lora_A[adapter].weight`, `lora_B[adapter].weight`, as in PEFT. `scaling[adapter]` is s.
-    Adapters are float32 over a 16-bit or quantized base, else of the base's dtype.
+    Adapters are float32 over a 16-bit or quantized base, else of the base's dtype. Several that are
+    active add up, each with its own ΔW to the same base: s·B A, or for one with a magnitude (DoRA)
+    g ∘ (W + s·B A) - W with a gain g [N] for each row.
 
     While merged, `base_layer` is a plain layer with the merged weight, and the one that was there
     is kept aside, so that unmerging gives back its very bits. A state dict of the plain layer
@@ -39,11 +43,16 @@ class AdaptedLayer(nn.Module):
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}  # s, what scale_adapter chose included
+        self.magnitudes: dict[str, str] = {}  # of adapters that have one, the name of its tensor
         self.active_adapters: list[str] = []
         self.disabled = False
         # in a list, so that it is no submodule: a merged layer's state is the merged weight alone
         self._aside: list[nn.Module] = []
+        self._squares = Kept()
+        self._norms: dict[str, Kept] = {}
+        self._to_restart: list[str] = []  # adapters whose magnitude is set when loading is done
         self.register_load_state_dict_pre_hook(_take_plain_keys)
+        self.register_load_state_dict_post_hook(_restart_magnitudes)
 
     @classmethod
     def wrap(
@@ -73,6 +82,14 @@ class AdaptedLayer(nn.Module):
     def plain(self, matrix: Tensor) -> nn.Module:
         """A layer without adapters, frozen, like the unmerged base but with W = `matrix`."""
         raise NotImplementedError
+
+    def products(self, rows: Tensor) -> Tensor:
+        """rows Wᵀ [R, N] of rows [R, K], in their dtype and near its precision."""
+        return rows @ self.matrix(rows.dtype).T
+
+    def squares(self, dtype: torch.dtype) -> Tensor:
+        """||W||² of each row [N], summed in `dtype`."""
+        return self.matrix(dtype).square().sum(1)
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -131,6 +148,9 @@ class AdaptedLayer(nn.Module):
         self.config[adapter], self.r[adapter] = config, r
         self.lora_alpha[adapter] = config.alpha(name)
         self.scale_adapter(adapter, 1.0)
+        if hasattr(method, "magnitude"):
+            self.magnitudes[adapter] = method.magnitude
+            self.start_magnitude(adapter)
 
     def tensors(self, adapter: str) -> dict[str, nn.Parameter]:
         """What the adapter has here, by the names of its method: lora_A, lora_B."""
@@ -144,6 +164,62 @@ class AdaptedLayer(nn.Module):
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """(A [R, K], B [N, R]) of ΔW = s·B A."""
         return self.method(adapter).factors(self.tensors(adapter))
+
+    def gain(self, adapter: str) -> Tensor | None:
+        """g = m / ||W + s·B A|| [N], the norms as constants; None without a magnitude m."""
+        if adapter not in self.magnitudes:
+            return None
+        return self._modules[self.magnitudes[adapter]][adapter].weight / self.norms(adapter)
+
+    def norms(self, adapter: str) -> Tensor:
+        """||W + s·B A|| of each row [N] of the unmerged base, a constant for the gradient.
+
+        Without gradients, as when generating, they are kept until W, A, B or s change.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            self._norms.pop(adapter, None)  # what trains may be written to unseen
+            return self._compute_norms(adapter)
+        sources = [*self._weights(), *self.tensors(adapter).values()]
+        kept = self._norms.setdefault(adapter, Kept())
+        return kept.get(sources, lambda: self._compute_norms(adapter))
+
+    @torch.no_grad()
+    def _compute_norms(self, adapter: str) -> Tensor:
+        A, B = self.factors(adapter)
+        with no_autocast(A.device):
+            squares = self._squares.get(self._weights(), lambda: self.squares(A.dtype)).to(A)
+            return dora.norms(squares, self.products(A), A, B, self.scaling[adapter])
+
+    def _weights(self) -> list[nn.Parameter]:
+        """What W is made of."""
+        return [p for name, p in self.unmerged_base.named_parameters() if name != "bias"]
+
+    @torch.no_grad()
+    def start_magnitude(self, adapter: str) -> None:
+        """Let m be the norms, so that the gain is 1, if the adapter has a magnitude."""
+        if adapter in self.magnitudes:
+            m = self._modules[self.magnitudes[adapter]][adapter].weight
+            if not m.is_meta:
+                m.copy_(self.norms(adapter))
+
+    @torch.no_grad()
+    def is_start(self, adapter: str) -> bool:
+        """Whether the adapter's magnitude is as `start_magnitude` left it, but for rounding."""
+        g = self.gain(adapter)
+        return g is not None and not g.is_meta and bool((g - 1).abs().max() < 1e-3)
+
+    def changed(
+        self, adapters: Iterable[str]
+    ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor, float]]]:
+        """(G [N], branches (A, B, s)) with W + ΣΔW = G ∘ W + Σ s·B A; G None for 1."""
+        G, branches = None, []
+        for adapter in adapters:
+            (A, B), g = self.factors(adapter), self.gain(adapter)
+            if g is not None:
+                G = g if G is None else G + (g - 1)
+                B = g[:, None] * B
+            branches.append((A, B, self.scaling[adapter]))
+        return G, branches
 
     def set_adapter(self, adapters: Iterable[str]) -> None:
         """Make these, as far as they are here, active: they add up, and only they train."""
@@ -162,6 +238,7 @@ class AdaptedLayer(nn.Module):
         self.scaling[adapter] = factor * lora.scaling(
             self.r[adapter], self.lora_alpha[adapter], rslora
         )
+        self._norms.pop(adapter, None)
 
     def delete_adapter(self, adapter: str) -> None:
         """Forget an adapter, if it is here."""
@@ -171,6 +248,8 @@ class AdaptedLayer(nn.Module):
                 del self._modules[part][adapter]
             for table in (self.config, self.r, self.lora_alpha, self.scaling):
                 del table[adapter]
+            for table in (self.magnitudes, self._norms):
+                table.pop(adapter, None)
             self.active_adapters = [a for a in self.active_adapters if a != adapter]
 
     def merge(
@@ -187,7 +266,9 @@ class AdaptedLayer(nn.Module):
         ]
         dtype = dtype or self.weight_dtype
         weight = self.matrix(torch.promote_types(dtype, torch.float32))
-        branches = [(*self.factors(a), self.scaling[a]) for a in chosen]
+        with torch.no_grad():
+            G, branches = self.changed(chosen)
+            weight = weight if G is None else weight * G[:, None].to(weight.dtype)
         merged = self.plain(lora.merged_weight(weight, branches, dtype))
         self._aside, self.base_layer = [self.base_layer], merged.train(self.training)
 
@@ -212,6 +293,7 @@ class AdaptedLayer(nn.Module):
     def _apply(self, fn: Callable, recurse: bool = True) -> AdaptedLayer:
         for base in self._aside:
             base._apply(fn)
+        self._squares.forget()
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
@@ -233,8 +315,10 @@ class Held(nn.Module):
 def _take_plain_keys(layer: AdaptedLayer, state_dict: dict, prefix: str, *_: object) -> None:
     """Before loading: a plain layer's keys go to `base_layer`, the adapters stay as they are.
 
-    But an adapter that starts from the weight, and its base, are made of the plain weight anew.
+    But an adapter that starts from the weight, and its base, are made of the plain weight anew, and
+    a magnitude that nobody has trained yet is that of the new weight.
     """
+    layer._squares.forget()
     plain = {
         key[len(prefix) :]
         for key in state_dict
@@ -242,6 +326,11 @@ def _take_plain_keys(layer: AdaptedLayer, state_dict: dict, prefix: str, *_: obj
     }
     moved = {f"base_layer.{name}": state_dict.pop(prefix + name) for name in plain}
     if plain - {"bias"}:
+        layer._to_restart = [
+            adapter
+            for adapter, part in layer.magnitudes.items()
+            if f"{prefix}{part}.{adapter}.weight" not in state_dict and layer.is_start(adapter)
+        ]
         for adapter, config in layer.config.items():
             if config.starts_from_weight:
                 moved |= layer.start_again(adapter, moved, prefix)
@@ -251,6 +340,13 @@ def _take_plain_keys(layer: AdaptedLayer, state_dict: dict, prefix: str, *_: obj
         moved = {name: own[name] for name in own if not name.startswith("base_layer.")} | moved
     for name, value in moved.items():
         state_dict.setdefault(prefix + name, value)
+
+
+def _restart_magnitudes(layer: AdaptedLayer, _: object) -> None:
+    """After loading: what `_take_plain_keys` found."""
+    for adapter in layer._to_restart:
+        layer.start_magnitude(adapter)
+    layer._to_restart = []
 
 
 def with_weight(module: nn.Module, weight: Tensor) -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -18,3 +20,10 @@ def is_autocast_on(device_type: str) -> bool:
     """Whether autocast is enabled; never for devices that have none, like meta."""
     known = torch.amp.is_autocast_available(device_type)
     return known and torch.is_autocast_enabled(device_type)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager:
+    """Within it, tensors on this device keep their dtypes."""
+    if is_autocast_on(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank import ops
+from lowrank import ops, quant
 from lowrank.adapters import initial, lora
 from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import ConfigError, FileFormatError, ShapeError, TargetError, WeightError
@@ -14,6 +17,7 @@ from lowrank.nn.autocast import linear_dtype
 from lowrank.nn.fusible import NO_BASE, Base, fusible_base
 from lowrank.nn.quant_linear import QuantLinear
 from lowrank.quant import Quantizer
+from lowrank.quant.blocks import panels
 
 
 class LoRALinear(AdaptedLayer):
@@ -89,7 +93,10 @@ class LoRALinear(AdaptedLayer):
     def forward(self, x: Tensor) -> Tensor:
         if self.disabled:
             return self.unmerged_base(x)
-        branches = [] if self.merged else self._branches()
+        active = [] if self.merged else self.active_adapters
+        if self.magnitudes and any(a in self.magnitudes for a in active):
+            return self._rescaled(x, active)
+        branches = self._branches(active)
         if not branches:
             return self.base_layer(x)
         dtype = linear_dtype(x)
@@ -102,14 +109,43 @@ class LoRALinear(AdaptedLayer):
             y = (y + _lora_linear(x.to(dtype), NO_BASE, *branch)).to(y.dtype)
         return y
 
-    def _branches(self) -> list[tuple[float, Tensor, Tensor, float]]:
+    def _rescaled(self, x: Tensor, active: list[str]) -> Tensor:
+        """The same where some have a gain g, which is for all that is multiplied by drop(x):
+
+        y = x Wᵀ + b + Σ s·drop(x) Aᵀ Bᵀ + Σ g ∘ (drop(x) (W + s·B A)ᵀ) - drop(x) Wᵀ
+        """
+        dtype, fused = linear_dtype(x), fusible_base(self.base_layer, x)
+        first, p = active[0], self._dropped(active[0])
+        if fused is not None and len(active) == 1 and p == 0:
+            A, B, s = *self.factors(first), self.scaling[first]
+            weight, bias, block_size = fused
+            z = _lora_linear(x.to(dtype), (weight, None, block_size), p, A[None], B[None], s)
+            g = self.gain(first)
+            return (z * g if bias is None else torch.addcmul(bias, z, g)).to(dtype)
+        y = whole = self.base_layer(x)
+        for branch in self._branches([a for a in active if a not in self.magnitudes]):
+            y = (y + _lora_linear(x.to(dtype), NO_BASE, *branch)).to(y.dtype)
+        for adapter in [a for a in active if a in self.magnitudes]:
+            p, g, (A, B) = self._dropped(adapter), self.gain(adapter), self.factors(adapter)
+            z = F.dropout(x, p) if p > 0 else x
+            w = self.base_layer(z) if p > 0 else whole
+            w = w if self.bias is None else w - self.bias
+            branch = (A[None], (g[:, None] * B)[None], self.scaling[adapter])
+            y = (y + (g - 1) * w + _lora_linear(z.to(dtype), NO_BASE, 0.0, *branch)).to(y.dtype)
+        return y
+
+    def _branches(self, active: Iterable[str]) -> list[tuple[float, Tensor, Tensor, float]]:
         """(p, A [1, R, K], B [1, N, R], s) for each p of the active adapters' dropouts."""
         by_p: dict[float, list[tuple[Tensor, Tensor, float]]] = {}
-        for name in self.active_adapters:
-            dropout = self.lora_dropout[name]
-            p = dropout.p if dropout.training else 0.0
-            by_p.setdefault(p, []).append((*self.factors(name), self.scaling[name]))
+        for name in active:
+            branch = (*self.factors(name), self.scaling[name])
+            by_p.setdefault(self._dropped(name), []).append(branch)
         return [(p, *lora.folded(branches)) for p, branches in by_p.items()]
+
+    def _dropped(self, adapter: str) -> float:
+        """The share of x that the adapter's dropout takes away, now."""
+        dropout = self.lora_dropout[adapter]
+        return dropout.p if dropout.training else 0.0
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -118,6 +154,38 @@ class LoRALinear(AdaptedLayer):
     def matrix(self, dtype: torch.dtype) -> Tensor:
         base = self.unmerged_base
         return base.weight.to(dtype) if isinstance(base, nn.Linear) else base.dequantize(dtype)
+
+    def products(self, rows: Tensor) -> Tensor:
+        base = self.unmerged_base
+        if isinstance(base, QuantLinear):
+            return quant.linear(base.quantizer, rows, base.storage)
+        weight = base.weight.detach()
+        if weight.dtype == rows.dtype:
+            return F.linear(rows, weight)
+        if weight.device.type != "cpu":
+            return F.linear(rows.to(weight.dtype), weight).to(rows.dtype)
+        parts = (weight[some].to(rows.dtype) for some in self._some_rows())
+        return torch.cat([F.linear(rows, part) for part in parts], dim=1)
+
+    def squares(self, dtype: torch.dtype) -> Tensor:
+        base = self.unmerged_base
+        if isinstance(base, QuantLinear) and not quant.decodes_rows(base.quantizer):
+            return super().squares(dtype)
+        if isinstance(base, QuantLinear):
+            storage, decode = base.storage, quant.dequantize_rows
+            parts = (
+                decode(base.quantizer, storage, some.start, some.stop, dtype)
+                for some in self._some_rows()
+            )
+        else:
+            parts = (base.weight.detach()[some].to(dtype) for some in self._some_rows())
+        return torch.cat([part.square().sum(1) for part in parts])
+
+    def _some_rows(self) -> Iterator[slice]:
+        """The rows of W, as many at a time as fit in a few MB."""
+        N, K = self.matrix_shape
+        device = next(self.unmerged_base.parameters()).device
+        return (slice(start, stop) for start, stop in panels(N, K, device))
 
     def plain(self, matrix: Tensor) -> nn.Module:
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
@@ -143,6 +211,7 @@ class LoRALinear(AdaptedLayer):
             for parameter, factor in zip((A, B), factors, strict=True):
                 parameter.copy_(factor)
         self.config[adapter] = config
+        self.start_magnitude(adapter)
 
     def _split(self, adapter: str, config: LoRAConfig, weight: Tensor) -> tuple:
         """(Storage, A, B) of adapters.initial.split."""
