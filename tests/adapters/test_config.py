@@ -77,7 +77,6 @@ def test_reads_old_and_future_files():
     [
         {"peft_type": "IA3"},
         {"peft_type": None},
-        {"use_dora": True},
         {"lora_bias": True},
         {"init_lora_weights": "olora"},
         {"trainable_token_indices": [1, 2]},
@@ -113,7 +112,7 @@ def test_refuses_files_that_mean_something_else(change):
         ("bias", "some"),
         ("bias", None),
         ("use_rslora", 1),
-        ("use_dora", True),
+        ("use_dora", 1),
         ("init_lora_weights", "olora"),
         ("init_lora_weights", "pissa_niter_"),
         ("init_lora_weights", "pissa_niter_x"),

@@ -21,6 +21,7 @@ CASES = {
     "all linears": {"target_modules": "all-linear", "r": 3},
     "regex": {"target_modules": r".*layers\.1\..*_proj"},
     "rank-stabilized": {"target_modules": ["up_proj"], "use_rslora": True, "lora_alpha": 5},
+    "magnitudes": {"target_modules": "all-linear", "use_dora": True, "lora_alpha": 5},
     "patterns": {
         "target_modules": "all-linear",
         "rank_pattern": {"q_proj": 2, r"layers\.0\.mlp\..*": 6},
