@@ -20,26 +20,28 @@ def write_files(directory: str | Path, writers: Mapping[str, Callable[[Path], No
     names the file.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    aside: dict[str, Path] = {}
-    try:
-        for name, write in writers.items():
-            handle, path = tempfile.mkstemp(dir=directory, prefix=f".{name}.", suffix=".tmp")
-            os.close(handle)
-            aside[name] = Path(path)
-            try:
-                write(aside[name])
-                os.chmod(path, 0o666 & ~_umask())  # mkstemp's files are private, these are not
-                _sync(path)
-            except OSError as error:  # a full disk: say which file, not what it was called aside
-                raise OSError(error.errno, error.strerror, str(directory / name)) from error
-        for name, path in aside.items():
-            os.replace(path, directory / name)
-        _sync(directory)
-    finally:
-        for path in aside.values():
-            with suppress(FileNotFoundError):
-                path.unlink()
+    with _made(directory):
+        aside: dict[str, Path] = {}
+        try:
+            for name, write in writers.items():
+                handle, path = tempfile.mkstemp(dir=directory, prefix=f".{name}.", suffix=".tmp")
+                os.close(handle)
+                aside[name] = Path(path)
+                try:
+                    write(aside[name])
+                    os.chmod(path, 0o666 & ~_umask())  # mkstemp's files are private, these are not
+                    _sync(path)
+                except (
+                    OSError
+                ) as error:  # a full disk: say which file, not what it was called aside
+                    raise OSError(error.errno, error.strerror, str(directory / name)) from error
+            for name, path in aside.items():
+                os.replace(path, directory / name)
+            _sync(directory)
+        finally:
+            for path in aside.values():
+                with suppress(FileNotFoundError):
+                    path.unlink()
 
 
 @contextmanager
@@ -47,32 +49,45 @@ def new_directory(path: Path) -> Iterator[Path]:
     """A directory beside `path` that becomes `path` if the block ends well, else is removed."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ConfigError(f"output: {path} exists; name a directory that does not, or remove it")
-    made = [folder for folder in path.parents if not folder.exists()]  # the innermost first
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise ConfigError(
-            f"output: expected a place for a directory; got {path}: {error.strerror}; name another"
-        ) from error
-    try:
-        yield aside
-        aside.chmod(0o777 & ~_umask())
-        os.replace(aside, path)
-    except BaseException as error:
-        if isinstance(error, OSError) and isinstance(error.filename, str):
-            error.filename = error.filename.replace(str(aside), str(path))
-        shutil.rmtree(aside, ignore_errors=True)
-        for folder in made:
-            with suppress(OSError):  # another's file may have come into it
-                folder.rmdir()
-        raise
+    with _made(path.parent):
+        try:
+            aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        try:
+            yield aside
+            aside.chmod(0o777 & ~_umask())
+            os.replace(aside, path)
+        except BaseException as error:
+            if isinstance(error, OSError) and isinstance(error.filename, str):
+                error.filename = error.filename.replace(str(aside), str(path))
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Write one text file, whole or not at all."""
     path = Path(path)
     write_files(path.parent, {path.name: lambda aside: _write(aside, text)})
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """`folder` is there in the block; what was made for it goes again if that fails."""
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"{folder}: expected a directory, or to make one: {error.strerror}; name another"
+            ) from error
+        yield
+    except BaseException:
+        for parent in made:  # the innermost first
+            with suppress(OSError):  # another's file may have come into it
+                parent.rmdir()
+        raise
 
 
 def _write(path: Path, text: str) -> None:

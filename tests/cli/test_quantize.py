@@ -138,10 +138,14 @@ def test_an_output_that_cannot_be_is_named_as_it_was_given(run, tiny, tmp_path, 
     (tmp_path / "file").write_text("a file")
     (tmp_path / "link").symlink_to("nowhere")
     before = sorted(tmp_path.iterdir())
-    for name in ("file", "file/below", "link"):
+    for name, said in [
+        ("file", "file exists"),
+        ("file/below", "file: expected a directory"),
+        ("link", "link: Not a directory"),
+    ]:
         outcome = run(*words, tmp_path / name)
         assert outcome.status == 2 and outcome.err.count("\n") == 1
-        assert f" {tmp_path / name}" in outcome.err
+        assert f"{tmp_path / said}" in outcome.err
 
     def full(handle):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -169,6 +169,8 @@ def test_all_files_or_none(tmp_path):
 
     with pytest.raises(RuntimeError, match="while writing b"):
         write_files(tmp_path, {"a": lambda path: path.write_text("new a"), "b": fails})
+    with pytest.raises(RuntimeError, match="while writing b"):
+        write_files(tmp_path / "new" / "folder", {"b": fails})
     assert os.listdir(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "old a"
 
 
