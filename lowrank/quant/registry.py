@@ -90,6 +90,13 @@ def get(name: str, **options) -> Quantizer:
     for option in set() if takes_any else options.keys() - parameters.keys():
         takes = ", ".join(parameters) or "none"
         raise ConfigError(f"quantizer {name!r}: expected its own options, {takes}; got {option!r}")
+    for option, parameter in parameters.items():
+        optional = parameter.default is not parameter.empty or "VAR_" in parameter.kind.name
+        if not optional and option not in options:
+            raise ConfigError(
+                f"quantizer {name!r}: expected its option {option}, which has no default; in "
+                f"Python, quant.get({name!r}, {option}=...) makes one"
+            )
     try:
         return cls(**options)
     except TypeError as error:

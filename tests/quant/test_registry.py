@@ -133,7 +133,10 @@ def test_an_anonymous_table_is_read_back_from_its_storage():
     storage = quant.get("codebook", codebook=table, block_size=128).quantize(torch.randn(4, 200))
     again = quant.quantizer_of(storage)
     assert torch.equal(again.codebook, table) and again.options == storage.options
-    with pytest.raises(ConfigError, match="quantizer 'codebook': .*codebook"):
+    with pytest.raises(
+        ConfigError,
+        match="expected its option codebook, which has no",
+    ):
         quant.get("codebook")
 
 
