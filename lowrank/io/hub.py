@@ -82,11 +82,8 @@ def _fetch_if_there(
 ) -> Path | None:
     try:
         return _fetch(repo, filename, revision, token)
-    except (
-        FileFormatError,
-        _NotInCache,
-    ):  # offline, what the repository lacks is not cached either
-        return None
+    except (FileFormatError, _NotInCache):
+        return None  # offline, what the repository lacks is not in the cache either
 
 
 def _fetch_single(repo: str, revision: str | None, token: str | None) -> None:

@@ -16,7 +16,9 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FileFormatError(f"{path}: no such file") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise FileFormatError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{path}: not JSON: {error}") from error
     if not isinstance(value, dict):
         raise FileFormatError(f"{path}: expected a JSON object; got {type(value).__name__}")
