@@ -96,15 +96,14 @@ bool valid_rows(const lowrank_rows* rows, int64_t K, bool room, int32_t dtype, i
   return true;
 }
 
-// Both products of few rows: they differ in the kernel alone.
-int32_t run_linear(int32_t (*kernel)(const void*, int32_t, int64_t, const CodebookWeight&,
-                                     const float*, void*, int32_t),
-                   const CodebookWeight& w, const void* x, int32_t dtype, int64_t M,
-                   const float* bias, void* y, int32_t threads) {
+// Every product with a weight; `kernel` runs one whose sizes and pointers are in order.
+template <class Kernel>
+int32_t run_linear(const CodebookWeight& w, const void* x, int32_t dtype, int64_t M, const void* y,
+                   int32_t threads, Kernel kernel) {
   if (!valid_sizes(w, threads) || !valid_dtype(dtype) || M < 0) return LOWRANK_BAD_ARGUMENT;
   if (M == 0 || w.N == 0) return LOWRANK_OK;
   if (!y || (w.K > 0 && (!x || !w.packed || !w.absmax))) return LOWRANK_BAD_ARGUMENT;
-  return kernel(x, dtype, M, w, bias, y, threads);
+  return kernel();
 }
 
 }  // namespace
@@ -163,7 +162,9 @@ int32_t lowrank_codebook_linear(const void* x, int32_t dtype, int64_t M, const u
                                 const float* codebook, int64_t codebook_rows, int64_t N, int64_t K,
                                 int64_t block_size, const float* bias, void* y, int32_t threads) {
   const CodebookWeight w{packed, absmax, absmax_scale, codebook, codebook_rows, N, K, block_size};
-  return run_linear(kernels().linear, w, x, dtype, M, bias, y, threads);
+  return run_linear(w, x, dtype, M, y, threads, [&] {
+    return kernels().linear(x, dtype, M, w, bias, nullptr, y, threads);
+  });
 }
 
 int32_t lowrank_codebook_linear_int16(const void* x, int32_t dtype, int64_t M,
@@ -173,7 +174,22 @@ int32_t lowrank_codebook_linear_int16(const void* x, int32_t dtype, int64_t M,
                                       int64_t block_size, const float* bias, void* y,
                                       int32_t threads) {
   const CodebookWeight w{packed, absmax, absmax_scale, codebook, codebook_rows, N, K, block_size};
-  return run_linear(kernels().linear_int16, w, x, dtype, M, bias, y, threads);
+  return run_linear(w, x, dtype, M, y, threads, [&] {
+    return kernels().linear_int16(x, dtype, M, w, bias, y, threads);
+  });
+}
+
+int32_t lowrank_codebook_lora_linear(const void* x, int32_t dtype, int64_t M, const uint8_t* packed,
+                                     const void* absmax, const float* absmax_scale,
+                                     const float* codebook, int64_t codebook_rows, int64_t N,
+                                     int64_t K, int64_t block_size, const float* bias,
+                                     const lowrank_lora* lora, void* y, int32_t threads) {
+  const CodebookWeight w{packed, absmax, absmax_scale, codebook, codebook_rows, N, K, block_size};
+  if (!lora || lora->R < 1 || N < 1) return LOWRANK_BAD_ARGUMENT;  // without N there is no pass
+  return run_linear(w, x, dtype, M, y, threads, [&]() -> int32_t {
+    if (!lora->B || !lora->h || (K > 0 && !lora->A)) return LOWRANK_BAD_ARGUMENT;
+    return kernels().linear(x, dtype, M, w, bias, lora, y, threads);
+  });
 }
 
 int32_t lowrank_softmax_cross_entropy(float* logits, const int64_t* labels, int64_t T, int64_t V,

@@ -194,11 +194,17 @@ const float* padded_rows(const T* x, int64_t M, int64_t K, float* room) {
 }
 
 template <class T>
-int32_t linear_of(const T* x, int64_t M, const CodebookWeight& w, const float* bias, T* y,
-                  int32_t threads) {
-  for (; M > MAX_M; M -= WIDE_M, x += WIDE_M * w.K, y += WIDE_M * w.N)
-    if (!wide_multiply(x, smaller(M, WIDE_M), w, bias, y, threads)) return LOWRANK_OUT_OF_MEMORY;
-  if (M <= 0) return LOWRANK_OK;
+int32_t linear_of(const T* x, int64_t M, const CodebookWeight& w, const float* bias,
+                  const lowrank_lora* lora, T* y, int32_t threads) {
+  if (M > MAX_M || lora) {  // passes of equally many stripes
+    const int64_t passes = (M + WIDE_M - 1) / WIDE_M;
+    const int64_t rows = ((M + passes - 1) / passes + STRIPE - 1) / STRIPE * STRIPE;
+    for (int64_t m = 0; m < M; m += rows) {
+      const WideProduct<T> p{x + m * w.K, m, smaller(rows, M - m), w, bias, lora, y + m * w.N};
+      if (!wide_multiply(p, threads)) return LOWRANK_OUT_OF_MEMORY;
+    }
+    return LOWRANK_OK;
+  }
   float* room = nullptr;
   if (M <= MAX_DIRECT || sizeof(T) != sizeof(float) || w.K % CHUNK != 0) {
     const size_t bytes = size_t(M * spans_of(w.K) * LOOKUP) * sizeof(float);
@@ -217,13 +223,14 @@ int32_t linear_of(const T* x, int64_t M, const CodebookWeight& w, const float* b
 }
 
 int32_t linear(const void* x, int32_t dtype, int64_t M, const CodebookWeight& w, const float* bias,
-               void* y, int32_t threads) {
-  if (dtype == LOWRANK_F16)
-    return linear_of(static_cast<const Half*>(x), M, w, bias, static_cast<Half*>(y), threads);
-  if (dtype == LOWRANK_BF16)
-    return linear_of(static_cast<const Bfloat16*>(x), M, w, bias, static_cast<Bfloat16*>(y),
-                     threads);
-  return linear_of(static_cast<const float*>(x), M, w, bias, static_cast<float*>(y), threads);
+               const lowrank_lora* lora, void* y, int32_t threads) {
+  int32_t status = LOWRANK_OK;
+  with_type(dtype, [&](auto* type) {
+    using T = decltype(type);
+    status = linear_of(static_cast<T>(const_cast<void*>(x)), M, w, bias, lora, static_cast<T>(y),
+                       threads);
+  });
+  return status;
 }
 
 }  // namespace

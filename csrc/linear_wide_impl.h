@@ -4,9 +4,12 @@
 // DEPTH of K, into the second-level cache. There they meet x in stripes of STRIPE rows, which lie
 // k after k; a stripe's DEPTH stays in the first level. BLOCK_N rows of the weight and a stripe are
 // multiplied in registers, and their sums added to those of what came before of K.
+//
+// An adapter is more of the same: h^T = A z^T is a product of the stripes just laid, and lies behind
+// them, R after K; there rows of B stand in for decoded ones.
 #pragma once
 
-#include "codebook_impl.h"
+#include "rows_impl.h"
 
 namespace {
 
@@ -14,8 +17,7 @@ constexpr int STRIPE = BLOCK_V * W;
 constexpr int DEPTH = 256;       // of K, decoded at once
 constexpr int WIDE_M = 512;      // rows of x in one pass over the weight
 constexpr int WIDE_BLOCKS = 24;  // of BLOCK_N rows, decoded at once
-
-inline int64_t stripes_of(int64_t M) { return (M + STRIPE - 1) / STRIPE; }
+constexpr int DOWN_N = W == 16 ? 8 : 4;  // rows of A that are multiplied together
 
 // Elements k0 <= k < k0 + length of row n, k0 a multiple of 256; `ahead` bytes on is read next.
 inline void decode_stretch(const CodebookWeight& w, int64_t n, int64_t k0, int64_t length,
@@ -44,23 +46,38 @@ void lay_stripe(const T* x, int64_t count, int64_t K, int64_t k0, float* to) {
     for (int m = 0; m < STRIPE; ++m) to[k * STRIPE + m] = room[m][k];
 }
 
-// sums[n, m] += w[n] . x[m] over `length` of K, for BLOCK_N rows of w and a stripe of x.
+// The same of 64 elements after dropout; m is the number of the first row.
+template <class T>
+void lay_dropped(const T* x, int64_t count, int64_t K, int64_t k0, int64_t m0,
+                 const lowrank_dropout* dropout, float* to) {
+  float room[STRIPE][SPAN] = {};
+  const int64_t length = smaller(SPAN, K - k0);
+  for (int64_t m = 0; m < count; ++m) {
+    for (int64_t k = 0; k < length; ++k) room[m][k] = to_float(x[m * K + k0 + k]);
+    drop_out(dropout, m0 + m, k0, K, room[m]);
+  }
+  for (int64_t k = 0; k < SPAN; ++k)
+    for (int m = 0; m < STRIPE; ++m) to[k * STRIPE + m] = room[m][k];
+}
+
+// sums[n, m] += w[n] . x[m] over `length` of K, for ROWS rows of w and a stripe of x.
+template <int ROWS>
 inline void multiply_stripe(const float (*w)[DEPTH], const float* x, int64_t length, float* sums) {
-  Vec s[BLOCK_N][BLOCK_V];
+  Vec s[ROWS][BLOCK_V];
 #pragma GCC unroll 32
-  for (int n = 0; n < BLOCK_N; ++n)
+  for (int n = 0; n < ROWS; ++n)
     for (int v = 0; v < BLOCK_V; ++v) s[n][v] = set1(0);
   for (int64_t k = 0; k < length; ++k, x += STRIPE) {
     Vec xs[BLOCK_V];
     for (int v = 0; v < BLOCK_V; ++v) xs[v] = load(x + v * W);
 #pragma GCC unroll 32
-    for (int n = 0; n < BLOCK_N; ++n) {
+    for (int n = 0; n < ROWS; ++n) {
       const Vec wn = set1(w[n][k]);
       for (int v = 0; v < BLOCK_V; ++v) s[n][v] = fma(wn, xs[v], s[n][v]);
     }
   }
 #pragma GCC unroll 32
-  for (int n = 0; n < BLOCK_N; ++n) {
+  for (int n = 0; n < ROWS; ++n) {
     for (int v = 0; v < BLOCK_V; ++v) {
       float* to = sums + n * STRIPE + v * W;
       store(to, add(load(to), s[n][v]));
@@ -68,72 +85,149 @@ inline void multiply_stripe(const float (*w)[DEPTH], const float* x, int64_t len
   }
 }
 
+// Some rows of x, M <= WIDE_M, and what is to be multiplied with them.
+template <class T>
+struct WideProduct {
+  const T* x;  // [M, K], the row number `first` of x on
+  int64_t first, M;
+  const CodebookWeight& w;
+  const float* bias;
+  const lowrank_lora* lora;  // or null
+  T* y;
+  float* laid = nullptr;  // [stripes, Kp + Rp, STRIPE]: x, then scale * h
+
+  int64_t stripes() const { return (M + STRIPE - 1) / STRIPE; }
+  int64_t rank() const { return lora ? lora->R : 0; }
+  int64_t parts() const { return (rank() + DOWN_N - 1) / DOWN_N; }  // of A
+  int64_t width() const { return padded(w.K) + parts() * DOWN_N; }
+  float* stripe(int64_t i) const { return laid + i * width() * STRIPE; }
+  int64_t rows_in(int64_t stripe) const { return smaller(STRIPE, M - stripe * STRIPE); }
+};
+
 // A thread's: decoded rows of the weight, and their sums with every stripe of x.
 struct WideRoom {
   float (*decoded)[BLOCK_N][DEPTH];  // [WIDE_BLOCKS]
   float* sums;                       // [stripes, WIDE_BLOCKS, BLOCK_N, STRIPE]
+  float* dropped;                    // [SPAN, STRIPE]
 };
 
-// Rows n0 <= n < n1 of y^T, WIDE_BLOCKS blocks or fewer; x in stripes [stripes, Kp, STRIPE].
+// Row n of `matrix` [N, C] from c on -> `length` elements.
+inline void copy_stretch(const float* matrix, int64_t C, int64_t n, int64_t c, int64_t length,
+                         float* to) {
+  memcpy(to, matrix + n * C + c, size_t(length) * sizeof(float));
+}
+
+// DOWN_N elements of h for each row of a stripe: written to h, and scaled to where wide_rows looks.
 template <class T>
-void wide_rows(const float* x, int64_t M, const CodebookWeight& w, const float* bias,
-               const Table& shared, int64_t n0, int64_t n1, const WideRoom& room, T* y) {
-  const int64_t Kp = padded(w.K), stripes = stripes_of(M);
+void wide_down(const WideProduct<T>& p, int64_t i, int64_t part, const WideRoom& room) {
+  const lowrank_lora& lora = *p.lora;
+  const int64_t K = p.w.K, r0 = part * DOWN_N, count = p.rows_in(i);
+  float* sums = p.stripe(i) + (padded(K) + r0) * STRIPE;
+  memset(sums, 0, DOWN_N * STRIPE * sizeof(float));
+  float (*rows)[DEPTH] = room.decoded[0];  // of A
+  for (int64_t k0 = 0; k0 < K; k0 += DEPTH) {
+    const int64_t length = smaller(DEPTH, K - k0);
+    for (int64_t r = 0; r < DOWN_N; ++r)  // past the last row it is multiplied again
+      copy_stretch(lora.A, K, smaller(r0 + r, lora.R - 1), k0, length, rows[r]);
+    if (!lora.dropout) {
+      multiply_stripe<DOWN_N>(rows, p.stripe(i) + k0 * STRIPE, length, sums);
+      continue;
+    }
+    for (int64_t k = 0; k < length; k += SPAN) {
+      const int64_t m = i * STRIPE;
+      lay_dropped(p.x + m * K, count, K, k0 + k, p.first + m, lora.dropout, room.dropped);
+      multiply_stripe<DOWN_N>(reinterpret_cast<float (*)[DEPTH]>(rows[0] + k), room.dropped,
+                              smaller(SPAN, length - k), sums);
+    }
+  }
+  for (int64_t m = 0; m < count; ++m)
+    for (int64_t r = r0; r < smaller(r0 + DOWN_N, lora.R); ++r)
+      lora.h[(p.first + i * STRIPE + m) * lora.R + r] = sums[(r - r0) * STRIPE + m];
+  for (int64_t j = 0; j < DOWN_N * STRIPE; j += W)
+    store(sums + j, mul(load(sums + j), set1(lora.scale)));
+}
+
+// Rows n0 <= n < n1 of y^T, WIDE_BLOCKS blocks or fewer.
+template <class T>
+void wide_rows(const WideProduct<T>& p, const Table& shared, int64_t n0, int64_t n1,
+               const WideRoom& room) {
+  const CodebookWeight& w = p.w;
+  const int64_t Kp = padded(w.K), stripes = p.stripes();
   const int64_t blocks = (n1 - n0 + BLOCK_N - 1) / BLOCK_N;
   const auto sums_of = [&](int64_t stripe, int64_t b) {
     return room.sums + (stripe * WIDE_BLOCKS + b) * BLOCK_N * STRIPE;
   };
+  // `fill` puts a stretch of row n into its place.
+  const auto multiply_stretch = [&](int64_t at, int64_t length, auto fill) {
+    for (int64_t i = 0; i < blocks * BLOCK_N; ++i)  // past the last row it is filled in again
+      fill(smaller(n0 + i, n1 - 1), room.decoded[i / BLOCK_N][i % BLOCK_N]);
+    for (int64_t i = 0; i < stripes; ++i)
+      for (int64_t b = 0; b < blocks; ++b)
+        multiply_stripe<BLOCK_N>(room.decoded[b], p.stripe(i) + at * STRIPE, length, sums_of(i, b));
+  };
   memset(room.sums, 0, size_t(stripes * WIDE_BLOCKS * BLOCK_N * STRIPE) * sizeof(float));
   for (int64_t k0 = 0; k0 < Kp; k0 += DEPTH) {
     const int64_t length = smaller(DEPTH, Kp - k0);
-    for (int64_t i = 0; i < blocks * BLOCK_N; ++i) {
-      const int64_t n = smaller(n0 + i, n1 - 1);  // past the last row it is decoded again
+    multiply_stretch(k0, length, [&](int64_t n, float* to) {
       const Table own = w.codebook_rows == 1 ? shared : Table(codebook_of(w, n));
-      decode_stretch(w, n, k0, length, own, DEPTH / 2, room.decoded[i / BLOCK_N][i % BLOCK_N]);
-    }
-    for (int64_t i = 0; i < stripes; ++i)
-      for (int64_t b = 0; b < blocks; ++b)
-        multiply_stripe(room.decoded[b], x + (i * Kp + k0) * STRIPE, length, sums_of(i, b));
+      decode_stretch(w, n, k0, length, own, DEPTH / 2, to);
+    });
   }
-  for (int64_t m = 0; m < M; ++m) {
+  for (int64_t r0 = 0; r0 < p.rank(); r0 += DEPTH) {
+    const int64_t length = smaller(DEPTH, p.rank() - r0);
+    multiply_stretch(Kp + r0, length, [&](int64_t n, float* to) {
+      copy_stretch(p.lora->B, p.rank(), n, r0, length, to);
+    });
+  }
+  for (int64_t m = 0; m < p.M; ++m) {
     for (int64_t b = 0, n = n0; b < blocks; ++b) {
       const float* sum = sums_of(m / STRIPE, b) + m % STRIPE;
       const int64_t end = smaller(n + BLOCK_N, n1);
-      for (; n < end; ++n, sum += STRIPE) from_float(bias ? *sum + bias[n] : *sum, y + m * w.N + n);
+      for (; n < end; ++n, sum += STRIPE)
+        from_float(p.bias ? *sum + p.bias[n] : *sum, p.y + m * w.N + n);
     }
   }
 }
 
-// One pass over the weight for M <= WIDE_M rows of x; returns false where memory is short.
+// One pass over the weight; returns false where memory is short.
 template <class T>
-bool wide_multiply(const T* x, int64_t M, const CodebookWeight& w, const float* bias, T* y,
-                   int32_t threads) {
-  const int64_t Kp = padded(w.K), stripes = stripes_of(M), for_x = stripes * Kp * STRIPE;
-  const int64_t for_rows = WIDE_BLOCKS * BLOCK_N * (DEPTH + stripes * STRIPE);  // of a thread
-  float* room = static_cast<float*>(
+bool wide_multiply(WideProduct<T> p, int32_t threads) {
+  const CodebookWeight& w = p.w;
+  const int64_t Kp = padded(w.K), stripes = p.stripes(), for_x = stripes * p.width() * STRIPE;
+  const int64_t for_decoded = WIDE_BLOCKS * BLOCK_N * DEPTH;  // of a thread, like the next two
+  const int64_t for_sums = WIDE_BLOCKS * BLOCK_N * stripes * STRIPE;
+  const int64_t for_rows = for_decoded + for_sums + SPAN * STRIPE;
+  p.laid = static_cast<float*>(
       aligned_alloc(64, size_t(for_x + threads * for_rows) * sizeof(float)));
-  if (!room) return false;
+  if (!p.laid) return false;
 #pragma omp parallel num_threads(threads) if (w.N * w.K > WORTH_THREADS)
   {
+    const auto room_of = [&](int64_t t) {
+      float* own = p.laid + for_x + t * for_rows;
+      return WideRoom{reinterpret_cast<float (*)[BLOCK_N][DEPTH]>(own), own + for_decoded,
+                      own + for_decoded + for_sums};
+    };
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < stripes * (Kp / 16); ++i) {
-      const int64_t m = i / (Kp / 16) * STRIPE, k = i % (Kp / 16) * 16;
-      lay_stripe(x + m * w.K, smaller(STRIPE, M - m), w.K, k, room + m * Kp + k * STRIPE);
+      const int64_t s = i / (Kp / 16), k = i % (Kp / 16) * 16;
+      lay_stripe(p.x + s * STRIPE * w.K, p.rows_in(s), w.K, k, p.stripe(s) + k * STRIPE);
+    }
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < threads; ++t) {
+      const int64_t last = stripes * p.parts() * (t + 1) / threads;
+      for (int64_t i = stripes * p.parts() * t / threads; i < last; ++i)
+        wide_down(p, i / p.parts(), i % p.parts(), room_of(t));
     }
     const Table shared(w.codebook);
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < threads; ++t) {
       const int64_t blocks = (w.N + BLOCK_N - 1) / BLOCK_N;
-      float* own = room + for_x + t * for_rows;
-      float* sums = own + WIDE_BLOCKS * BLOCK_N * DEPTH;
-      const WideRoom rows{reinterpret_cast<float (*)[BLOCK_N][DEPTH]>(own), sums};
       const int64_t last = smaller(blocks * (t + 1) / threads * BLOCK_N, w.N);
       for (int64_t n = blocks * t / threads * BLOCK_N; n < last; n += WIDE_BLOCKS * BLOCK_N)
-        wide_rows(room, M, w, bias, shared, n, smaller(n + WIDE_BLOCKS * BLOCK_N, last), rows,
-                  y);
+        wide_rows(p, shared, n, smaller(n + WIDE_BLOCKS * BLOCK_N, last), room_of(t));
     }
   }
-  free(room);
+  free(p.laid);
   return true;
 }
 

@@ -14,7 +14,7 @@
 
 #include <stdint.h>
 
-#define LOWRANK_ABI 2
+#define LOWRANK_ABI 3
 
 #if defined(__GNUC__)
 #define LOWRANK_EXPORT __attribute__((visibility("default")))
@@ -86,6 +86,34 @@ LOWRANK_EXPORT int32_t lowrank_codebook_linear_int16(
     const float* absmax_scale, const float* codebook, int64_t codebook_rows, int64_t N, int64_t K,
     int64_t block_size, const float* bias, void* y, int32_t threads);
 
+// Element (m, k) of [M, K] is kept, times `inverse` = 1 / (1 - p), iff its random word is not below
+// `threshold` = p * 2^32; else it becomes 0, whatever it was. The word is word k % 4 of
+// Philox-4x32-7 with the low and the high word of `seed` as its key and of m * ceil(K / 4) + k / 4
+// as the first half of its counter, the other half being 0.
+struct lowrank_dropout {
+  int64_t seed;
+  uint32_t threshold;
+  float inverse;
+};
+
+// An adapter beside a weight, all contiguous: A [R, K], B [N, R], and h [M, R], which is written.
+struct lowrank_lora {
+  const float* A;
+  const float* B;
+  float* h;
+  int64_t R;
+  float scale;
+  const struct lowrank_dropout* dropout;  // or null
+};
+
+// h = z A^T and y = x w^T + bias + scale * h B^T, z being x after dropout; N, R >= 1, the rest as in
+// lowrank_codebook_linear. x is read and y written once in each pass over the weight.
+LOWRANK_EXPORT int32_t lowrank_codebook_lora_linear(
+    const void* x, int32_t dtype, int64_t M, const uint8_t* packed, const void* absmax,
+    const float* absmax_scale, const float* codebook, int64_t codebook_rows, int64_t N, int64_t K,
+    int64_t block_size, const float* bias, const struct lowrank_lora* lora, void* y,
+    int32_t threads);
+
 // loss[t] = logsumexp(logits[t]) - logits[t, labels[t]]; with `gradient` non-zero, logits [T, V] is
 // overwritten by its own gradient softmax(logits) - onehot(labels).
 LOWRANK_EXPORT int32_t lowrank_softmax_cross_entropy(
@@ -96,16 +124,6 @@ LOWRANK_EXPORT int32_t lowrank_softmax_cross_entropy(
 struct lowrank_rows {
   const int32_t* order;
   int64_t first, count, M;
-};
-
-// Element (m, k) of [M, K] is kept, times `inverse` = 1 / (1 - p), iff its random word is not below
-// `threshold` = p * 2^32; else it becomes 0, whatever it was. The word is word k % 4 of
-// Philox-4x32-7 with the low and the high word of `seed` as its key and of m * ceil(K / 4) + k / 4
-// as the first half of its counter, the other half being 0.
-struct lowrank_dropout {
-  int64_t seed;
-  uint32_t threshold;
-  float inverse;
 };
 
 // out [count, K] = those rows of x [M, K] of `dtype`, `stride` apart, dropout null or applied.

@@ -20,7 +20,7 @@ import torch
 
 from lowrank.errors import BackendError, ConfigError
 
-ABI = 2
+ABI = 3
 ISAS = ("generic", "avx2", "avx512", "neon")  # enum lowrank_isa
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum lowrank_dtype
 
@@ -64,6 +64,17 @@ class Dropout(ctypes.Structure):
     _fields_ = [("seed", c_int64), ("threshold", ctypes.c_uint32), ("inverse", ctypes.c_float)]
 
 
+class Lora(ctypes.Structure):
+    """struct lowrank_lora."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("A", "B", "h")),
+        ("R", c_int64),
+        ("scale", ctypes.c_float),
+        ("dropout", c_void_p),
+    ]
+
+
 # Every function returns int32; those that compute, a status.
 FUNCTIONS = {
     "lowrank_abi": (),
@@ -92,6 +103,11 @@ FUNCTIONS = {
     "lowrank_codebook_linear_int16": (
         c_void_p, c_int32, c_int64, *_WEIGHT, c_int64, c_int64, c_int64, c_void_p, c_void_p,
         c_int32,
+    ),
+    # x, dtype, M, weight, N, K, block_size, bias, lora, y, threads
+    "lowrank_codebook_lora_linear": (
+        c_void_p, c_int32, c_int64, *_WEIGHT, c_int64, c_int64, c_int64, c_void_p, c_void_p,
+        c_void_p, c_int32,
     ),
     # logits, labels, T, V, loss, gradient, threads
     "lowrank_softmax_cross_entropy": (

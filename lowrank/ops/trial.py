@@ -52,7 +52,8 @@ def _records(library: ctypes.CDLL) -> list[Record]:
     weight = (rng.randbytes(N * PACKED), rng.randbytes(N * BLOCKS), scales, table, N, N, K, G)
     one_table = (*weight[:4], 1, N, K, G)
     rows = ctypes.byref(native.Rows(None, 1, 2, N))
-    dropout = ctypes.byref(native.Dropout(rng.getrandbits(60), 1 << 30, 4 / 3))
+    by_chance = native.Dropout(rng.getrandbits(60), 1 << 30, 4 / 3)
+    dropout = ctypes.byref(by_chance)
     by = native.Adamw8bitCoefficients(0.9, 0.1, 0.99, 0.01, 0.999, 0.01, 1.5, 1e-8)
     maps = [_packed(_moments(signed)) for signed in (True, False)]
     for dtype, size in ((0, 4), (1, 2), (2, 2)):
@@ -69,6 +70,13 @@ def _records(library: ctypes.CDLL) -> list[Record]:
                 y = bytearray(size * M * N)
                 arguments = (x, dtype, M, *of, None, y)
                 call(name, SUMS[dtype], arguments, y, dtype=dtype)
+        A, B, h = uniform(5 * K), uniform(N * 5), bytearray(4 * 17 * 5)
+        y, of_lora = bytearray(size * 17 * N), [_pointer(b) for b in (A, B, h)]
+        addresses = [ctypes.addressof(pointer) for pointer in of_lora]
+        lora = native.Lora(*addresses, 5, 0.5, ctypes.addressof(by_chance))
+        arguments = (x, dtype, 17, *one_table, None, ctypes.byref(lora), y)
+        call("codebook_lora_linear", SUMS[dtype], arguments, y, dtype=dtype)
+        records.append(("codebook_lora_linear", SUMS[0], _unpacked(h)))
         panel = bytearray(4 * 2 * K)
         call("gather_rows", 0, (x, dtype, K, K, rows, dropout, panel), panel)
         call("scatter_rows", 0, (panel, K, rows, dropout, 1, x, dtype, K), x, dtype=dtype)

@@ -138,6 +138,36 @@ def test_linear(kernel, dtype):
         assert ((y - exact).abs() <= allowed).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_with_an_adapter(dtype):
+    for N, K, G, weight, w in weights():
+        if N == 0:
+            continue
+        M, R = random.choice((0, 1, 8, 17, 33)), random.choice((1, 3, 8, 13, 300))
+        x, y = guarded(torch.randn(M, K).to(dtype)), unwritten(M, N, dtype=dtype)
+        A, B = guarded(torch.randn(R, K)), guarded(torch.randn(N, R))
+        h, bias = unwritten(M, R, dtype=torch.float32), guarded(torch.randn(N))
+        by, mask = None, torch.ones(M, K)
+        seed, p = torch.randint(-(2**62), 2**62, ()), 0.4
+        dropout = native.Dropout(int(seed), reference.threshold(p), 1 / (1 - p))
+        if random.random() < 0.5 and K:
+            by = ctypes.addressof(dropout)
+            mask = kept(torch.arange(M), K, p, seed) * torch.tensor(1 / (1 - p))
+        lora = native.Lora(A.data_ptr(), B.data_ptr(), h.data_ptr(), R, 0.5, by)
+        call(
+            "lowrank_codebook_lora_linear", x, native.DTYPES[dtype], M,
+            *weight_arguments(weight, N, K, G), bias, ctypes.addressof(lora), y,
+            random.choice((1, 2)),
+        )  # fmt: skip
+        z = (x.float() * mask).double()
+        exact_h, bound_h = z @ A.T.double(), z.abs() @ A.T.double().abs()
+        assert ((h - exact_h).abs() <= EPS[torch.float32] * bound_h + 1e-37).all()
+        exact = x.double() @ w.T.double() + bias + exact_h @ B.T.double() / 2
+        bound = x.double().abs() @ w.T.double().abs() + bias.abs() + bound_h @ B.T.abs().double()
+        allowed = EPS[dtype] * bound + torch.finfo(dtype).smallest_normal
+        assert ((y - exact).abs() <= allowed).all()
+
+
 def test_softmax_cross_entropy():
     for _ in range(CASES):
         T, V = random.randrange(0, 6), random.choice((1, 2, 15, 16, 17, 63, 64, 1031))

@@ -12,6 +12,7 @@ from lowrank.errors import DataError
 from lowrank.ops import native
 from lowrank.ops.reference.philox import kept, threshold
 from tests.ops.isas import ISAS, running_on
+from tests.ops.weights import dense, random_weight
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WIDTHS = [1, 3, 63, 64, 65, 130, 1031]
@@ -92,3 +93,32 @@ def test_offsets_of_other_rows_are_refused(offsets):
     groups = (torch.arange(5, dtype=torch.int32), torch.tensor(offsets, dtype=torch.int32))
     with pytest.raises(DataError, match="offsets: expected ascending"):
         ops.lora_linear(x, *NO_WEIGHT, None, 64, A, B, 1.0, groups)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("M", "N", "K", "R"),
+    [(17, 13, 63, 1), (33, 345, 300, 8), (400, 65, 130, 13), (530, 29, 1056, 16), (40, 9, 40, 300)],
+)
+def test_every_gradient_of_many_rows(M, N, K, R, dtype, p, seed):
+    """y, h, dx, dA and dB against float64: ends of stripes, of passes, of blocks, of the rank."""
+    weight, scalar = random_weight(N, K, 64, double_quant=True), torch.tensor(seed)
+    x, dy, bias = (torch.randn(shape).to(dtype) for shape in ((M, K), (M, N), (N,)))
+    A, B = torch.randn(1, R, K) / K**0.5, torch.randn(1, N, R) / R**0.5
+    branch = (A, B, 0.5, None, None, p, scalar if p else None)
+    y, h = torch.ops.lowrank.lora_linear(x, *weight, bias, 64, *branch)
+    got = torch.ops.lowrank.lora_linear_backward(dy, x, h, *weight, 64, *branch, [True] * 3)
+    again = torch.ops.lowrank.lora_linear(x, *weight, bias, 64, *branch)
+    assert torch.equal(y, again[0]) and torch.equal(h, again[1])
+    mask = kept(torch.arange(M), K, p, scalar) / (1 - p) if p else torch.ones(M, K)
+    w, z = dense(*weight, K, 64).double(), x.double() * mask
+    x, dy, bias, A, B = (t.double() for t in (x, dy, bias, A[0], B[0]))
+    g = 0.5 * dy @ B
+    exact = (
+        x @ w.T + bias + 0.5 * z @ A.T @ B.T, z @ A.T, dy @ w + g @ A * mask, g.T @ z,
+        0.5 * dy.T @ z @ A.T,
+    )  # fmt: skip
+    for tensor, right in zip((y, h, *got), exact, strict=True):
+        eps = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}[tensor.dtype]
+        assert (tensor.double() - right).norm() <= eps * right.norm()

@@ -32,9 +32,15 @@ static void dequantize(const CodebookWeight& a, const Rectangle& b, void* out, i
   static_cast<uint16_t*>(out)[1] ^= 1;
 }
 static int32_t linear(const void* a, int32_t b, int64_t c, const CodebookWeight& d, const float* e,
-                      void* y, int32_t g) {
-  kernels_generic()->linear(a, b, c, d, e, y, g);
-  memset(y, 0, 4);
+                      const lowrank_lora* f, void* y, int32_t g) {
+  kernels_generic()->linear(a, b, c, d, e, f, y, g);
+  memset(y, 0, f ? 0 : 4);
+  return 0;
+}
+static int32_t lora_linear(const void* a, int32_t b, int64_t c, const CodebookWeight& d,
+                           const float* e, const lowrank_lora* f, void* y, int32_t g) {
+  kernels_generic()->linear(a, b, c, d, e, f, y, g);
+  if (f) f->h[f->R] = 0;
   return 0;
 }
 static int32_t linear_int16(const void* a, int32_t b, int64_t c, const CodebookWeight& d,
@@ -66,6 +72,7 @@ const Kernels* kernels_avx512() {
   if (!strcmp(broken, "codebook_quantize")) kernels.quantize = quantize;
   if (!strcmp(broken, "codebook_dequantize")) kernels.dequantize = dequantize;
   if (!strcmp(broken, "codebook_linear")) kernels.linear = linear;
+  if (!strcmp(broken, "codebook_lora_linear")) kernels.linear = lora_linear;
   if (!strcmp(broken, "codebook_linear_int16")) kernels.linear_int16 = linear_int16;
   if (!strcmp(broken, "softmax_cross_entropy")) kernels.softmax_cross_entropy = softmax;
   if (!strcmp(broken, "gather_rows")) kernels.gather_rows = gather;

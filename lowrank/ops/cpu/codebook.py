@@ -12,7 +12,6 @@ from .panels import (
     PANEL,
     Weight,
     bfloat16_columns,
-    bfloat16_panels,
     dequantize_rows,
     empty,
     panels,
@@ -68,39 +67,43 @@ def codebook_linear(
     weight = (packed, absmax, absmax_scale, codebook)
     if goes_by_panels(x, packed.shape[0]):
         return linear_by_panels(x, weight, bias, block_size)
-    if rows_of(x) > _DIRECT_M and multiplies_bfloat16(x.dtype):
-        return _bfloat16_linear(x, weight, bias, block_size)
     return linear_from_packed("lowrank_codebook_linear", x, weight, bias, block_size)
 
 
 def goes_by_panels(x: Tensor, N: int) -> bool:
-    """Whether codebook_linear of x and a weight [N, K] decodes panels to float32."""
+    """Whether a product of x and a weight [N, K] decodes panels and leaves the rest to BLAS."""
     M = rows_of(x)
-    if M <= _DIRECT_M or multiplies_bfloat16(x.dtype):
+    if M <= _DIRECT_M:
         return False
-    if native.isa() not in _DIRECT_ISAS:
+    if native.isa() not in _DIRECT_ISAS or multiplies_bfloat16(x.dtype):
         return True
     return M > _DECODED_ONCE_M and N * x.shape[-1] <= PANEL
 
 
+def is_decoded_once(x: Tensor, N: int) -> bool:
+    """Whether it decodes once for hundreds of rows of x, as it multiplies."""
+    return rows_of(x) > _DIRECT_M and not goes_by_panels(x, N)
+
+
+def panel_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which x and y of this dtype are multiplied by panels."""
+    return dtype if multiplies_bfloat16(dtype) else torch.float32
+
+
 def linear_by_panels(
-    x: Tensor,
-    weight: Weight,
-    bias: Tensor | None,
-    block_size: int,
-    branch: tuple[Tensor, Tensor] | None = None,
+    x: Tensor, weight: Weight, bias: Tensor | None, block_size: int, y: Tensor | None = None
 ) -> Tensor:
-    """y = x Wᵀ + b, and + h Bᵀ of `branch` (h [M, R], B [N, R]) while a panel of y is in cache."""
+    """y = x Wᵀ + b; added to `y` [M, N] of the panels' dtype, where one is given and no b."""
     N, K = weight[0].shape[0], x.shape[-1]
-    rows = x.reshape(-1, K).float()  # [M, K]
-    M = rows.shape[0]
-    y = empty(M, N)
-    for n0, n1, w in panels(weight, K, block_size):
-        torch.mm(rows, w.T, out=y[:, n0:n1])
-        if branch is not None:
-            y[:, n0:n1].addmm_(branch[0], branch[1][n0:n1].T)
-    if bias is not None:
-        y += bias
+    dtype, fresh = panel_dtype(x.dtype), y is None
+    rows = x.reshape(-1, K).to(dtype)  # [M, K]
+    if y is None:
+        y = empty(rows.shape[0], N, dtype=dtype)
+    for n0, n1, w in panels(weight, K, block_size, dtype):
+        if bias is not None:
+            torch.addmm(bias[n0:n1].to(dtype), rows, w.T, out=y[:, n0:n1])
+        else:
+            y[:, n0:n1].addmm_(rows, w.T, beta=0 if fresh else 1)
     return y.to(x.dtype).view(*x.shape[:-1], N)
 
 
@@ -114,42 +117,36 @@ def codebook_linear_dx(
     block_size: int,
 ) -> Tensor:
     """dx = dy W for dy [..., N]: [..., K] in the dtype of dy."""
-    weight = (packed, absmax, absmax_scale, codebook)
-    if multiplies_bfloat16(dy.dtype):
-        return _bfloat16_dx(dy, weight, K, block_size)
-    rows = dy.reshape(-1, packed.shape[0]).float()  # [M, N]
-    dx = empty(rows.shape[0], K)
-    for n0, n1, w in panels(weight, K, block_size):
-        dx.addmm_(rows[:, n0:n1], w, beta=0 if n0 == 0 else 1)
+    return dx_by_panels(dy, (packed, absmax, absmax_scale, codebook), K, block_size)
+
+
+def dx_by_panels(
+    dy: Tensor, weight: Weight, K: int, block_size: int, dx: Tensor | None = None
+) -> Tensor:
+    """dx = dy W; added to `dx` [M, K] of the panels' dtype, where one is given.
+
+    In bfloat16 by columns: sums over panels of rows would be rounded at each panel.
+    """
+    dtype, beta = panel_dtype(dy.dtype), 0 if dx is None else 1
+    rows = dy.reshape(-1, dy.shape[-1]).to(dtype)  # [M, N]
+    if dx is None:
+        dx = empty(rows.shape[0], K, dtype=dtype)
+    if dtype == torch.bfloat16:
+        for k0, k1, w in bfloat16_columns(weight, K, block_size):
+            dx[:, k0:k1].addmm_(rows, w, beta=beta)
+    else:
+        for n0, n1, w in panels(weight, K, block_size, dtype):
+            dx.addmm_(rows[:, n0:n1], w, beta=beta if n0 == 0 else 1)
     return dx.to(dy.dtype).view(*dy.shape[:-1], K)
 
 
-def _bfloat16_linear(x: Tensor, weight: Weight, bias: Tensor | None, block_size: int) -> Tensor:
-    """y of bfloat16 x from panels rounded to bfloat16, as dequantize and F.linear have it."""
-    N, K = weight[0].shape[0], x.shape[-1]
-    rows = x.reshape(-1, K)
-    y = empty(rows.shape[0], N, dtype=torch.bfloat16)
-    for n0, n1, w in bfloat16_panels(weight, K, block_size):
-        if bias is None:
-            torch.mm(rows, w.T, out=y[:, n0:n1])
-        else:
-            torch.addmm(bias[n0:n1], rows, w.T, out=y[:, n0:n1])
-    return y.view(*x.shape[:-1], N)
-
-
-def _bfloat16_dx(dy: Tensor, weight: Weight, K: int, block_size: int) -> Tensor:
-    """dx of bfloat16 dy. By columns: sums over panels of rows would be rounded at each panel."""
-    rows = dy.reshape(-1, dy.shape[-1])
-    dx = empty(rows.shape[0], K, dtype=torch.bfloat16)
-    for k0, k1, w in bfloat16_columns(weight, K, block_size):
-        torch.mm(rows, w, out=dx[:, k0:k1])
-    return dx.view(*dy.shape[:-1], K)
-
-
 def linear_from_packed(
-    kernel: str, x: Tensor, weight: Weight, bias: Tensor | None, block_size: int
+    kernel: str, x: Tensor, weight: Weight, bias: Tensor | None, block_size: int, *beside: int
 ) -> Tensor:
-    """x [..., K] -> y [..., N] by the C function of this name, straight from packed codes."""
+    """x [..., K] -> y [..., N] by the C function of this name, straight from packed codes.
+
+    `beside` is the address of an adapter, for the function that takes one.
+    """
     K, N = x.shape[-1], weight[0].shape[0]
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], N))
@@ -157,7 +154,7 @@ def linear_from_packed(
         bias = bias.float().contiguous()
     status = getattr(native.load_cpu(), kernel)(
         x.data_ptr(), native.DTYPES[x.dtype], rows_of(x), *pointers(weight), N, K, block_size,
-        None if bias is None else bias.data_ptr(), y.data_ptr(), torch.get_num_threads(),
+        None if bias is None else bias.data_ptr(), *beside, y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     native.check(status, kernel)
     return y

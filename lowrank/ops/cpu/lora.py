@@ -1,4 +1,4 @@
-"""The LoRA branch beside a frozen weight: in place, on a part of y at a time while it is in cache.
+"""The LoRA branch beside a frozen weight: in the product that decodes, or what BLAS begins with.
 
 Where x is float32 and keeps all its elements, BLAS works on its rows where they lie. Else one
 native pass brings them into a panel of float32: gathered, widened and dropped out at once.
@@ -11,17 +11,18 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank.ops import native
 from lowrank.ops.reference import adapter_bounds, threshold
 
 from . import codebook as products
-from .panels import empty, scratch
+from .panels import Weight, empty, scratch
 from .refusals import refuse_devices, refuse_dtype, refuse_weight
 
-_PANEL = 1 << 19  # elements of x or y at once: 2 MB of float32
+# Elements of x or y at once: 2 MB of float32 where they go through scratch, which a cache should
+# keep; else 8 MB, as BLAS is slow on few rows.
+_PANEL, _PANEL_IN_PLACE = 1 << 19, 1 << 21
 
 
 class _Rows(NamedTuple):
@@ -54,22 +55,52 @@ def lora_linear(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y = x Wᵀ + b + scale * h B[e]ᵀ [..., N] and h = z A[e]ᵀ [M, R], z = x after dropout."""
-    if codebook is not None and order is None and products.goes_by_panels(x, weight.shape[0]):
-        h = _down(x, A, order, offsets, p, seed)
-        packed = (weight, absmax, absmax_scale, codebook)
-        branch = (h * scale, B[0].float())
-        return products.linear_by_panels(x, packed, bias, block_size, branch), h
-    if weight is None:
-        y = None
-    elif codebook is None:
-        y = F.linear(x, weight, bias)
-    else:
-        y = products.codebook_linear(x, weight, absmax, absmax_scale, codebook, bias, block_size)
-    return with_branch(y, x, A, B, scale, order, offsets, p, seed)
+    N, packed = B.shape[1], (weight, absmax, absmax_scale, codebook)
+    if codebook is not None and not products.goes_by_panels(x, N):
+        if order is None and products.is_decoded_once(x, N):
+            return _within_product(x, packed, bias, block_size, A[0], B[0], scale, p, seed)
+        y = products.codebook_linear(x, *packed, bias, block_size)
+        return with_branch(y, x, A, B, scale, order, offsets, p, seed)
+    # y begins as bias and branch, and BLAS adds to it as fast as it would write y anew
+    h = _down(x, A, order, offsets, p, seed)
+    dtype = x.dtype if codebook is None else products.panel_dtype(x.dtype)
+    y = _room(len(h), N, dtype, order)
+    if bias is not None:
+        y.copy_(bias)
+    _up(h, B, scale, order, offsets, y, add=bias is not None)
+    if codebook is not None:
+        products.linear_by_panels(x, packed, None, block_size, y)
+    elif weight is not None:
+        y.addmm_(_matrix(x, A.shape[2]), weight.T)
+    return y.to(x.dtype).view(*x.shape[:-1], N), h
+
+
+def _within_product(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    block_size: int,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The same of the one adapter A [R, K], B [N, R]: x is read and y is written in one product."""
+    dropout = _dropout(p, seed)
+    A, B = A.float().contiguous(), B.float().contiguous()
+    h = empty(products.rows_of(x), A.shape[0])
+    lora = native.Lora(
+        A.data_ptr(), B.data_ptr(), h.data_ptr(), A.shape[0], scale,
+        None if dropout is None else ctypes.addressof(dropout),
+    )  # fmt: skip
+    kernel = "lowrank_codebook_lora_linear"
+    beside = ctypes.addressof(lora)
+    return products.linear_from_packed(kernel, x, weight, bias, block_size, beside), h
 
 
 def with_branch(
-    y: Tensor | None,
+    y: Tensor,
     x: Tensor,
     A: Tensor,
     B: Tensor,
@@ -79,15 +110,25 @@ def with_branch(
     p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The results of lora_linear from y, the fresh and contiguous product of the base, if any."""
-    N, fresh = B.shape[1], y is None
+    """The results of lora_linear from y, the fresh and contiguous product of the base."""
     h = _down(x, A, order, offsets, p, seed)
-    if y is None:
-        y = _room((*x.shape[:-1], N), x.dtype, order)
-    B, rows_of_y = B.float(), y.view(-1, N)
-    for e, rows in _rows_of_adapters(len(h), N, order, offsets):
-        _put_product(h[rows.index] * scale, B[e].T, rows_of_y, rows, None, add=not fresh)
+    _up(h, B, scale, order, offsets, y.view(-1, B.shape[1]), add=True)
     return y, h
+
+
+def _up(
+    h: Tensor,
+    B: Tensor,
+    scale: float,
+    order: Tensor | None,
+    offsets: Tensor | None,
+    y: Tensor,
+    add: bool,
+) -> None:
+    """y [M, N] = scale * h B[e]ᵀ in rows that have an adapter, or += with `add`."""
+    B = B.float()
+    for e, rows in _rows_of_adapters(*y.shape, y.dtype, order, offsets, None):
+        _put_product(h[rows.index] * scale, B[e].T, y, rows, None, add)
 
 
 def _down(
@@ -101,7 +142,7 @@ def _down(
     """h = z A[e]ᵀ [M, R] in float32, 0 in rows of no adapter."""
     rows_of_x, dropout, A = _matrix(x, A.shape[2]), _dropout(p, seed), A.float()
     h = torch.zeros(rows_of_x.shape[0], A.shape[1], dtype=torch.float32, device="cpu")
-    for e, rows in _rows_of_adapters(*rows_of_x.shape, order, offsets):
+    for e, rows in _rows_of_adapters(*rows_of_x.shape, x.dtype, order, offsets, dropout):
         h[rows.index] = torch.mm(_panel(rows_of_x, rows, dropout), A[e].T)
     return h
 
@@ -132,15 +173,10 @@ def lora_linear_backward(
     wide_A, wide_B = A.float(), B.float()
     dA = torch.zeros((E, R, K) if needs[1] else (0,), dtype=torch.float32, device="cpu")
     dBt = torch.zeros((E, R, N) if needs[2] else (0,), dtype=torch.float32, device="cpu")
-    if not needs[0]:
-        dx = empty(0, dtype=dy.dtype)
-    elif weight is None:
-        dx = _room((*dy.shape[:-1], K), dy.dtype, order)
-    elif codebook is None:
-        dx = torch.mm(rows_of_dy, weight).view(*dy.shape[:-1], K)
-    else:
-        dx = products.codebook_linear_dx(dy, weight, absmax, absmax_scale, codebook, K, block_size)
-    for e, rows in _rows_of_adapters(M, max(N, K), order, offsets):
+    # dx begins as the branch, as y does
+    dtype = dy.dtype if codebook is None else products.panel_dtype(dy.dtype)
+    dx = _room(M, K, dtype, order) if needs[0] else empty(0, dtype=dy.dtype)
+    for e, rows in _rows_of_adapters(M, max(N, K), dy.dtype, order, offsets, dropout):
         panel = _panel(rows_of_dy, rows, None)
         if needs[2]:  # (hᵀ dy)ᵀ: twice as fast as dyᵀ h on a skinny h
             dBt[e].addmm_(h[rows.index].T, panel, alpha=scale)
@@ -149,16 +185,29 @@ def lora_linear_backward(
         if needs[1]:
             dA[e].addmm_(g.T, _panel(rows_of_x, rows, dropout))
         if needs[0]:
-            _put_product(g, wide_A[e], dx.view(M, K), rows, dropout, add=weight is not None)
+            _put_product(g, wide_A[e], dx, rows, dropout, add=False)
+    if needs[0]:
+        if codebook is not None:
+            packed = (weight, absmax, absmax_scale, codebook)
+            products.dx_by_panels(dy, packed, K, block_size, dx)
+        elif weight is not None:
+            dx.addmm_(rows_of_dy, weight)
+        dx = dx.to(dy.dtype).view(*dy.shape[:-1], K)
     dB = dBt.mT.contiguous() if needs[2] else dBt
     return dx, dA.to(A.dtype), dB.to(B.dtype)
 
 
 def _rows_of_adapters(
-    M: int, width: int, order: Tensor | None, offsets: Tensor | None
+    M: int,
+    width: int,
+    dtype: torch.dtype,
+    order: Tensor | None,
+    offsets: Tensor | None,
+    dropout: native.Dropout | None,
 ) -> Iterator[tuple[int, _Rows]]:
     """(adapter, rows), as many at once as are a panel of this width."""
-    height = max(1, _PANEL // width)
+    in_place = order is None and dropout is None and dtype == torch.float32
+    height = max(1, (_PANEL_IN_PLACE if in_place else _PANEL) // width)
     bounds = adapter_bounds(order, offsets, M)
     for e, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
         among = order
@@ -213,9 +262,9 @@ def _matrix(x: Tensor, columns: int) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _room(shape: tuple[int, ...], dtype: torch.dtype, order: Tensor | None) -> Tensor:
-    """What the branch alone is written to; rows of no adapter are not written, and stay 0."""
-    return empty(*shape, dtype=dtype) if order is None else torch.zeros(shape, dtype=dtype)
+def _room(M: int, N: int, dtype: torch.dtype, order: Tensor | None) -> Tensor:
+    """What the branch is written to; rows of no adapter are not written, and stay 0."""
+    return empty(M, N, dtype=dtype) if order is None else empty(M, N, dtype=dtype).zero_()
 
 
 def _dropout(p: float, seed: Tensor | None) -> native.Dropout | None:

@@ -21,18 +21,13 @@ _thread = threading.local()
 Weight = tuple[Tensor, Tensor, Tensor | None, Tensor]  # packed, absmax, absmax_scale, codebook
 
 
-def panels(weight: Weight, K: int, block_size: int) -> Iterator[tuple[int, int, Tensor]]:
-    """(n0, n1, w [n1 - n0, K] float32) over all rows."""
-    for n0, n1 in _parts(weight[0].shape[0], max(1, PANEL // K)):
-        w = scratch(n1 - n0, K)
-        dequantize_rows(weight, K, block_size, n0, n1, w)
-        yield n0, n1, w
-
-
-def bfloat16_panels(weight: Weight, K: int, block_size: int) -> Iterator[tuple[int, int, Tensor]]:
-    """(n0, n1, w [n1 - n0, K] bfloat16) over all rows."""
-    for n0, n1 in _parts(weight[0].shape[0], _BFLOAT16_WIDTH):
-        w = scratch(n1 - n0, K, torch.bfloat16)
+def panels(
+    weight: Weight, K: int, block_size: int, dtype: torch.dtype
+) -> Iterator[tuple[int, int, Tensor]]:
+    """(n0, n1, w [n1 - n0, K] float32 or bfloat16) over all rows."""
+    height = max(1, PANEL // K) if dtype == torch.float32 else _BFLOAT16_WIDTH
+    for n0, n1 in _parts(weight[0].shape[0], height):
+        w = scratch(n1 - n0, K, dtype)
         dequantize_rows(weight, K, block_size, n0, n1, w)
         yield n0, n1, w
 
