@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,11 +32,9 @@ from lowrank.models.quantization_config import QuantizationConfig
 from lowrank.nn.quant_embedding import QuantEmbedding
 from lowrank.nn.quant_linear import QuantLinear
 from lowrank.nn.quant_weight import QuantWeight
+from lowrank.progress import bar
 from lowrank.quant import Quantizer
 from lowrank.surgery.targets import check_each_matches, matches
-
-T = TypeVar("T")
-_QUIET_SECONDS = 2.0  # a load that takes less shows no progress bar
 
 
 class Weights(Protocol):
@@ -114,7 +112,7 @@ def load_model(
         setattr(model.get_submodule(parent), child, layer)
 
     read = partial(_read, weights, quantized, to_quantize, Reused(), source)
-    read_ahead(_with_progress(holders, source), read, put)
+    read_ahead(bar(f"loading {Path(source).name}", holders), read, put)
     model.tie_weights(compute_dtype)
     model.name_or_path = str(source)
     return model.eval()
@@ -292,14 +290,3 @@ def _check_names(
         if tied or name.endswith("rotary_emb.inv_freq"):
             del found[name]
     check_shapes(expected, found, source)
-
-
-def _with_progress(modules: Sequence[T], source: str | Path) -> Iterable[T]:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return modules
-    label = Path(source).name
-    # disable=None: only on a terminal
-    shown = {"desc": f"loading {label}", "delay": _QUIET_SECONDS, "leave": False, "disable": None}
-    return tqdm(modules, **shown)

@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowrank.errors import ConfigError, ShapeError, WeightError
 from lowrank.nn.quant_linear import QuantLinear
+from lowrank.progress import bar
 from lowrank.quant import Quantizer, Storage
 from lowrank.quant.blocks import panels
 
@@ -23,7 +23,6 @@ from .result import Layer, Row
 from .weights import linears_of, matrix_of, squares, weights_of
 
 _TIMED_BYTES = 1 << 28  # of dense weights among which the speed is measured
-_QUIET_SECONDS = 2.0  # a comparison that takes less shows no progress bar
 
 
 class Comparison:
@@ -55,9 +54,9 @@ class Comparison:
     @contextmanager
     def running(self, schemes: int, windows: int) -> Iterator[None]:
         """Eval mode, a progress bar, and the global random numbers put back."""
-        bar = _bar(schemes * (len(self.squares) + windows) + windows)
-        if bar is not None:
-            self._tick = bar.update
+        shown = bar("comparing", total=schemes * (len(self.squares) + windows) + windows)
+        if shown is not None:
+            self._tick = shown.update
         try:
             with torch.random.fork_rng(range(torch.cuda.device_count())):
                 if isinstance(self.model, nn.Module):
@@ -66,8 +65,8 @@ class Comparison:
                 else:
                     yield
         finally:
-            if bar is not None:
-                bar.close()
+            if shown is not None:
+                shown.close()
 
     def loss(self, ids: Tensor, spans: list[Span]) -> float:
         """The text's loss per token by the model as it stands."""
@@ -160,12 +159,3 @@ class Comparison:
 def _one_line(error: BaseException) -> str:
     words = " ".join(str(error).split())
     return words or type(error).__name__
-
-
-def _bar(total: int) -> Any:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
-    # disable=None: only on a terminal
-    return tqdm(total=total, desc="comparing", delay=_QUIET_SECONDS, leave=False, disable=None)

@@ -1,0 +1,21 @@
+"""A bar over what takes longer than a moment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+_QUIET_SECONDS = 2.0  # what takes less shows none
+
+
+def bar(what: str, items: Iterable | None = None, total: int | None = None) -> Any:
+    """`items` in a tqdm bar, or such a bar to `update()`, drawn if stderr is a terminal.
+
+    Without tqdm, `items` as they are.
+    """
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return items
+    # disable=None: only on a terminal
+    return tqdm(items, desc=what, total=total, delay=_QUIET_SECONDS, leave=False, disable=None)
