@@ -22,11 +22,14 @@ from .surgery import count_parameters as count_parameters
 from .surgery import delete_adapter as delete_adapter
 from .surgery import disable_adapters as disable_adapters
 from .surgery import enable_adapters as enable_adapters
+from .surgery import extract_adapter as extract_adapter
 from .surgery import inject as inject
 from .surgery import merge as merge
 from .surgery import merge_and_unload as merge_and_unload
+from .surgery import merge_quantized as merge_quantized
 from .surgery import print_trainable_parameters as print_trainable_parameters
 from .surgery import quantize as quantize
 from .surgery import scale_adapter as scale_adapter
 from .surgery import set_adapter as set_adapter
+from .surgery import unload as unload
 from .surgery import unmerge as unmerge

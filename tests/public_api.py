@@ -42,6 +42,10 @@ def editing(model: nn.Module, cfg: lowrank.LoRAConfig) -> None:
     lowrank.save_adapter(model, "adapter", adapter="default")
     lowrank.load_adapter(model, "adapter", adapter="default")
     lowrank.merge_and_unload(model).eval()
+    print(lowrank.merge_quantized(model, ["default"], residual_rank=4, into="rest"))
+    found = lowrank.extract_adapter(model, weights, cfg, adapter="found")
+    assert_type(found.kept, float)
+    assert_type(lowrank.unload(model), nn.Module)
 
 
 def quantizing(w: Tensor) -> None:

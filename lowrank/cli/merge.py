@@ -5,6 +5,11 @@
 It is written as a Hugging Face directory, which transformers loads. An adapter trained over
 quantized weights belongs to those: give --quantizer and its options as in training, and what it
 is added to are the dequantized weights.
+
+  lowrank merge --model DIR --quantizer nf4 --adapter out --output merged --quantized
+
+With --quantized the weights stay quantized, in lowrank's format. What their codes cannot take,
+which is most of it, is an adapter of half the rank in the folder residual; shares are printed.
 """
 
 from __future__ import annotations
@@ -15,22 +20,47 @@ from pathlib import Path
 import lowrank
 from lowrank.cli.options import add_fields
 from lowrank.cli.source import Source, from_args
+from lowrank.errors import ConfigError
 from lowrank.io.atomic import new_directory
+
+RESIDUAL = "residual"  # the folder of the adapter with what quantized weights cannot take
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", required=True, metavar="DIR", help="the adapter to merge")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where to write")
+    parser.add_argument(
+        "--quantized",
+        action="store_true",
+        help="keep quantized weights, with a residual adapter",
+    )
+    parser.add_argument(
+        "--residual-rank",
+        type=int,
+        metavar="R",
+        help="rank of the residual adapter, 0 for none (default: half of the adapter's)",
+    )
     add_fields(parser, Source, "source", "the model")
 
 
 def run(args: argparse.Namespace) -> int:
     source = from_args(args)
+    if args.residual_rank is not None and not args.quantized:
+        raise ConfigError("residual-rank: belongs to --quantized; got it without")
     with new_directory(args.output) as folder:
         model, tokenizer = source.load(), source.load_tokenizer()
         source.load_adapter(model, args.adapter)
-        lowrank.merge_and_unload(model, dtype=source.torch_dtype)
-        lowrank.save_model(model, folder, source.torch_dtype)
+        if args.quantized:
+            report = lowrank.merge_quantized(model, residual_rank=args.residual_rank)
+            print(report)
+            if report.residual is not None:
+                lowrank.save_adapter(model, folder / RESIDUAL)
+                lowrank.unload(model)
+            lowrank.save_model(model, folder, format="lowrank")
+        else:
+            lowrank.merge_and_unload(model, dtype=source.torch_dtype)
+            lowrank.save_model(model, folder, source.torch_dtype)
         tokenizer.save(folder)
-    print(f"merged {args.adapter} into {source.model}, {source.dtype}: {args.output}")
+    into = source.quantizer if args.quantized else source.dtype
+    print(f"merged {args.adapter} into {source.model}, {into}: {args.output}")
     return 0

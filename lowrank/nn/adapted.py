@@ -122,8 +122,7 @@ class AdaptedLayer(nn.Module):
             raise ConfigError(
                 f"adapter: {adapter!r} is already there; delete it first or choose another name"
             )
-        if not isinstance(adapter, str) or not adapter or "." in adapter:
-            raise ConfigError(f"adapter: expected a name without dots; got {adapter!r}")
+        check_name(adapter)
         self._refuse_if_merged("add_adapter")
         if config.starts_from_weight:
             raise ConfigError(
@@ -299,6 +298,12 @@ class AdaptedLayer(nn.Module):
     def extra_repr(self) -> str:
         state = "merged" if self.merged else "disabled" if self.disabled else "active"
         return f"{state}={self.active_adapters}"
+
+
+def check_name(adapter: str) -> None:
+    """Raises ConfigError for what cannot be the name of an adapter."""
+    if not isinstance(adapter, str) or not adapter or "." in adapter:
+        raise ConfigError(f"adapter: expected a name without dots; got {adapter!r}")
 
 
 class Held(nn.Module):

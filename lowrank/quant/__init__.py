@@ -18,6 +18,7 @@ from .codebook import FixedCodebook as FixedCodebook
 from .double_quant import requantize_scales as requantize_scales
 from .fitted import Fitted as Fitted
 from .generic import linear as linear
+from .refit import refit as refit
 from .registry import Quantizer as Quantizer
 from .registry import get as get
 from .registry import names as names

@@ -2,10 +2,13 @@
 
 from .count import count_parameters as count_parameters
 from .count import print_trainable_parameters as print_trainable_parameters
+from .extract import extract_adapter as extract_adapter
 from .inject import inject as inject
 from .merge import merge as merge
 from .merge import merge_and_unload as merge_and_unload
+from .merge import unload as unload
 from .merge import unmerge as unmerge
+from .merge_quantized import merge_quantized as merge_quantized
 from .quantize import quantize as quantize
 from .switch import delete_adapter as delete_adapter
 from .switch import disable_adapters as disable_adapters

@@ -50,6 +50,15 @@ def inject(
     """
     if not isinstance(config, LoRAConfig):
         raise ConfigError(f"config: expected a LoRAConfig; got {type(config).__name__}")
+    names, config = resolve(model, config)
+    modules = dict(walk(model))
+    check_start(model, {name: modules[name] for name in names}, config, quantizer, weights)
+    attach(model, names, config, adapter, quantizer=quantizer, weights=weights)
+    return model
+
+
+def resolve(model: nn.Module, config: LoRAConfig) -> tuple[list[str], LoRAConfig]:
+    """The names of the layers that `config` means in this model, and the config as it is saved."""
     check_each_matches(model, config.target_modules, "target_modules")
     check_each_matches(model, config.exclude_modules, "exclude_modules")
     names = find_targets(model, config)
@@ -61,11 +70,7 @@ def inject(
     if is_all_linear(targets):
         targets = condense(model, names)  # as PEFT saves it
     origin = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
-    config = replace(config, target_modules=targets, base_model_name_or_path=origin)
-    modules = dict(walk(model))
-    check_start(model, {name: modules[name] for name in names}, config, quantizer, weights)
-    attach(model, names, config, adapter, quantizer=quantizer, weights=weights)
-    return model
+    return names, replace(config, target_modules=targets, base_model_name_or_path=origin)
 
 
 def attach(

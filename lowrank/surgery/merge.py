@@ -9,9 +9,12 @@ import torch
 from torch import nn
 
 from lowrank.errors import ConfigError, TargetError, WeightError
+from lowrank.nn.adapted import AdaptedLayer
 from lowrank.nn.quant_embedding import QuantEmbedding
+from lowrank.progress import bar
 
 from .inject import replace_modules
+from .start import check_may_go
 from .targets import adapted_layers, check_adapters
 
 
@@ -24,20 +27,13 @@ def merge(
     quantization: rounding it back to codes would lose most of what was learned. The base layers are
     kept aside meanwhile. Raises WeightError, all as before, if a merged weight is not finite.
     """
-    layers = adapted_layers(model)
-    if not layers:
-        raise TargetError("merge: no layer of the model has adapters; inject or load one first")
-    if any(layer.merged for layer in layers.values()):
-        raise ConfigError(
-            "merge: expected unmerged layers; the adapters are merged: call unmerge first"
-        )
     if dtype is not None and not dtype.is_floating_point:
         raise ConfigError(
             f"dtype: expected a floating-point dtype for the merged weights; got {dtype}"
         )
-    adapters = None if adapters is None else check_adapters(model, adapters)
+    layers, adapters = layers_to_merge(model, adapters, "merge")
     try:
-        for name, layer in layers.items():
+        for name, layer in bar("merging", layers.items(), len(layers)):
             try:
                 layer.merge(adapters, dtype)
             except WeightError as error:
@@ -45,6 +41,33 @@ def merge(
     except BaseException:
         unmerge(model)
         raise
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Take every adapter out, merging none; returns the model, its base layers as they were.
+
+    Biases that an adapter trained are part of the base and stay.
+    """
+    layers = adapted_layers(model)
+    for layer in layers.values():
+        for adapter, config in layer.config.items():
+            check_may_go(adapter, config, "unload")
+    replace_modules(model, {layer: layer.unmerged_base for layer in layers.values()})
+    return model
+
+
+def layers_to_merge(
+    model: nn.Module, adapters: Iterable[str] | None, what: str
+) -> tuple[dict[str, AdaptedLayer], list[str] | None]:
+    """The layers with adapters, none of them merged, and the adapters as a list."""
+    layers = adapted_layers(model)
+    if not layers:
+        raise TargetError(f"{what}: no layer of the model has adapters; inject or load one first")
+    if any(layer.merged for layer in layers.values()):
+        raise ConfigError(
+            f"{what}: expected unmerged layers; the adapters are merged: call unmerge first"
+        )
+    return layers, None if adapters is None else check_adapters(model, adapters)
 
 
 def unmerge(model: nn.Module) -> None:

@@ -103,3 +103,13 @@ def _check_original(key: str, layer: QuantLinear, weights: Mapping[str, Tensor])
             f"{key}: expected the weight that the layer was quantized from; got one that is "
             "farther from it than zero is; pass the weights of the same model"
         )
+
+
+def check_may_go(adapter: str, config: LoRAConfig, what: str) -> None:
+    """Raises ConfigError if the adapter has the principal part of the weights, to be lost by it."""
+    if config.starts_as_principal_part:
+        raise ConfigError(
+            f"{what}: {adapter!r} has the principal part of the weights "
+            f"(init_lora_weights={config.init_lora_weights!r}); merge_and_unload gives it back to "
+            "them"
+        )

@@ -12,6 +12,7 @@ from lowrank.errors import ConfigError
 from lowrank.nn.adapted import AdaptedLayer
 
 from .inject import activate
+from .start import check_may_go
 from .targets import adapted_layers, check_adapters
 
 
@@ -30,12 +31,8 @@ def delete_adapter(model: nn.Module, adapter: str) -> None:
     check_adapters(model, [adapter])
     layers = list(_unmerged_layers(model, "delete_adapter"))
     for layer in layers:
-        if adapter in layer.config and layer.config[adapter].starts_as_principal_part:
-            raise ConfigError(
-                f"delete_adapter: {adapter!r} has the principal part of the weights "
-                f"(init_lora_weights={layer.config[adapter].init_lora_weights!r}); "
-                "merge_and_unload gives it back to them"
-            )
+        if adapter in layer.config:
+            check_may_go(adapter, layer.config[adapter], "delete_adapter")
     for layer in layers:
         layer.delete_adapter(adapter)
 

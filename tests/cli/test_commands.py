@@ -139,6 +139,37 @@ def test_merge_is_what_transformers_loads(trained, run, tiny, tmp_path):
         torch.testing.assert_close(again(ids), ours(ids), atol=1e-4, rtol=1e-4)
 
 
+def test_merge_into_quantized_weights(trained, run, tiny, tmp_path):
+    folder, _ = trained
+    output, words = (
+        tmp_path / "merged",
+        ("--model", tiny, "--quantizer", "nf4", "--adapter", folder),
+    )
+    outcome = run("merge", *words, "--no-double-quant", "--output", output, "--quantized")
+    assert outcome.status == 0, outcome
+    assert "quantized anew" in outcome.out and "its worst layer" in outcome.out
+    merged = lowrank.load_adapter(lowrank.load_model(output), output / "residual")
+    trained = lowrank.load_model(tiny, quantizer=lowrank.quant.get("nf4", double_quant=False))
+    ids = torch.randint(0, 768, (2, 23))
+    with torch.no_grad():
+        base = trained(ids)
+        expected = lowrank.load_adapter(trained, folder)(ids)
+        assert (merged(ids) - expected).norm() < 0.5 * (base - expected).norm()
+
+    codes = tmp_path / "codes"
+    options = ("--output", codes, "--quantized", "--residual-rank", 0)
+    assert run("merge", *words, *options).status == 0
+    assert not (codes / "residual").exists() and lowrank.load_model(codes)
+    wrong = ("merge", "--model", tiny, "--adapter", folder, "--output", tmp_path / "wrong")
+    for options, message in [
+        (("--residual-rank", 2), "belongs to --quantized"),
+        (("--quantized",), "over quantized linear layers"),
+    ]:
+        outcome = run(*wrong, *options)
+        assert outcome.status != 0 and message in outcome.err
+        assert not (tmp_path / "wrong").exists()
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_merge_of_some_layers_in_16_bits(run, tiny, data, tmp_path, dtype):
     """Layers that the adapter leaves alone are dequantized too."""
