@@ -171,7 +171,7 @@ def test_progress_is_for_terminals_and_counts_all(model, monkeypatch):
     bars = []
 
     class Bar:
-        def __init__(self, **options):
+        def __init__(self, items, **options):
             self.options, self.count, self.closed = options, 0, False
             bars.append(self)
 

@@ -45,7 +45,8 @@ def test_quantize_under_adapters_and_with_skip():
     model = lowrank.inject(tiny_llama(), LoRAConfig(target_modules=["q_proj"]))
     lowrank.quantize(model, skip=["lm_head", "layers.0.mlp.up_proj", "k_proj"])
     assert isinstance(model.model.layers[0].self_attn.q_proj.base_layer, QuantLinear)
-    assert type(model.model.layers[0].self_attn.q_proj.lora_A["default"]) is nn.Linear
+    A = model.model.layers[0].self_attn.q_proj.lora_A["default"]
+    assert [(n, p.dtype) for n, p in A.named_parameters()] == [("weight", torch.float32)]
     kept = {n for n in names_of(model, nn.Linear) if "lora_" not in n}
     assert kept == {"lm_head", "model.layers.0.mlp.up_proj"} | {
         f"model.layers.{i}.self_attn.k_proj" for i in (0, 1)
