@@ -19,6 +19,7 @@ from lowrank.adapters import initial, lora
 from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import FileFormatError
 from lowrank.nn.adapted import AdaptedLayer
+from lowrank.nn.quant_linear import is_conv1d, is_dense_linear
 from lowrank.nn.quant_weight import resolve
 from lowrank.quant import Quantizer
 from lowrank.surgery.start import check_start
@@ -84,9 +85,12 @@ def is_base_to_be_made(
     check_start(model, targets, config, quantizer, weights)
     if numbers is not None:
         name, module = next(iter(targets.items()))
-        dense = isinstance(module, nn.Linear)
+        dense = is_dense_linear(module)
         by = resolve(quantizer if dense else module.quantizer)
-        weight = module.weight if dense else module.matrix(weights[f"{name}.weight"])
+        if dense:
+            weight = module.weight.T if is_conv1d(module) else module.weight
+        else:
+            weight = module.matrix(weights[f"{name}.weight"])
         s = lora.scaling(config.rank(name), config.alpha(name), config.use_rslora)
         storage = initial.split(config, weight, by, config.rank(name), s)[0]
         check_made(path, numbers, name, by.dequantize(storage, torch.float32))

@@ -10,17 +10,18 @@ from torch import Tensor, nn
 
 from lowrank.adapters import dora, lora, registry
 from lowrank.adapters.config import LoRAConfig
-from lowrank.errors import ConfigError
+from lowrank.errors import ConfigError, TargetError
 from lowrank.nn.autocast import no_autocast
 from lowrank.nn.kept import Kept
+from lowrank.nn.quant_weight import QuantWeight
 from lowrank.quant import Quantizer
 
 
 class AdaptedLayer(nn.Module):
     """A frozen `base_layer` with adapters beside it; the weight of the base is read as W [N, K].
 
-    A kind of layer says what it computes (`forward`), how its base is read as a matrix (`matrix`)
-    and made of one again (`plain`), and N and K (`matrix_shape`).
+    A kind of layer says what it is for (`check`), what (B A) does to x (`low_rank`), how its base
+    is read as a matrix (`matrix`) and made of one again (`plain`), and N and K (`matrix_shape_of`).
 
     What is trained lies under the names of the adapter's method, then the adapter's own:
     `lora_A[adapter].weight`, `lora_B[adapter].weight`, as in PEFT. `scaling[adapter]` is s.
@@ -41,6 +42,7 @@ class AdaptedLayer(nn.Module):
         self.lora_B = nn.ModuleDict()
         self.config: dict[str, LoRAConfig] = {}
         self.r: dict[str, int] = {}
+        self._parts: dict[str, tuple[str, ...]] = {}  # names of what the adapter's method trains
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}  # s, what scale_adapter chose included
         self.magnitudes: dict[str, str] = {}  # of adapters that have one, the name of its tensor
@@ -66,14 +68,65 @@ class AdaptedLayer(nn.Module):
         """The same layer with an adapter; `base` becomes `base_layer` and is frozen.
 
         `name` is the layer's name in its model, for the config's rank_pattern and alpha_pattern. A
-        `quantizer` is for linear layers.
+        `quantizer` is for linear layers. Raises TargetError, ConfigError: `check` says which.
         """
+        cls.check(base, config, name)
+        if quantizer is not None:
+            raise ConfigError(
+                f"quantizer: expected None, {cls.__name__} is not linear; got {quantizer!r}; call "
+                "lowrank.quantize first"
+            )
+        layer = cls(base)
+        layer.add_adapter(adapter, config, name)
+        layer.set_adapter([adapter])
+        return layer.train(base.training)
+
+    @classmethod
+    def check(cls, base: nn.Module, config: LoRAConfig, name: str) -> None:
+        """Raises TargetError if `base` is not what this kind is for, ConfigError for the config."""
+        if not isinstance(config, LoRAConfig):
+            raise ConfigError(f"config: expected a LoRAConfig; got {type(config).__name__}")
+        if isinstance(base, AdaptedLayer):
+            raise TargetError(
+                f"{name or 'wrap'}: expected a layer without adapters; got {type(base).__name__}"
+            )
+
+    @classmethod
+    def matrix_shape_of(cls, base: nn.Module) -> tuple[int, int]:
+        """(N, K) of the matrix that the weight of `base` is read as."""
         raise NotImplementedError
+
+    @classmethod
+    def part_shapes(
+        cls, base: nn.Module, config: LoRAConfig, name: str = ""
+    ) -> dict[str, tuple[int, ...]]:
+        """The tensors that an adapter on `base` trains, by the names of its method."""
+        return registry.get(config.method).shapes(*cls.matrix_shape_of(base), config.rank(name))
+
+    @classmethod
+    def file_shapes(
+        cls, base: nn.Module, config: LoRAConfig, name: str = ""
+    ) -> dict[str, tuple[int, ...]]:
+        """The same as PEFT's files have them, by the keys there, from the layer's name on."""
+        return {
+            cls.file_key(part): cls.file_shape(base, part, shape)
+            for part, shape in cls.part_shapes(base, config, name).items()
+        }
+
+    @classmethod
+    def file_key(cls, part: str) -> str:
+        """What PEFT's files call the tensor `part` of a method."""
+        return f"{part}.weight"
+
+    @classmethod
+    def file_shape(cls, base: nn.Module, part: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of `part` in PEFT's files; the numbers lie in the same order."""
+        return shape
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
         """(N, K) of the matrix that the base's weight is read as."""
-        raise NotImplementedError
+        return self.matrix_shape_of(self.unmerged_base)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """W [N, K] of the unmerged base in `dtype`, dequantized if it is quantized."""
@@ -94,7 +147,8 @@ class AdaptedLayer(nn.Module):
     @property
     def weight_dtype(self) -> torch.dtype:
         """The dtype of the base's weight, or the one it had before quantization."""
-        return self.unmerged_base.weight.dtype
+        base = self.unmerged_base
+        return base.weight_dtype if isinstance(base, QuantWeight) else base.weight.dtype
 
     @property
     def merged(self) -> bool:
@@ -114,7 +168,38 @@ class AdaptedLayer(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         """The bias of the base layer."""
-        return self.base_layer.bias
+        return getattr(self.base_layer, "bias", None)
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """What the layer would give for x if its matrix were B A, and it had no bias."""
+        raise NotImplementedError
+
+    def over_rows(self, values: Tensor) -> Tensor:
+        """Values [N], one for each row of W, in a shape to multiply what the layer returns by."""
+        return values
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.disabled:
+            return self.unmerged_base(x)
+        y = whole = self.base_layer(x)
+        for adapter in [] if self.merged else self.active_adapters:
+            (A, B), s, g = self.factors(adapter), self.scaling[adapter], self.gain(adapter)
+            z = self.dropped(adapter, x)
+            if g is not None:
+                w = whole if z is x else self.base_layer(z)
+                w = w if self.bias is None else w - self.over_rows(self.bias)
+                y, B = y + self.over_rows(g - 1) * w, g[:, None] * B
+            y = (y + s * self.low_rank(z, A, B)).to(whole.dtype)
+        return y
+
+    def dropped(self, adapter: str, x: Tensor) -> Tensor:
+        """x as it comes to the adapter; x itself if nothing is dropped."""
+        dropout = self.lora_dropout[adapter]
+        return dropout(x) if dropout.training and dropout.p > 0 else x
+
+    def init_(self, tensors: dict[str, Tensor], config: LoRAConfig) -> None:
+        """Fill a fresh adapter's tensors in place."""
+        registry.get(config.method).init_(tensors, config)
 
     def add_adapter(self, adapter: str, config: LoRAConfig, name: str = "") -> None:
         """Add an inactive adapter as `config` says; `name` is this layer's name in its model."""
@@ -129,32 +214,31 @@ class AdaptedLayer(nn.Module):
                 f"init_lora_weights={config.init_lora_weights!r}: changes the base, so it is for a "
                 "first adapter only: LoRALinear.wrap(linear, config, quantizer=...)"
             )
-        method, r = registry.get(config.method), config.rank(name)
         weight = next(self.base_layer.parameters())
         dtype = torch.float32
         if weight.is_floating_point():
             dtype = torch.promote_types(weight.dtype, dtype)
         tensors = {
             part: torch.empty(shape, dtype=dtype, device=weight.device)
-            for part, shape in method.shapes(*self.matrix_shape, r).items()
+            for part, shape in self.part_shapes(self.base_layer, config, name).items()
         }
-        method.init_(tensors, config)
+        self.init_(tensors, config)
         for part, tensor in tensors.items():
             if part not in self._modules:
                 self.add_module(part, nn.ModuleDict())
             self._modules[part][adapter] = Held(tensor)
         self.lora_dropout[adapter] = nn.Dropout(config.lora_dropout)
-        self.config[adapter], self.r[adapter] = config, r
+        self.config[adapter], self.r[adapter] = config, config.rank(name)
+        self._parts[adapter] = tuple(tensors)
         self.lora_alpha[adapter] = config.alpha(name)
         self.scale_adapter(adapter, 1.0)
-        if hasattr(method, "magnitude"):
-            self.magnitudes[adapter] = method.magnitude
+        if hasattr(self.method(adapter), "magnitude"):
+            self.magnitudes[adapter] = self.method(adapter).magnitude
             self.start_magnitude(adapter)
 
     def tensors(self, adapter: str) -> dict[str, nn.Parameter]:
         """What the adapter has here, by the names of its method: lora_A, lora_B."""
-        shapes = self.method(adapter).shapes(*self.matrix_shape, self.r[adapter])
-        return {part: self._modules[part][adapter].weight for part in shapes}
+        return {part: self._modules[part][adapter].weight for part in self._parts[adapter]}
 
     def method(self, adapter: str) -> registry.Method:
         """The kind of adapter it is."""
@@ -245,7 +329,7 @@ class AdaptedLayer(nn.Module):
         if adapter in self.config:
             for part in (*self.tensors(adapter), "lora_dropout"):
                 del self._modules[part][adapter]
-            for table in (self.config, self.r, self.lora_alpha, self.scaling):
+            for table in (self.config, self.r, self._parts, self.lora_alpha, self.scaling):
                 del table[adapter]
             for table in (self.magnitudes, self._norms):
                 table.pop(adapter, None)

@@ -19,7 +19,7 @@ def fusible_base(base: nn.Module, x: Tensor) -> Base | None:
     That is a subclass, a parametrized, hooked or patched layer, a weight that is trained, or a
     quantizer that is not over a codebook, or computes in another dtype than x has.
     """
-    if _is_called_otherwise(base):
+    if is_patched(base):
         return None
     if type(base) is nn.Linear:
         return None if base.weight.requires_grad else _dense(base, x)
@@ -45,7 +45,8 @@ def _quantized(base: QuantLinear, x: Tensor) -> Base | None:
     return tuple(weight), None if base.bias is None else base.bias.to(dtype), block_size
 
 
-def _is_called_otherwise(base: nn.Module) -> bool:
+def is_patched(base: nn.Module) -> bool:
+    """Whether calling it does something else than its class says."""
     hooks = (
         base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks
     )  # fmt: skip

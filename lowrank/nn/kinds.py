@@ -6,10 +6,17 @@ from torch import nn
 
 from lowrank.errors import ConfigError
 from lowrank.nn.adapted import AdaptedLayer
+from lowrank.nn.lora_conv import CONVOLUTIONS, LoRAConv
+from lowrank.nn.lora_embedding import LoRAEmbedding
 from lowrank.nn.lora_linear import LoRALinear
-from lowrank.nn.quant_linear import QuantLinear
+from lowrank.nn.quant_embedding import QuantEmbedding
+from lowrank.nn.quant_linear import QuantLinear, is_conv1d
 
-_KINDS: dict[type[nn.Module], type[AdaptedLayer]] = {nn.Linear: LoRALinear, QuantLinear: LoRALinear}
+_KINDS: dict[type[nn.Module], type[AdaptedLayer]] = {
+    **dict.fromkeys((nn.Linear, QuantLinear), LoRALinear),
+    **dict.fromkeys((nn.Embedding, QuantEmbedding), LoRAEmbedding),
+    **dict.fromkeys(CONVOLUTIONS, LoRAConv),
+}
 
 
 def register_layer(base: type[nn.Module], adapted: type[AdaptedLayer]) -> None:
@@ -26,4 +33,5 @@ def register_layer(base: type[nn.Module], adapted: type[AdaptedLayer]) -> None:
 
 def kind_of(module: nn.Module) -> type[AdaptedLayer] | None:
     """What `module` becomes with an adapter, by the nearest of its classes; None: it cannot."""
-    return next((_KINDS[cls] for cls in type(module).__mro__ if cls in _KINDS), None)
+    kind = next((_KINDS[cls] for cls in type(module).__mro__ if cls in _KINDS), None)
+    return LoRALinear if kind is None and is_conv1d(module) else kind

@@ -12,10 +12,10 @@ from lowrank import ops, quant
 from lowrank.adapters import initial, lora
 from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import ConfigError, FileFormatError, ShapeError, TargetError, WeightError
-from lowrank.nn.adapted import AdaptedLayer
+from lowrank.nn.adapted import AdaptedLayer, with_weight
 from lowrank.nn.autocast import linear_dtype
-from lowrank.nn.fusible import NO_BASE, Base, fusible_base
-from lowrank.nn.quant_linear import QuantLinear
+from lowrank.nn.fusible import NO_BASE, Base, fusible_base, is_patched
+from lowrank.nn.quant_linear import QuantLinear, is_conv1d, is_dense_linear
 from lowrank.quant import Quantizer
 from lowrank.quant.blocks import panels
 
@@ -56,10 +56,10 @@ class LoRALinear(AdaptedLayer):
         QuantLinear made of it shares. `name` is the layer's name in its model, for the config's
         rank_pattern and alpha_pattern.
         """
-        expected = nn.Linear | QuantLinear if quantizer is None else nn.Linear
-        if isinstance(linear, LoRALinear) or not isinstance(linear, expected):
+        cls.check(linear, config, name)
+        if quantizer is not None and not is_dense_linear(linear):
             raise TargetError(
-                f"{name or 'wrap'}: expected nn.Linear{' or QuantLinear' * (quantizer is None)}; "
+                f"{name or 'wrap'}: expected nn.Linear or Conv1D to quantize; "
                 f"got {type(linear).__name__}"
             )
         layer = cls.__new__(cls)
@@ -74,8 +74,6 @@ class LoRALinear(AdaptedLayer):
         name: str,
         quantizer: str | Quantizer | None,
     ) -> None:
-        if not isinstance(config, LoRAConfig):
-            raise ConfigError(f"config: expected a LoRAConfig; got {type(config).__name__}")
         if config.starts_from_weight and quantizer is None:
             raise ConfigError(
                 f"init_lora_weights={config.init_lora_weights!r}: expected an nn.Linear and a "
@@ -84,7 +82,7 @@ class LoRALinear(AdaptedLayer):
             )
         base = linear if quantizer is None else QuantLinear.from_linear(linear, quantizer)
         super().__init__(base)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.out_features, self.in_features = self.matrix_shape
         self.add_adapter(adapter, config.with_fresh_start(), name)
         self.set_adapter([adapter])
         if config.starts_from_weight:
@@ -147,19 +145,41 @@ class LoRALinear(AdaptedLayer):
         dropout = self.lora_dropout[adapter]
         return dropout.p if dropout.training else 0.0
 
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        return self.out_features, self.in_features
+    @classmethod
+    def check(cls, base: nn.Module, config: LoRAConfig, name: str) -> None:
+        super().check(base, config, name)
+        if isinstance(base, QuantLinear) or is_conv1d(base):
+            return
+        shape = getattr(base, "out_features", None), getattr(base, "in_features", None)
+        weight = getattr(base, "weight", None)
+        if not isinstance(weight, Tensor) or tuple(weight.shape) != shape:
+            raise TargetError(
+                f"{name or 'wrap'}: expected a linear layer: nn.Linear, QuantLinear, Conv1D, or one"
+                " with `in_features`, `out_features`, `weight` [out, in] and `bias`; "
+                f"got {type(base).__name__}"
+            )
+
+    @classmethod
+    def matrix_shape_of(cls, base: nn.Module) -> tuple[int, int]:
+        if is_conv1d(base):
+            return tuple(base.weight.shape[::-1])
+        return base.out_features, base.in_features
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         base = self.unmerged_base
-        return base.weight.to(dtype) if isinstance(base, nn.Linear) else base.dequantize(dtype)
+        return base.dequantize(dtype) if isinstance(base, QuantLinear) else self._dense.to(dtype)
+
+    @property
+    def _dense(self) -> Tensor:
+        """W [N, K] of a base that is not quantized."""
+        base = self.unmerged_base
+        return (base.weight.T if is_conv1d(base) else base.weight).detach()
 
     def products(self, rows: Tensor) -> Tensor:
         base = self.unmerged_base
         if isinstance(base, QuantLinear):
             return quant.linear(base.quantizer, rows, base.storage)
-        weight = base.weight.detach()
+        weight = self._dense
         if weight.dtype == rows.dtype:
             return F.linear(rows, weight)
         if weight.device.type != "cpu":
@@ -178,7 +198,7 @@ class LoRALinear(AdaptedLayer):
                 for some in self._some_rows()
             )
         else:
-            parts = (base.weight.detach()[some].to(dtype) for some in self._some_rows())
+            parts = (self._dense[some].to(dtype) for some in self._some_rows())
         return torch.cat([part.square().sum(1) for part in parts])
 
     def _some_rows(self) -> Iterator[slice]:
@@ -188,15 +208,15 @@ class LoRALinear(AdaptedLayer):
         return (slice(start, stop) for start, stop in panels(N, K, device))
 
     def plain(self, matrix: Tensor) -> nn.Module:
+        base = self.unmerged_base
+        if is_conv1d(base):
+            return with_weight(base, matrix.T.contiguous())
+        if type(base) is not nn.Linear and "weight" in base._parameters and not is_patched(base):
+            return with_weight(base, matrix)  # a class of the user's own
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(matrix, requires_grad=False)
-        linear.bias = self.unmerged_base.bias  # the same parameter: adapters do not change it
+        linear.bias = base.bias  # the same parameter: adapters do not change it
         return linear
-
-    @property
-    def weight_dtype(self) -> torch.dtype:
-        base = self.unmerged_base
-        return base.weight.dtype if isinstance(base, nn.Linear) else base.storage.dtype
 
     def initialise(self, adapter: str, config: LoRAConfig, weight: Tensor) -> None:
         """Start `adapter` from the original plain `weight` as config.init_lora_weights says.

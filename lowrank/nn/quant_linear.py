@@ -158,6 +158,11 @@ def product(
     return quant.linear(quantizer, x.to(compute_dtype), storage, bias).to(out_dtype)
 
 
+def is_dense_linear(module: nn.Module) -> bool:
+    """Whether its weight can be quantized as a QuantLinear's."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether this is GPT-2's linear layer, whoever wrote it: y = x W + b with W [K, N = nf]."""
     weight = getattr(module, "weight", None)

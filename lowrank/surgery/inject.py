@@ -12,7 +12,7 @@ from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import ConfigError, TargetError, WeightError
 from lowrank.nn.adapted import AdaptedLayer
 from lowrank.nn.kinds import kind_of
-from lowrank.nn.quant_linear import QuantLinear
+from lowrank.nn.quant_linear import QuantLinear, is_dense_linear
 from lowrank.quant import Quantizer
 
 from .start import check_alone, check_start
@@ -116,7 +116,7 @@ def attach(
                 if isinstance(layer, AdaptedLayer):
                     layer.add_adapter(adapter, fresh, name)
                 else:
-                    by = quantizer if isinstance(layer, nn.Linear) else None
+                    by = quantizer if is_dense_linear(layer) else None
                     layer = kind_of(layer).wrap(layer, fresh, adapter, name, by)
                     wrapped[modules[name]] = layer
                 if name in later:

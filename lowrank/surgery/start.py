@@ -11,10 +11,10 @@ from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import ConfigError, DtypeError, ShapeError, WeightError
 from lowrank.nn.adapted import AdaptedLayer
 from lowrank.nn.quant_embedding import QuantEmbedding
-from lowrank.nn.quant_linear import QuantLinear
+from lowrank.nn.quant_linear import QuantLinear, is_dense_linear
 from lowrank.quant import Quantizer
 
-from .targets import walk
+from .targets import is_linear, walk
 
 
 def check_start(
@@ -39,9 +39,7 @@ def check_start(
     }
     for name, module in targets.items():
         tied = next((tables[id(p)] for p in module.parameters() if id(p) in tables), None)
-        changes = (
-            config.starts_from_weight or quantizer is not None and isinstance(module, nn.Linear)
-        )
+        changes = config.starts_from_weight or quantizer is not None and is_dense_linear(module)
         if tied is not None and changes and not isinstance(module, AdaptedLayer):
             raise ConfigError(
                 f"{name}.weight: is also {tied}.weight, which an adapter here must not change; "
@@ -53,12 +51,17 @@ def check_start(
                     f"{how}: expected targets without adapters, as it changes the base; "
                     f"{name} has {', '.join(module.config)}"
                 )
-            if quantizer is not None and isinstance(module.unmerged_base, nn.Linear):
+            if quantizer is not None and is_dense_linear(module.unmerged_base):
                 raise ConfigError(
                     f"quantizer: expected targets without adapters; {name} has some over a dense "
                     "weight: call lowrank.quantize first"
                 )
-        elif isinstance(module, nn.Linear):
+        elif config.starts_from_weight and not is_linear(module):
+            raise ConfigError(
+                f"{how}: expected linear layers; {name} is {type(module).__name__}; add it to "
+                "exclude_modules"
+            )
+        elif is_dense_linear(module):
             if quantizer is None and config.starts_from_weight:
                 raise ConfigError(
                     f"{how}: expected a quantizer for {name}; got None; pass quantizer='nf4', or "

@@ -34,6 +34,12 @@ def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]
                 yield from walk(child, f"{prefix}{name}.")
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether "all-linear" means it: y = x Wᵀ + b by any class, with adapters or without."""
+    kind = type(module) if isinstance(module, AdaptedLayer) else kind_of(module)
+    return kind is not None and issubclass(kind, LoRALinear)
+
+
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     """The layers with adapters by name, each once."""
     return {
@@ -83,7 +89,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
     wanted = DEFAULT_TARGETS if config.target_modules is None else config.target_modules
     if is_all_linear(wanted):
         heads = _output_heads(model)
-        chosen = [(n, m) for m, n in modules.items() if isinstance(m, LINEAR) and m not in heads]
+        chosen = [(n, m) for m, n in modules.items() if is_linear(m) and m not in heads]
     else:
         chosen = [(n, m) for m, n in modules.items() if matches(n, wanted)]
     if not chosen:
@@ -119,7 +125,7 @@ def check_each_matches(model: nn.Module, entries: list[str] | str | None, field:
         modules = list(walk(model))
         for entry in entries:
             if not any(matches(name, [entry]) for name, _ in modules):
-                linears = [name for name, module in modules if isinstance(module, LINEAR)]
+                linears = [name for name, module in modules if is_linear(module)]
                 raise TargetError(_nothing(f"{field}: {entry!r}", [entry], linears))
 
 
@@ -134,7 +140,7 @@ def condense(model: nn.Module, names: list[str]) -> list[str]:
 
 
 def _linears(modules: dict[nn.Module, str]) -> list[tuple[nn.Module, str]]:
-    return [(m, n) for m, n in modules.items() if isinstance(m, LINEAR)]
+    return [(m, n) for m, n in modules.items() if is_linear(m)]
 
 
 def _output_heads(model: nn.Module) -> set[nn.Module]:

@@ -120,7 +120,7 @@ def test_what_has_no_original_weight_is_refused():
         LoRALinear.wrap(linear, config("pissa"))
     with pytest.raises(ConfigError, match="got Linear and None; pass quantizer='nf4'"):
         LoRALinear(K, N, config=config())
-    with pytest.raises(TargetError, match="expected nn.Linear; got QuantLinear"):
+    with pytest.raises(TargetError, match="nn.Linear or Conv1D to quantize; got QuantLinear"):
         LoRALinear.wrap(quantized, LoRAConfig(), quantizer="nf4")
     layer = LoRALinear.wrap(linear, config(), quantizer="nf4")
     with pytest.raises(ConfigError, match="changes the base, so it is for a first adapter only"):

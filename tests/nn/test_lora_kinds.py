@@ -1,0 +1,178 @@
+"""Every kind of layer that can have adapters, against the same layer with the merged weight."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lowrank import LoRAConfig
+from lowrank.errors import LowrankError
+from lowrank.nn.kinds import kind_of
+from tests.nn.lora_kinds import KINDS, Kind
+
+RANDOM = LoRAConfig(r=4, lora_alpha=6, init_lora_weights=False)
+OTHER = LoRAConfig(r=8, lora_alpha=3, init_lora_weights=False, use_rslora=True)
+
+
+@pytest.fixture(params=KINDS)
+def kind(request) -> Kind:
+    return KINDS[request.param]
+
+
+def gradients(layer, run, x, dy) -> dict[str, torch.Tensor]:
+    if x.is_floating_point():
+        x = x.detach().clone().requires_grad_()
+    layer.zero_grad()
+    y = run(x)
+    (y.to(dy.dtype) * dy).sum().backward()
+    found = {n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), **({"x": x.grad} if x.is_floating_point() else {}), **found}
+
+
+def assert_same(got: dict, want: dict, rtol: float) -> None:
+    assert got.keys() == want.keys()
+    for name in want:
+        error = (got[name].double() - want[name].double()).norm() / want[name].double().norm()
+        assert error < rtol, f"{name}: relative error {error:.2e}"
+
+
+def test_is_the_layer_with_the_merged_weight(kind):
+    layer = kind.wrap(RANDOM)
+    layer.add_adapter("other", OTHER)
+    x = kind.x()
+    dy = torch.randn_like(layer(x))
+    for active in (["default"], ["other"], ["default", "other"]):
+        layer.set_adapter(active)
+        got = gradients(layer, layer, x, dy)
+        assert {n.split(".")[1] for n in got if n.startswith("lora_")} == set(active)
+        assert_same(got, gradients(layer, lambda x: kind.formula(layer, x), x, dy), 1e-5)
+
+
+def test_merging_and_back(kind):
+    base = kind.make()
+    layer, x = kind.wrap(RANDOM, base), kind.x()
+    weight, plain = base.weight.clone(), copy.deepcopy(base)(x)
+    y = layer(x)
+    assert not torch.allclose(y, plain, atol=1e-2)
+    layer.disabled = True
+    assert torch.equal(layer(x), plain)
+    layer.disabled = False
+    layer.merge()
+    assert layer.merged and type(layer.base_layer) is type(base)
+    torch.testing.assert_close(layer(x), y)
+    layer.disabled = True
+    assert torch.equal(layer(x), plain)
+    layer.disabled = False
+    layer.unmerge()
+    assert layer.base_layer is base and torch.equal(base.weight, weight)
+    assert torch.equal(layer(x), y)
+
+
+def test_a_fresh_adapter_changes_nothing(kind):
+    for how in (True, "gaussian"):
+        layer = kind.wrap(LoRAConfig(r=4, init_lora_weights=how))
+        x = kind.x()
+        torch.testing.assert_close(layer(x), layer.base_layer(x), rtol=0, atol=0)
+        layer(x).sum().backward()
+        grads = [p.grad for p in layer.parameters() if p.requires_grad]
+        assert any(bool(grad.any()) for grad in grads if grad is not None)
+
+
+def test_copies_and_states(kind):
+    layer, x = kind.wrap(RANDOM), kind.x()
+    y = layer(x)
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin(x), y)
+    other = kind.wrap(RANDOM)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), y)
+    fresh = kind.make()
+    adapters = {n: p.clone() for n, p in layer.state_dict().items() if n.startswith("lora_")}
+    layer.load_state_dict(fresh.state_dict())  # a plain layer's, strict
+    assert torch.equal(layer.base_layer.weight, fresh.weight)
+    after = layer.state_dict()
+    assert all(torch.equal(after[n], p) for n, p in adapters.items())
+
+
+def test_on_the_meta_device(kind):
+    with torch.device("meta"):
+        layer = kind.wrap(RANDOM)
+        y = layer(kind.x())
+    real = kind.wrap(RANDOM)
+    assert {n: p.shape for n, p in layer.named_parameters()} == {
+        n: p.shape for n, p in real.named_parameters()
+    }
+    assert y.shape == real(kind.x()).shape and y.is_meta
+    layer.to_empty(device="cpu").load_state_dict(real.state_dict())
+    if not any(
+        True for _ in layer.buffers()
+    ):  # a buffer that is not saved is for its owner to fill
+        x = kind.x()
+        assert torch.equal(layer(x), real(x))
+
+
+def test_compiled_whole(kind):
+    layer, x = kind.wrap(RANDOM), kind.x()
+    dy = torch.randn_like(layer(x))
+    torch.compiler.reset()  # it counts how often one forward is compiled
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert_same(gradients(layer, compiled, x, dy), gradients(layer, layer, x, dy), 1e-5)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointed(kind, use_reentrant):
+    layer, x = kind.wrap(LoRAConfig(r=4, init_lora_weights=False, lora_dropout=0.3)), kind.x()
+    if use_reentrant and not x.is_floating_point():
+        return  # torch: none of the inputs has a gradient
+    dy = torch.randn_like(layer(x))
+
+    def run(x):
+        torch.manual_seed(3)
+        return checkpoint(layer, x, use_reentrant=use_reentrant)
+
+    def plain(x):
+        torch.manual_seed(3)
+        return layer(x)
+
+    assert_same(gradients(layer, run, x, dy), gradients(layer, plain, x, dy), 1e-6)
+
+
+def test_sixteen_bit_base_keeps_float32_adapters(kind):
+    layer, x = kind.wrap(RANDOM, kind.make().bfloat16()), kind.x()
+    x = x.bfloat16() if x.is_floating_point() else x
+    dy = torch.randn_like(layer(x), dtype=torch.float32)
+    got = gradients(layer, layer, x, dy)
+    assert got["y"].dtype == torch.bfloat16
+    assert {p.dtype for n, p in layer.named_parameters() if n.startswith("lora_")} == {torch.float}
+    assert_same(got, gradients(layer, lambda x: kind.formula(layer, x), x, dy), 2e-2)
+
+
+def test_autocast(kind):
+    layer, x = kind.wrap(RANDOM), kind.x()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        assert y.dtype == layer.base_layer(x).dtype
+    want = kind.formula(layer, x)
+    assert (y.double() - want).norm() < 2e-2 * want.norm()
+
+
+def test_dropout_is_on_the_adapters_input(kind):
+    layer, x = kind.wrap(LoRAConfig(r=4, init_lora_weights=False, lora_dropout=0.4)), kind.x()
+    y = layer.eval()(x)
+    torch.testing.assert_close(y.double(), kind.formula(layer, x), rtol=1e-4, atol=1e-4)
+    trained = layer.train()(x)
+    assert torch.equal(trained, y) != x.is_floating_point()  # ids are not dropped
+
+
+def test_wrap_takes_its_own_kind_alone(kind):
+    base = kind.make()
+    for wrong in (nn.LayerNorm(3), nn.ConvTranspose2d(2, 2, 2), None, kind.wrap(RANDOM)):
+        with pytest.raises(LowrankError, match="wrap: expected"):
+            kind_of(base).wrap(wrong, RANDOM)
+    with pytest.raises(LowrankError, match="config: expected a LoRAConfig; got dict"):
+        kind_of(base).wrap(base, {"r": 4})
+    assert base.weight.requires_grad
