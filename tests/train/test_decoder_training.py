@@ -102,7 +102,7 @@ def test_the_saved_adapter_gives_the_held_out_loss_again(tmp_path, generator, ca
     before = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     settings = config(tmp_path / "run", max_steps=20, learning_rate=2e-2)
     result = Trainer(model, settings, rows, held_out).train()
-    assert result.losses[-1] < result.losses[0]
+    assert sum(result.losses[-4:]) < sum(result.losses[:4])  # the same rows, five epochs later
     assert all(
         torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before
     )
@@ -154,7 +154,7 @@ def test_trains_as_transformers_and_peft_do(tmp_path, generator):
     steps = windows(rows, 42, 6, 8)[:12]
     losses, _ = plain_loop(theirs, steps, [3e-3] * 12, max_norm=0.3)
     torch.testing.assert_close(result.losses, losses, rtol=1e-4, atol=0)
-    assert losses[-1] < losses[0]
+    assert sum(losses[-2:]) < sum(losses[:2])  # the same rows, five epochs later
 
 
 def test_a_peft_model_trains_and_is_saved_by_name(tmp_path, generator):
