@@ -17,14 +17,14 @@ RIGHT_OF = {
     for i, group in enumerate(CHAIN)
     for place in group
 }
-LEAVES = ("errors", "progress")  # these stand alone
+LEAVES = ("errors", "progress", "registry")  # these stand alone, or import errors
 ALLOWED = {
     **{place: right | {"data", "optim", *LEAVES} for place, right in RIGHT_OF.items()},
     "cli": RIGHT_OF["cli"] | {"data", "optim", "lowrank", *LEAVES},  # it is a user too
     "train": RIGHT_OF["train"] - {"models"} | {"data", "optim", *LEAVES},
     "optim": {"ops", "errors"},
     "data": {"errors"},
-    **{leaf: set() for leaf in LEAVES},
+    **{leaf: {"errors"} - {leaf} for leaf in LEAVES},
     "kernels": set(),
 }
 # quant.report, the tool that compares quantizers, is a lazy attribute of quant.

@@ -10,7 +10,7 @@ from lowrank.errors import ConfigError
 
 from . import checks
 from .peft_keys import from_peft, takes_peft_fields, to_peft
-from .registry import names
+from .registry import get
 
 INITS = (True, False, "gaussian", "loftq", "pissa")
 BIASES = ("none", "lora_only", "all")
@@ -72,7 +72,7 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         checks.rank("r", self.r)
-        checks.choice("method", self.method, tuple(names()))
+        get(self.method)
         checks.alpha("lora_alpha", self.lora_alpha)
         checks.number("lora_dropout", self.lora_dropout)
         if not 0 <= self.lora_dropout < 1:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 class LoRA:
     """ΔW = s·B A, both trained."""
 
+    is_lora = True
+
     def shapes(self, N: int, K: int, r: int) -> dict[str, tuple[int, ...]]:
         return {"lora_A": (r, K), "lora_B": (N, r)}
 

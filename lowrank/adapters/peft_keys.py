@@ -10,7 +10,10 @@ from typing import Any, TypeVar
 
 from lowrank.errors import ConfigError
 
+from .registry import get
+
 _C = TypeVar("_C", bound=type)
+_OWN_TYPE = "LOWRANK"  # of methods whose tensors PEFT has other names for, or none
 
 # Keys of adapter_config.json that are no field here, with the values PEFT 0.21.2 writes by default.
 _REST: dict[str, Any] = {
@@ -78,7 +81,10 @@ def takes_peft_fields(cls: _C) -> _C:
 def to_peft(config: Any) -> dict[str, Any]:
     """The content of PEFT's adapter_config.json; an adapter on disk is always for inference."""
     own = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "method"}
-    return {**_REST, **own, "inference_mode": True}
+    content = {**_REST, **own, "inference_mode": True}
+    if not getattr(get(config.method), "is_lora", False):  # PEFT shall not take it for LoRA
+        content |= {"peft_type": _OWN_TYPE, "method": config.method}
+    return content
 
 
 def from_peft(content: Mapping[str, Any], own: list[str]) -> dict[str, Any]:
@@ -86,7 +92,7 @@ def from_peft(content: Mapping[str, Any], own: list[str]) -> dict[str, Any]:
 
     Raises ConfigError if the file asks for something that would change what the layers compute.
     """
-    if content.get("peft_type") != "LORA":
+    if content.get("peft_type") not in ("LORA", _OWN_TYPE):
         raise ConfigError(f'peft_type: expected "LORA"; got {content.get("peft_type")!r}')
     for key in _REFUSED:
         if content.get(key):

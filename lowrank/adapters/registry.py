@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from lowrank.errors import ConfigError
+from lowrank.registry import Registry
 
 if TYPE_CHECKING:
     from .config import LoRAConfig
@@ -19,7 +19,12 @@ class Method(Protocol):
 
     `shapes` names the tensors of one layer's adapter, `init_` fills them in place, and `factors`
     makes (A, B) of them, differentiably; the layers do the rest. A class may also have
-    - `frozen`: names of tensors that are not trained.
+    - `frozen`: names of tensors that are not trained, but saved;
+    - `shared(N, K, r, device)`: tensors that no layer has to itself, by name, made of a seed or the
+      like, neither trained nor saved; `factors` gets them with the others;
+    - `magnitude`: the name of one tensor, m [N]; the rows of W + s·B A are then rescaled to it, and
+      it is filled with their norms after `init_`;
+    - `is_lora = True`: the files are those of LoRA, for any program that reads such.
     """
 
     def shapes(self, N: int, K: int, r: int) -> dict[str, tuple[int, ...]]: ...
@@ -29,31 +34,5 @@ class Method(Protocol):
     def factors(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]: ...
 
 
-_M = TypeVar("_M", bound=type)
-_REGISTRY: dict[str, type] = {}
-
-
-def register(name: str) -> Callable[[_M], _M]:
-    """Class decorator: LoRAConfig(method=name) then makes adapters of this kind."""
-
-    def add(cls: _M) -> _M:
-        if _REGISTRY.get(name, cls) is not cls:
-            raise ConfigError(
-                f"method {name!r} is registered, by {_REGISTRY[name]}; choose another name"
-            )
-        _REGISTRY[name] = cls
-        return cls
-
-    return add
-
-
-def names() -> list[str]:
-    """Names of the registered methods, sorted."""
-    return sorted(_REGISTRY)
-
-
-def get(name: str) -> Method:
-    """The method registered as `name`."""
-    if name not in _REGISTRY:
-        raise ConfigError(f"method: expected one of {', '.join(names())}; got {name!r}")
-    return _REGISTRY[name]()
+_REGISTRY: Registry[Method] = Registry("method", "lowrank.methods", Method)
+register, names, known, get = _REGISTRY.register, _REGISTRY.names, _REGISTRY.known, _REGISTRY.get

@@ -1,8 +1,9 @@
 """Adapters on disk in PEFT's format: adapter_config.json, adapter_model.safetensors, README.md.
 
 A tensor's key is `base_model.model.` + the module's name + `.lora_A.weight` or `.lora_B.weight`, or
-DoRA's `.lora_magnitude_vector`; the adapter's name is not in the file. Trained biases are there too: a targeted layer's as
-`<module>.base_layer.bias`, others (bias="all") under their plain names.
+DoRA's `.lora_magnitude_vector`; other methods have names of their own. The adapter's name is not in
+the file. Trained biases are there too: a targeted layer's as `<module>.base_layer.bias`, others
+(bias="all") under their plain names.
 """
 
 from __future__ import annotations
@@ -221,20 +222,21 @@ def _biases(
 def _check_agrees(
     layers: dict[str, AdaptedLayer], config: LoRAConfig, adapter: str, directory: Path
 ) -> None:
+    parts = list(registry.get(config.method).shapes(1, 1, 1))
     for name, layer in layers.items():
         there = (
             layer.r[adapter],
             layer.lora_alpha[adapter],
             layer.config[adapter].use_rslora,
             layer.config[adapter].bias,
-            layer.config[adapter].method,
+            list(layer.tensors(adapter)),
         )
         here = (
-            config.rank(name), config.alpha(name), config.use_rslora, config.bias, config.method
+            config.rank(name), config.alpha(name), config.use_rslora, config.bias, parts
         )  # fmt: skip
         if there != here:
             raise FileFormatError(
-                f"{directory}: {name} has (r, lora_alpha, use_rslora, bias, method) = {here}, "
+                f"{directory}: {name} has (r, lora_alpha, use_rslora, bias, tensors) = {here}, "
                 f"adapter {adapter!r} in the model {there}; "
                 "load it under another name, or delete_adapter first"
             )

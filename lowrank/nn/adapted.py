@@ -52,6 +52,7 @@ class AdaptedLayer(nn.Module):
         self._aside: list[nn.Module] = []
         self._squares = Kept()
         self._norms: dict[str, Kept] = {}
+        self._shared: dict[str, dict[str, Tensor]] = {}  # what `factors` takes beside its tensors
         self._to_restart: list[str] = []  # adapters whose magnitude is set when loading is done
         self.register_load_state_dict_pre_hook(_take_plain_keys)
         self.register_load_state_dict_post_hook(_restart_magnitudes)
@@ -230,6 +231,7 @@ class AdaptedLayer(nn.Module):
         self.lora_dropout[adapter] = nn.Dropout(config.lora_dropout)
         self.config[adapter], self.r[adapter] = config, config.rank(name)
         self._parts[adapter] = tuple(tensors)
+        self._share(adapter)
         self.lora_alpha[adapter] = config.alpha(name)
         self.scale_adapter(adapter, 1.0)
         if hasattr(self.method(adapter), "magnitude"):
@@ -246,7 +248,13 @@ class AdaptedLayer(nn.Module):
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """(A [R, K], B [N, R]) of ΔW = s·B A."""
-        return self.method(adapter).factors(self.tensors(adapter))
+        return self.method(adapter).factors(self.tensors(adapter) | self._shared[adapter])
+
+    def _share(self, adapter: str) -> None:
+        """Find what the adapter's method shares among layers, on the device that this one is on."""
+        shared = getattr(self.method(adapter), "shared", lambda *_: {})
+        device = next(iter(self.tensors(adapter).values())).device
+        self._shared[adapter] = shared(*self.matrix_shape, self.r[adapter], device)
 
     def gain(self, adapter: str) -> Tensor | None:
         """g = m / ||W + s·B A|| [N], the norms as constants; None without a magnitude m."""
@@ -329,9 +337,10 @@ class AdaptedLayer(nn.Module):
         if adapter in self.config:
             for part in (*self.tensors(adapter), "lora_dropout"):
                 del self._modules[part][adapter]
-            for table in (self.config, self.r, self._parts, self.lora_alpha, self.scaling):
-                del table[adapter]
-            for table in (self.magnitudes, self._norms):
+            for table in (
+                self.config, self.r, self._parts, self.lora_alpha, self.scaling, self._shared,
+                self.magnitudes, self._norms,
+            ):  # fmt: skip
                 table.pop(adapter, None)
             self.active_adapters = [a for a in self.active_adapters if a != adapter]
 
@@ -377,7 +386,10 @@ class AdaptedLayer(nn.Module):
         for base in self._aside:
             base._apply(fn)
         self._squares.forget()
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        for adapter in self.config:
+            self._share(adapter)
+        return self
 
     def extra_repr(self) -> str:
         state = "merged" if self.merged else "disabled" if self.disabled else "active"
