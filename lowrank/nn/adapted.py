@@ -14,6 +14,7 @@ from lowrank.errors import ConfigError, TargetError
 from lowrank.nn.autocast import no_autocast
 from lowrank.nn.kept import Kept
 from lowrank.nn.quant_weight import QuantWeight
+from lowrank.nn.small import AtHand
 from lowrank.quant import Quantizer
 
 
@@ -48,6 +49,7 @@ class AdaptedLayer(nn.Module):
         self.magnitudes: dict[str, str] = {}  # of adapters that have one, the name of its tensor
         self.active_adapters: list[str] = []
         self.disabled = False
+        self.at_hand: AtHand | None = None
         # in a list, so that it is no submodule: a merged layer's state is the merged weight alone
         self._aside: list[nn.Module] = []
         self._squares = Kept()
@@ -343,6 +345,7 @@ class AdaptedLayer(nn.Module):
             ):  # fmt: skip
                 table.pop(adapter, None)
             self.active_adapters = [a for a in self.active_adapters if a != adapter]
+            self.at_hand = None
 
     def merge(
         self, adapters: Iterable[str] | None = None, dtype: torch.dtype | None = None

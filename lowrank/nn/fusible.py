@@ -47,7 +47,11 @@ def _quantized(base: QuantLinear, x: Tensor) -> Base | None:
 
 def is_patched(base: nn.Module) -> bool:
     """Whether calling it does something else than its class says."""
-    hooks = (
-        base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks
-    )  # fmt: skip
-    return any(hooks) or "forward" in base.__dict__
+    state = base.__dict__
+    return bool(
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+    )

@@ -16,6 +16,7 @@ from lowrank.nn.adapted import AdaptedLayer, with_weight
 from lowrank.nn.autocast import linear_dtype
 from lowrank.nn.fusible import NO_BASE, Base, fusible_base, is_patched
 from lowrank.nn.quant_linear import QuantLinear, is_conv1d, is_dense_linear
+from lowrank.nn.small import small_product
 from lowrank.quant import Quantizer
 from lowrank.quant.blocks import panels
 
@@ -89,6 +90,9 @@ class LoRALinear(AdaptedLayer):
             self.initialise(adapter, config, linear.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        y = small_product(self, x)
+        if y is not None:
+            return y
         if self.disabled:
             return self.unmerged_base(x)
         active = [] if self.merged else self.active_adapters

@@ -51,6 +51,11 @@ class use_backend:
         _named = self._before
 
 
+def is_named() -> bool:
+    """Whether a backend was asked for by name, which what is no operator must not run past."""
+    return _named is not None
+
+
 def call(name: str, *args):
     """torch.ops.lowrank.<name>, past autograd's wrapper where no gradient is asked for.
 
