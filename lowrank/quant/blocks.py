@@ -41,10 +41,14 @@ def by_panels(
 
 
 def split(rows: Tensor, block_size: int) -> Tensor:
-    """rows [n, K] -> float32 blocks [n, ceil(K / G), min(G, K)], the last one filled with zeros."""
+    """rows [n, K] -> float32 blocks [n, ceil(K / G), min(G, K)], the last one filled with zeros.
+
+    Contiguous, whatever the strides of the rows: torch's searches copy others, and warn of it.
+    """
     width = min(block_size, rows.shape[1])
     missing = -rows.shape[1] % width
-    return torch.nn.functional.pad(rows.float(), (0, missing)).unflatten(1, (-1, width))
+    padded = torch.nn.functional.pad(rows.float(), (0, missing))
+    return padded.contiguous().unflatten(1, (-1, width))
 
 
 def join(blocks: Tensor, K: int) -> Tensor:

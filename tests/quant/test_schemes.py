@@ -59,6 +59,8 @@ def test_any_strides_and_float64_give_the_codes_of_the_plain_weight(quantizer):
     apart[:, ::2] = weight
     for other in (weight.T.contiguous().T, apart[:, ::2], weight.clone().requires_grad_(True)):
         assert same(quantizer.quantize(other), expected)
+    whole_blocks = torch.randn(64, 9)  # none is padded, so strides go on as they are
+    assert same(quantizer.quantize(whole_blocks.T), quantizer.quantize(whole_blocks.T.contiguous()))
     if quantizer.name != "none":
         assert same(quantizer.quantize(weight.double()), expected)
 
