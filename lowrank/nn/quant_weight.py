@@ -22,9 +22,10 @@ class QuantWeight(nn.Module):
 
     Each tensor of the Storage is a frozen integer parameter under its own name (floats as their
     bits), so `.to(dtype)` cannot corrupt it, FSDP shards it, DDP does not broadcast it, and
-    safetensors stores it; `model.requires_grad_(True)` raises rather than training codes. `dtype`
-    is what a plain weight in its place would have, which `.to(dtype)` changes; `weight_dtype` is
-    what it had before quantization.
+    safetensors stores it. `model.requires_grad_(True)` ends at the first of them in a RuntimeError:
+    torch asks each parameter, no module, so the words are torch's. `dtype` is what a plain weight
+    in its place would have, which `.to(dtype)` changes; `weight_dtype` is what it had before
+    quantization.
 
     A state dict also has `_extra_state`, which describes the tensors: scheme, options, shape, dtype
     and a version. `load_state_dict` takes
