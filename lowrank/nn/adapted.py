@@ -8,17 +8,16 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapters import dora, lora, registry
+from lowrank.adapters import lora, registry
 from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import ConfigError, TargetError
-from lowrank.nn.autocast import no_autocast
-from lowrank.nn.kept import Kept
 from lowrank.nn.quant_weight import QuantWeight
+from lowrank.nn.rescaled import RescaledLayer
 from lowrank.nn.small import AtHand
 from lowrank.quant import Quantizer
 
 
-class AdaptedLayer(nn.Module):
+class AdaptedLayer(RescaledLayer):
     """A frozen `base_layer` with adapters beside it; the weight of the base is read as W [N, K].
 
     A kind of layer says what it is for (`check`), what (B A) does to x (`low_rank`), how its base
@@ -45,19 +44,14 @@ class AdaptedLayer(nn.Module):
         self.r: dict[str, int] = {}
         self._parts: dict[str, tuple[str, ...]] = {}  # names of what the adapter's method trains
         self.lora_alpha: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}  # s, what scale_adapter chose included
-        self.magnitudes: dict[str, str] = {}  # of adapters that have one, the name of its tensor
         self.active_adapters: list[str] = []
         self.disabled = False
         self.at_hand: AtHand | None = None
         # in a list, so that it is no submodule: a merged layer's state is the merged weight alone
         self._aside: list[nn.Module] = []
-        self._squares = Kept()
-        self._norms: dict[str, Kept] = {}
         self._shared: dict[str, dict[str, Tensor]] = {}  # what `factors` takes beside its tensors
-        self._to_restart: list[str] = []  # adapters whose magnitude is set when loading is done
         self.register_load_state_dict_pre_hook(_take_plain_keys)
-        self.register_load_state_dict_post_hook(_restart_magnitudes)
+        self.register_load_state_dict_post_hook(_start_noted)
 
     @classmethod
     def wrap(
@@ -131,21 +125,9 @@ class AdaptedLayer(nn.Module):
         """(N, K) of the matrix that the base's weight is read as."""
         return self.matrix_shape_of(self.unmerged_base)
 
-    def matrix(self, dtype: torch.dtype) -> Tensor:
-        """W [N, K] of the unmerged base in `dtype`, dequantized if it is quantized."""
-        raise NotImplementedError
-
     def plain(self, matrix: Tensor) -> nn.Module:
         """A layer without adapters, frozen, like the unmerged base but with W = `matrix`."""
         raise NotImplementedError
-
-    def products(self, rows: Tensor) -> Tensor:
-        """rows Wᵀ [R, N] of rows [R, K], in their dtype and near its precision."""
-        return rows @ self.matrix(rows.dtype).T
-
-    def squares(self, dtype: torch.dtype) -> Tensor:
-        """||W||² of each row [N], summed in `dtype`."""
-        return self.matrix(dtype).square().sum(1)
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -258,62 +240,6 @@ class AdaptedLayer(nn.Module):
         device = next(iter(self.tensors(adapter).values())).device
         self._shared[adapter] = shared(*self.matrix_shape, self.r[adapter], device)
 
-    def gain(self, adapter: str) -> Tensor | None:
-        """g = m / ||W + s·B A|| [N], the norms as constants; None without a magnitude m."""
-        if adapter not in self.magnitudes:
-            return None
-        return self._modules[self.magnitudes[adapter]][adapter].weight / self.norms(adapter)
-
-    def norms(self, adapter: str) -> Tensor:
-        """||W + s·B A|| of each row [N] of the unmerged base, a constant for the gradient.
-
-        Without gradients, as when generating, they are kept until W, A, B or s change.
-        """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            self._norms.pop(adapter, None)  # what trains may be written to unseen
-            return self._compute_norms(adapter)
-        sources = [*self._weights(), *self.tensors(adapter).values()]
-        kept = self._norms.setdefault(adapter, Kept())
-        return kept.get(sources, lambda: self._compute_norms(adapter))
-
-    @torch.no_grad()
-    def _compute_norms(self, adapter: str) -> Tensor:
-        A, B = self.factors(adapter)
-        with no_autocast(A.device):
-            squares = self._squares.get(self._weights(), lambda: self.squares(A.dtype)).to(A)
-            return dora.norms(squares, self.products(A), A, B, self.scaling[adapter])
-
-    def _weights(self) -> list[nn.Parameter]:
-        """What W is made of."""
-        return [p for name, p in self.unmerged_base.named_parameters() if name != "bias"]
-
-    @torch.no_grad()
-    def start_magnitude(self, adapter: str) -> None:
-        """Let m be the norms, so that the gain is 1, if the adapter has a magnitude."""
-        if adapter in self.magnitudes:
-            m = self._modules[self.magnitudes[adapter]][adapter].weight
-            if not m.is_meta:
-                m.copy_(self.norms(adapter))
-
-    @torch.no_grad()
-    def is_start(self, adapter: str) -> bool:
-        """Whether the adapter's magnitude is as `start_magnitude` left it, but for rounding."""
-        g = self.gain(adapter)
-        return g is not None and not g.is_meta and bool((g - 1).abs().max() < 1e-3)
-
-    def changed(
-        self, adapters: Iterable[str]
-    ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor, float]]]:
-        """(G [N], branches (A, B, s)) with W + ΣΔW = G ∘ W + Σ s·B A; G None for 1."""
-        G, branches = None, []
-        for adapter in adapters:
-            (A, B), g = self.factors(adapter), self.gain(adapter)
-            if g is not None:
-                G = g if G is None else G + (g - 1)
-                B = g[:, None] * B
-            branches.append((A, B, self.scaling[adapter]))
-        return G, branches
-
     def set_adapter(self, adapters: Iterable[str]) -> None:
         """Make these, as far as they are here, active: they add up, and only they train."""
         self._refuse_if_merged("set_adapter")
@@ -331,7 +257,7 @@ class AdaptedLayer(nn.Module):
         self.scaling[adapter] = factor * lora.scaling(
             self.r[adapter], self.lora_alpha[adapter], rslora
         )
-        self._norms.pop(adapter, None)
+        self.forget_norms(adapter)
 
     def delete_adapter(self, adapter: str) -> None:
         """Forget an adapter, if it is here."""
@@ -341,9 +267,10 @@ class AdaptedLayer(nn.Module):
                 del self._modules[part][adapter]
             for table in (
                 self.config, self.r, self._parts, self.lora_alpha, self.scaling, self._shared,
-                self.magnitudes, self._norms,
+                self.magnitudes,
             ):  # fmt: skip
                 table.pop(adapter, None)
+            self.forget_norms(adapter)
             self.active_adapters = [a for a in self.active_adapters if a != adapter]
             self.at_hand = None
 
@@ -388,7 +315,7 @@ class AdaptedLayer(nn.Module):
     def _apply(self, fn: Callable, recurse: bool = True) -> AdaptedLayer:
         for base in self._aside:
             base._apply(fn)
-        self._squares.forget()
+        self.forget_base()
         super()._apply(fn, recurse)
         for adapter in self.config:
             self._share(adapter)
@@ -422,7 +349,7 @@ def _take_plain_keys(layer: AdaptedLayer, state_dict: dict, prefix: str, *_: obj
     But an adapter that starts from the weight, and its base, are made of the plain weight anew, and
     a magnitude that nobody has trained yet is that of the new weight.
     """
-    layer._squares.forget()
+    layer.forget_base()
     plain = {
         key[len(prefix) :]
         for key in state_dict
@@ -430,11 +357,8 @@ def _take_plain_keys(layer: AdaptedLayer, state_dict: dict, prefix: str, *_: obj
     }
     moved = {f"base_layer.{name}": state_dict.pop(prefix + name) for name in plain}
     if plain - {"bias"}:
-        layer._to_restart = [
-            adapter
-            for adapter, part in layer.magnitudes.items()
-            if f"{prefix}{part}.{adapter}.weight" not in state_dict and layer.is_start(adapter)
-        ]
+        keys = {a: f"{prefix}{part}.{a}.weight" for a, part in layer.magnitudes.items()}
+        layer.note_starts([adapter for adapter, key in keys.items() if key in state_dict])
         for adapter, config in layer.config.items():
             if config.starts_from_weight:
                 moved |= layer.start_again(adapter, moved, prefix)
@@ -446,11 +370,8 @@ def _take_plain_keys(layer: AdaptedLayer, state_dict: dict, prefix: str, *_: obj
         state_dict.setdefault(prefix + name, value)
 
 
-def _restart_magnitudes(layer: AdaptedLayer, _: object) -> None:
-    """After loading: what `_take_plain_keys` found."""
-    for adapter in layer._to_restart:
-        layer.start_magnitude(adapter)
-    layer._to_restart = []
+def _start_noted(layer: AdaptedLayer, _: object) -> None:
+    layer.start_noted()
 
 
 def with_weight(module: nn.Module, weight: Tensor) -> nn.Module:
