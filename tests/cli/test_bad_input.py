@@ -188,7 +188,7 @@ def test_a_full_disk(run, tiny, data, tmp_path, room, lacks):
     assert outcome.status == 2 and last.startswith("lowrank: error: ") and lacks in last
     assert "Traceback" not in outcome.err
     assert not (tmp_path / "out" / lacks).exists()
-    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+    assert not list(tmp_path.rglob(".*"))  # a directory with nothing in it has gone too
 
 
 def test_config_file(run, tmp_path):
