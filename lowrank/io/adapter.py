@@ -1,9 +1,9 @@
 """Adapters on disk in PEFT's format: adapter_config.json, adapter_model.safetensors, README.md.
 
 A tensor's key is `base_model.model.` + the module's name + `.lora_A.weight` or `.lora_B.weight`, or
-DoRA's `.lora_magnitude_vector`; other methods have names of their own. The adapter's name is not in
-the file. Trained biases are there too: a targeted layer's as `<module>.base_layer.bias`, others
-(bias="all") under their plain names.
+DoRA's `.lora_magnitude_vector`, or what else its kind of layer says (`file_shapes`); the adapter's
+name is not in the file. Trained biases are there too: a targeted layer's as
+`<module>.base_layer.bias`, others (bias="all") under their plain names.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from lowrank.adapters import registry
 from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import ConfigError, FileFormatError, TargetError
 from lowrank.nn.adapted import AdaptedLayer
+from lowrank.nn.kinds import kind_of
 from lowrank.quant import Quantizer
 from lowrank.surgery.inject import attach
 from lowrank.surgery.start import check_start
@@ -113,11 +114,10 @@ def load_adapter(
         raise FileFormatError(f"{directory}: made for another base model: {error}") from error
     modules = dict(walk(model))
     expected: dict[str, tuple[int, ...]] = {}
-    method = registry.get(config.method)
     for name in names:
-        module, r = modules[name], mine[name].r[adapter] if mine else config.rank(name)
-        shapes = method.shapes(module.out_features, module.in_features, r)
-        expected.update({_key(name, part, method): shape for part, shape in shapes.items()})
+        module = layers[name] if name in layers else modules[name]
+        shapes = _file_shapes(module, config, name).items()
+        expected.update({f"{name}.{key}": shape for key, shape in shapes})
     biases = _biases(model, names, config)
     expected.update((name, tuple(p.shape)) for name, p in biases.items())
     _check_fits(tensors, expected, directory)
@@ -132,9 +132,10 @@ def load_adapter(
     def fill(name: str, layer: AdaptedLayer) -> None:
         if make_base and numbers is not None:
             check_made(file, numbers, name, layer)
-        for part, held in layer.tensors(adapter).items():
-            with torch.no_grad():
-                held.copy_(tensors[_key(name, part, method)])
+        start = f"{name}."
+        layer.from_file(
+            adapter, {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)}
+        )
 
     if mine:
         for name, layer in mine.items():
@@ -188,17 +189,19 @@ def _escaped(names: dict[str, Any]) -> dict[str, Any]:
 def _tensors(
     model: nn.Module, layers: dict[str, AdaptedLayer], config: LoRAConfig, adapter: str
 ) -> dict[str, Tensor]:
-    tensors = {}
-    for name, layer in layers.items():
-        method = layer.method(adapter)
-        for part, held in layer.tensors(adapter).items():
-            tensors[_key(name, part, method)] = held
+    tensors = {
+        f"{name}.{key}": tensor
+        for name, layer in layers.items()
+        for key, tensor in layer.to_file(adapter).items()
+    }
     return {**tensors, **_biases(model, layers, config)}
 
 
-def _key(name: str, part: str, method: registry.Method) -> str:
-    """What the tensor of a layer called `name` is called in the file: PEFT's word for it."""
-    return f"{name}.{part}" if part == getattr(method, "magnitude", "") else f"{name}.{part}.weight"
+def _file_shapes(module: nn.Module, config: LoRAConfig, name: str) -> dict[str, tuple[int, ...]]:
+    """What a file must have of the layer called `name`, with adapters or to be given one."""
+    if isinstance(module, AdaptedLayer):
+        return type(module).file_shapes(module.unmerged_base, config, name)
+    return kind_of(module).file_shapes(module, config, name)
 
 
 def _biases(

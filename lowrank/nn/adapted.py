@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 
 import torch
@@ -11,13 +10,15 @@ from torch import Tensor, nn
 from lowrank.adapters import lora, registry
 from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import ConfigError, TargetError
+from lowrank.nn.held import Held
+from lowrank.nn.in_files import InFiles
 from lowrank.nn.quant_weight import QuantWeight
 from lowrank.nn.rescaled import RescaledLayer
 from lowrank.nn.small import AtHand
 from lowrank.quant import Quantizer
 
 
-class AdaptedLayer(RescaledLayer):
+class AdaptedLayer(RescaledLayer, InFiles):
     """A frozen `base_layer` with adapters beside it; the weight of the base is read as W [N, K].
 
     A kind of layer says what it is for (`check`), what (B A) does to x (`low_rank`), how its base
@@ -87,43 +88,6 @@ class AdaptedLayer(RescaledLayer):
             raise TargetError(
                 f"{name or 'wrap'}: expected a layer without adapters; got {type(base).__name__}"
             )
-
-    @classmethod
-    def matrix_shape_of(cls, base: nn.Module) -> tuple[int, int]:
-        """(N, K) of the matrix that the weight of `base` is read as."""
-        raise NotImplementedError
-
-    @classmethod
-    def part_shapes(
-        cls, base: nn.Module, config: LoRAConfig, name: str = ""
-    ) -> dict[str, tuple[int, ...]]:
-        """The tensors that an adapter on `base` trains, by the names of its method."""
-        return registry.get(config.method).shapes(*cls.matrix_shape_of(base), config.rank(name))
-
-    @classmethod
-    def file_shapes(
-        cls, base: nn.Module, config: LoRAConfig, name: str = ""
-    ) -> dict[str, tuple[int, ...]]:
-        """The same as PEFT's files have them, by the keys there, from the layer's name on."""
-        return {
-            cls.file_key(part): cls.file_shape(base, part, shape)
-            for part, shape in cls.part_shapes(base, config, name).items()
-        }
-
-    @classmethod
-    def file_key(cls, part: str) -> str:
-        """What PEFT's files call the tensor `part` of a method."""
-        return f"{part}.weight"
-
-    @classmethod
-    def file_shape(cls, base: nn.Module, part: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of `part` in PEFT's files; the numbers lie in the same order."""
-        return shape
-
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """(N, K) of the matrix that the base's weight is read as."""
-        return self.matrix_shape_of(self.unmerged_base)
 
     def plain(self, matrix: Tensor) -> nn.Module:
         """A layer without adapters, frozen, like the unmerged base but with W = `matrix`."""
@@ -332,17 +296,6 @@ def check_name(adapter: str) -> None:
         raise ConfigError(f"adapter: expected a name without dots; got {adapter!r}")
 
 
-class Held(nn.Module):
-    """One tensor of one adapter, frozen until the adapter is activated."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(tensor, requires_grad=False)
-
-    def extra_repr(self) -> str:
-        return str(list(self.weight.shape))
-
-
 def _take_plain_keys(layer: AdaptedLayer, state_dict: dict, prefix: str, *_: object) -> None:
     """Before loading: a plain layer's keys go to `base_layer`, the adapters stay as they are.
 
@@ -372,10 +325,3 @@ def _take_plain_keys(layer: AdaptedLayer, state_dict: dict, prefix: str, *_: obj
 
 def _start_noted(layer: AdaptedLayer, _: object) -> None:
     layer.start_noted()
-
-
-def with_weight(module: nn.Module, weight: Tensor) -> nn.Module:
-    """The same layer around another weight, frozen; its other parameters are shared."""
-    twin = copy.copy(module)
-    twin._parameters = {**module._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
-    return twin

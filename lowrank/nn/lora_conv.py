@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.adapters.config import LoRAConfig
+from lowrank.adapters.dora import DoRA
 from lowrank.errors import ConfigError, TargetError
-from lowrank.nn.adapted import AdaptedLayer, with_weight
+from lowrank.nn.adapted import AdaptedLayer
+from lowrank.nn.held import with_weight
 
 CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
@@ -40,6 +42,11 @@ class LoRAConv(AdaptedLayer):
                 f"got {type(base).__name__}"
             )
         cls.check_forward(base, kind, name)
+        if base.groups > 1 and "lora_B" not in super().part_shapes(base, config, name):
+            raise ConfigError(
+                f"method: expected one with B, {name or 'the layer'} has {base.groups} groups; "
+                f"got {config.method!r}"
+            )
         if config.rank(name) % base.groups:
             raise ConfigError(
                 f"r: expected a multiple of the {base.groups} groups of {name or 'the layer'}; "
@@ -69,15 +76,19 @@ class LoRAConv(AdaptedLayer):
         cls, base: nn.Module, config: LoRAConfig, name: str = ""
     ) -> dict[str, tuple[int, ...]]:
         shapes = super().part_shapes(base, config, name)
-        N, R = shapes["lora_B"]
-        return {**shapes, "lora_B": (N, R // base.groups)}
+        if base.groups > 1:
+            N, R = shapes["lora_B"]
+            shapes["lora_B"] = (N, R // base.groups)
+        return shapes
 
     @classmethod
     def file_shape(cls, base: nn.Module, part: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         if part == "lora_A":
             return (shape[0], base.in_channels, *base.kernel_size)
         ones = (1,) * len(base.kernel_size)
-        return (*shape, *ones) if part == "lora_B" else (1, *shape, *ones)
+        if part == "lora_B":
+            return (*shape, *ones)
+        return (1, *shape, *ones) if part == DoRA.magnitude else shape
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         A, B = super().factors(adapter)

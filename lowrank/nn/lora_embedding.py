@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowrank.adapters import Method
 from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import ConfigError, TargetError
-from lowrank.nn.adapted import AdaptedLayer, with_weight
+from lowrank.nn.adapted import AdaptedLayer
+from lowrank.nn.held import with_weight
 from lowrank.nn.quant_embedding import QuantEmbedding
+from lowrank.quant import dequantize_rows
+
+_ROWS = 4096  # of the table, decoded or cast at a time
 
 
 class LoRAEmbedding(AdaptedLayer):
@@ -48,9 +55,26 @@ class LoRAEmbedding(AdaptedLayer):
         return base.embedding_dim, base.num_embeddings
 
     @classmethod
-    def file_key(cls, part: str) -> str:
+    def file_key(cls, part: str, method: Method) -> str:
         renamed = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
-        return renamed.get(part, f"{part}.weight")
+        return renamed.get(part, super().file_key(part, method))
+
+    def products(self, rows: Tensor) -> Tensor:
+        parts = zip(rows.split(_ROWS, dim=1), self._some_words(rows.dtype), strict=True)
+        return sum(columns @ table for columns, table in parts)
+
+    def squares(self, dtype: torch.dtype) -> Tensor:
+        return sum(table.square().sum(0) for table in self._some_words(dtype))
+
+    def _some_words(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The table in parts [_ROWS, d]."""
+        base = self.unmerged_base
+        for start in range(0, self.num_embeddings, _ROWS):
+            stop = min(start + _ROWS, self.num_embeddings)
+            if isinstance(base, QuantEmbedding):
+                yield dequantize_rows(base.quantizer, base.storage, start, stop, dtype)
+            else:
+                yield base.weight.detach()[start:stop].to(dtype)
 
     @torch.no_grad()
     def init_(self, tensors: dict[str, Tensor], config: LoRAConfig) -> None:

@@ -12,9 +12,10 @@ from lowrank import ops, quant
 from lowrank.adapters import initial, lora
 from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import ConfigError, FileFormatError, ShapeError, TargetError, WeightError
-from lowrank.nn.adapted import AdaptedLayer, with_weight
+from lowrank.nn.adapted import AdaptedLayer
 from lowrank.nn.autocast import linear_dtype
 from lowrank.nn.fusible import NO_BASE, Base, fusible_base, is_patched
+from lowrank.nn.held import with_weight
 from lowrank.nn.quant_linear import QuantLinear, is_conv1d, is_dense_linear
 from lowrank.nn.small import small_product
 from lowrank.quant import Quantizer

@@ -141,7 +141,7 @@ def test_the_biases_of_an_idle_adapter_do_not_train(bias):
 def test_targets_that_are_no_linears():
     model = tiny_llama()
     before = state(model)
-    for targets in (["mlp"], ["q_proj", "embed_tokens"], r".*norm"):
+    for targets in (["mlp"], ["q_proj", "norm"], r".*norm"):
         with pytest.raises(TargetError, match="expected a layer that can have adapters"):
             lowrank.inject(model, LoRAConfig(target_modules=targets))
     with pytest.raises(TargetError, match="matches nothing"):

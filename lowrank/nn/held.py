@@ -1,0 +1,25 @@
+"""Tensors beside a layer, and another weight within one."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import Tensor, nn
+
+
+class Held(nn.Module):
+    """One tensor of one adapter, frozen until the adapter is activated."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(tensor, requires_grad=False)
+
+    def extra_repr(self) -> str:
+        return str(list(self.weight.shape))
+
+
+def with_weight(module: nn.Module, weight: Tensor) -> nn.Module:
+    """The same layer around another weight, frozen; its other parameters are shared."""
+    twin = copy.copy(module)
+    twin._parameters = {**module._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
+    return twin
