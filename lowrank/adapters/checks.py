@@ -20,6 +20,11 @@ def pattern_matches(key: str, name: str) -> bool:
     return re.match(_PATTERN.format(key), name) is not None
 
 
+def exact_patterns(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A rank_pattern or alpha_pattern of {name of a layer: value}, each for that layer alone."""
+    return {f"^{re.escape(name)}": value for name, value in values.items()}
+
+
 def rank(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
         raise ConfigError(f"{name}: expected an integer rank of at least 1; got {value!r}")

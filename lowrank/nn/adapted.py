@@ -176,7 +176,7 @@ class AdaptedLayer(RescaledLayer, InFiles):
             if part not in self._modules:
                 self.add_module(part, nn.ModuleDict())
             self._modules[part][adapter] = Held(tensor)
-        self.lora_dropout[adapter] = nn.Dropout(config.lora_dropout)
+        self.lora_dropout[adapter] = nn.Dropout(config.lora_dropout).train(self.training)
         self.config[adapter], self.r[adapter] = config, config.rank(name)
         self._parts[adapter] = tuple(tensors)
         self._share(adapter)

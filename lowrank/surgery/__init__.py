@@ -1,5 +1,6 @@
 """Everything that edits a model: quantize, inject, switch, scale, merge."""
 
+from .combine import combine_adapters as combine_adapters
 from .count import count_parameters as count_parameters
 from .count import print_trainable_parameters as print_trainable_parameters
 from .extract import extract_adapter as extract_adapter

@@ -1,0 +1,185 @@
+"""A new adapter out of those that a model has."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.adapters import checks, combine
+from lowrank.adapters.config import LoRAConfig
+from lowrank.errors import ConfigError, WeightError
+from lowrank.nn.adapted import AdaptedLayer, check_name
+
+from .inject import attach
+from .targets import adapted_layers, adapter_names, check_adapters, condense
+
+_LEAST_GAIN = 1e-6
+
+
+@torch.no_grad()
+def combine_adapters(
+    model: nn.Module,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    into: str,
+    method: str = "linear",
+    svd_rank: int | None = None,
+    density: float | None = None,
+    majority_sign_method: str = "total",
+    seed: int = 0,
+) -> nn.Module:
+    """Add an idle adapter `into`, the weighted sum of others Σ wᵢ ΔWᵢ; returns the model.
+
+    Scales are part of ΔW as they are now, `scale_adapter` included; the new adapter's is 1. A layer
+    that an adapter is not on takes nothing from it. Adapters of every method and rank combine:
+
+    - "linear", "cat": exactly; the ranks add up, in "linear" to no more than min(N, K).
+    - "svd": the nearest sum of rank `svd_rank` (None: the largest of the adapters'), or exactly,
+      where that is enough.
+    - "magnitude_prune", "dare_linear": A and B of each are pruned to a share `density` of their
+      elements, the largest or any, which DARE makes up for; then "cat".
+    - "ties", "dare_ties": the ΔW are pruned so, and where they differ in sign the majority is
+      averaged ("total": by sum, "frequency": by count); then "svd".
+    - with "_svd" at the end: the ΔW themselves are pruned; then "svd".
+
+    With an adapter that has a magnitude (DoRA) among them, the new one has one too. `seed` is for
+    DARE. Raises TargetError for unknown names, ConfigError for other options, WeightError for NaN;
+    the model is then as it was.
+    """
+    layers = _check(model, adapters, weights, into)
+    _check_options(method, svd_rank, density, majority_sign_method, seed)
+    used = [(name, a) for name, layer in layers.items() for a in adapters if a in layer.config]
+    rank = svd_rank or max(layers[name].r[a] for name, a in used)
+    generator = torch.Generator().manual_seed(seed)
+    options = (method, rank, 1.0 if density is None else density, majority_sign_method, generator)
+    pairs = list(zip(adapters, weights, strict=True))
+    found = {name: _combined(name, layer, pairs, options) for name, layer in layers.items()}
+    has_magnitude = any(a in layers[name].magnitudes for name, a in used)
+    config = _config(model, layers, adapters, {name: len(A) for name, (_, A, _) in found.items()})
+    if has_magnitude:
+        config = replace(config, method="dora")
+
+    def fill(name: str, layer: AdaptedLayer) -> None:
+        tensors, (G, A, B) = layer.tensors(into), found[name]
+        tensors["lora_A"].copy_(A)
+        tensors["lora_B"].copy_(B if G is None else B / G[:, None])
+        if has_magnitude:
+            layer.start_magnitude(into)
+        if G is not None:
+            tensors[layer.magnitudes[into]].mul_(G)
+
+    attach(model, layers, config, into, fill)
+    return model
+
+
+def _combined(
+    name: str, layer: AdaptedLayer, pairs: list[tuple[str, float]], options: tuple
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """(G [N], A, B) with Σ wᵢ ΔWᵢ = (G - 1) ∘ W + B A; G None for 1.
+
+    A convolution's groups are matrices of their own: their B, one above the other, are its B.
+    """
+    G, terms = None, []
+    for adapter, w in pairs:
+        if adapter in layer.config:
+            (A, B), g = layer.factors(adapter), layer.gain(adapter)
+            if not (A.isfinite().all() and B.isfinite().all()):
+                raise WeightError(
+                    f"{name}: expected finite values in adapter {adapter!r}; got NaN or inf"
+                )
+            if g is not None:
+                G = 1 + w * (g - 1) if G is None else G + w * (g - 1)
+                B = g[:, None] * B
+            terms.append((A, B, layer.scaling[adapter], w))
+    if G is not None and not bool((G.abs() > _LEAST_GAIN).all()):
+        raise ConfigError(
+            f"weights: expected such as leave each row of {name} a magnitude; got "
+            f"{[w for _, w in pairs]}, which leave one none"
+        )
+    groups = getattr(layer.unmerged_base, "groups", 1)
+    method, rank, *others = options
+    parts = [
+        combine.combine(
+            [
+                (A.chunk(groups)[i], B.chunk(groups)[i].chunk(groups, 1)[i], s, w)
+                for A, B, s, w in terms
+            ],
+            method, max(1, rank // groups), *others,
+        )
+        for i in range(groups)
+    ]  # fmt: skip
+    return G, torch.cat([A for A, _ in parts]), torch.cat([B for _, B in parts])
+
+
+def _config(
+    model: nn.Module, layers: dict[str, AdaptedLayer], adapters: list[str], ranks: dict[str, int]
+) -> LoRAConfig:
+    """Rank and alpha of each layer alike, so that s = 1; the rest as the first adapter has it."""
+    configs = [layer.config[a] for a in adapters for layer in layers.values() if a in layer.config]
+    (r, _), first = Counter(ranks.values()).most_common(1)[0], configs[0]
+    others = checks.exact_patterns({name: rank for name, rank in ranks.items() if rank != r})
+    return LoRAConfig(
+        r=r,
+        lora_alpha=r,
+        target_modules=condense(model, list(layers)),
+        lora_dropout=first.lora_dropout,
+        rank_pattern=others,
+        alpha_pattern=others,
+        task_type=first.task_type,
+        base_model_name_or_path=first.base_model_name_or_path,
+        revision=first.revision,
+        inference_mode=all(config.inference_mode for config in configs),
+    )
+
+
+def _check(
+    model: nn.Module, adapters: Sequence[str], weights: Sequence[float], into: str
+) -> dict[str, AdaptedLayer]:
+    """The layers that the adapters are on."""
+    if isinstance(adapters, str) or not adapters or len(set(adapters)) != len(adapters):
+        raise ConfigError(f"adapters: expected names, each once; got {adapters!r}")
+    check_adapters(model, adapters)
+    if isinstance(weights, str) or len(weights) != len(adapters):
+        raise ConfigError(
+            f"weights: expected one for each of {len(adapters)} adapters; got {weights!r}"
+        )
+    for adapter, weight in zip(adapters, weights, strict=True):
+        checks.number(f"weights of {adapter!r}", weight)
+    check_name(into)
+    if into in adapter_names(model):
+        raise ConfigError(
+            f"into: {into!r} is already in the model; delete it first or choose another name"
+        )
+    layers = adapted_layers(model)
+    if any(layer.merged for layer in layers.values()):
+        raise ConfigError(
+            "combine_adapters: expected unmerged layers; the adapters are merged: call unmerge "
+            "first"
+        )
+    return {n: layer for n, layer in layers.items() if any(a in layer.config for a in adapters)}
+
+
+def _check_options(
+    method: str, svd_rank: int | None, density: float | None, sign_method: str, seed: int
+) -> None:
+    checks.choice("method", method, combine.METHODS)
+    checks.choice("majority_sign_method", sign_method, combine.SIGN_METHODS)
+    if svd_rank is not None:
+        checks.rank("svd_rank", svd_rank)
+        if method not in combine.WITH_RANK:
+            raise ConfigError(
+                f"svd_rank: expected None, method={method!r} decides on the rank; got {svd_rank}"
+            )
+    if (density is not None) != (method in combine.WITH_DENSITY):
+        wanted = "a share in (0, 1]" if method in combine.WITH_DENSITY else "None"
+        raise ConfigError(f"density: expected {wanted} with method={method!r}; got {density!r}")
+    if density is not None:
+        checks.number("density", density)
+        if not 0 < density <= 1:
+            raise ConfigError(f"density: expected a share in (0, 1]; got {density!r}")
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise ConfigError(f"seed: expected an integer of at least 0; got {seed!r}")
