@@ -105,6 +105,29 @@ def names(name: str, value: Any) -> list[str] | str | None:
     return list(dict.fromkeys(value))
 
 
+def tokens(value: Any) -> list[int] | dict[str, list[int]] | None:
+    """trainable_token_indices: ids, or {name of an embedding: ids}."""
+    if value is None:
+        return None
+    tables = value if isinstance(value, Mapping) else {"": value}
+    for ids in tables.values():
+        if (
+            not isinstance(ids, list | tuple)
+            or not ids
+            or any(type(i) is not int or i < 0 for i in ids)
+            or len(set(ids)) < len(ids)
+        ):
+            raise ConfigError(
+                "trainable_token_indices: expected token ids of at least 0, none of them twice, or "
+                f"a dict of such lists by the embedding's name; got {value!r}"
+            )
+    if not tables or not all(isinstance(name, str) for name in tables):
+        raise ConfigError(
+            f"trainable_token_indices: expected names of embeddings as keys; got {value!r}"
+        )
+    return {k: list(v) for k, v in value.items()} if isinstance(value, Mapping) else list(value)
+
+
 def text(name: str, value: Any) -> str | None:
     if value is not None and not isinstance(value, str | os.PathLike):
         raise ConfigError(f"{name}: expected text or None; got {value!r}")

@@ -31,7 +31,11 @@ class LoRAConfig:
     lora_dropout: probability of dropping each element of x on the way to A, in training.
     rank_pattern, alpha_pattern: {name, suffix or regex: value} for layers that differ; the first
       that matches wins.
-    modules_to_save: PEFT's; not supported, None only.
+    modules_to_save: names or suffixes of modules of which the adapter trains a copy, whole; with
+      task_type "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" the heads of transformers' models too.
+    trainable_token_indices: ids of tokens whose rows of the embedding train, alone of it, or
+      {name of an embedding: ids}. A head tied to it follows.
+    ensure_weight_tying: a module tied to one of modules_to_save is trained with it, as one.
     layers_to_transform: indices of the blocks to adapt, counted in the ModuleList `layers_pattern`
       (None: the first one in the name).
     layers_pattern: names of such a ModuleList.
@@ -60,6 +64,8 @@ class LoRAConfig:
     init_lora_weights: bool | str = True
     loftq_config: dict[str, int] = field(default_factory=dict)
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     layers_to_transform: list[int] | int | None = None
@@ -77,7 +83,7 @@ class LoRAConfig:
         checks.number("lora_dropout", self.lora_dropout)
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout: expected 0 <= p < 1; got {self.lora_dropout!r}")
-        for name in ("use_rslora", "use_dora", "inference_mode"):
+        for name in ("use_rslora", "use_dora", "ensure_weight_tying", "inference_mode"):
             checks.choice(name, getattr(self, name), (True, False))
         checks.choice("bias", self.bias, BIASES)
         if not checks.is_fast_pissa(self.init_lora_weights):
@@ -89,14 +95,18 @@ class LoRAConfig:
             )
         if self.use_dora or self.method == "dora":  # two names of one thing
             self.use_dora, self.method = True, "dora"
-        if self.modules_to_save:
-            raise ConfigError(
-                "modules_to_save: expected None, whole trained modules are not supported "
-                f"(adapt linear layers through target_modules); got {self.modules_to_save!r}"
-            )
         self.task_type = checks.task(self.task_type)
         self.target_modules = checks.names("target_modules", self.target_modules)
+        if isinstance(self.modules_to_save, str):
+            self.modules_to_save = [self.modules_to_save]
+        self.modules_to_save = checks.names("modules_to_save", self.modules_to_save or None)
+        self.trainable_token_indices = checks.tokens(self.trainable_token_indices)
         self.exclude_modules = checks.names("exclude_modules", self.exclude_modules)
+        targets = self.target_modules if isinstance(self.target_modules, list) else []
+        if both := [name for name in targets if name in (self.modules_to_save or [])]:
+            raise ConfigError(
+                f"modules_to_save: expected none of target_modules; got {both[0]!r} in both"
+            )
         self.layers_pattern = checks.names("layers_pattern", self.layers_pattern)
         for pattern in self.layers_pattern if isinstance(self.layers_pattern, list) else []:
             checks.regex("layers_pattern", pattern)

@@ -21,7 +21,6 @@ _REST: dict[str, Any] = {
     "arrow_config": None,
     "auto_mapping": None,
     "corda_config": None,
-    "ensure_weight_tying": False,
     "eva_config": None,
     "fan_in_fan_out": False,
     "kasa_config": None,
@@ -35,7 +34,6 @@ _REST: dict[str, Any] = {
     "peft_version": "0.21.2",
     "qalora_group_size": 16,
     "target_parameters": None,
-    "trainable_token_indices": None,
     "use_bdlora": None,
     "use_qalora": False,
     "velora_config": None,
@@ -50,7 +48,6 @@ _REFUSED = (
     "megatron_config",
     "monteclora_config",
     "target_parameters",
-    "trainable_token_indices",
     "use_bdlora",
     "use_qalora",
 )

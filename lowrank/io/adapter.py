@@ -1,80 +1,120 @@
 """Adapters on disk in PEFT's format: adapter_config.json, adapter_model.safetensors, README.md.
 
-A tensor's key is `base_model.model.` + the module's name + `.lora_A.weight` or `.lora_B.weight`, or
-DoRA's `.lora_magnitude_vector`, or what else its kind of layer says (`file_shapes`); the adapter's
-name is not in the file. Trained biases are there too: a targeted layer's as
-`<module>.base_layer.bias`, others (bias="all") under their plain names.
+A tensor's key is `base_model.model.` + the module's name + what the kind of layer calls it there,
+`.lora_A.weight` for instance; the adapter's name is not in the file. Trained biases are there too:
+a targeted layer's as `<module>.base_layer.bias`, others (bias="all") under their plain names. So
+are modules that were trained whole, under the names that they have without an adapter.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import re
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapters import registry
-from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import ConfigError, FileFormatError, TargetError
 from lowrank.nn.adapted import AdaptedLayer
-from lowrank.nn.kinds import kind_of
 from lowrank.quant import Quantizer
 from lowrank.surgery.inject import attach
+from lowrank.surgery.replaced import find_replaced
 from lowrank.surgery.start import check_start
-from lowrank.surgery.targets import adapted_layers, check_adapters, find_targets, walk
+from lowrank.surgery.targets import (
+    adapted_layers,
+    adapted_modules,
+    check_adapters,
+    find_targets,
+    walk,
+)
 
+from .adapter_card import card
+from .adapter_config import (
+    CONFIG_FILE,
+    check_agrees,
+    config_of,
+    config_text,
+    read_config,
+    warn_of_other_base,
+)
+from .adapter_tensors import (
+    PREFIX,
+    WEIGHTS_FILE,
+    base_weights,
+    biases,
+    check_fits,
+    fill,
+    read_tensors,
+    shapes_of,
+    tensors_of,
+)
 from .atomic import write_files
 from .base import check_made, is_base_to_be_made, metadata_of, read_numbers
-from .hub import fetch_files, is_repo_id
-from .json_files import read_json
-from .safetensors import load_safetensors, write_safetensors
+from .hub import fetch_files, is_repo_id, push_folder
+from .safetensors import write_safetensors
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
-PREFIX = "base_model.model."
-
-_log = logging.getLogger(__name__)
 
 
 def save_adapter(model: nn.Module, path: str | Path, adapter: str = "default") -> Path:
     """Write one adapter as PEFT does: "default" into `path` itself, others into `path`/`adapter`.
 
     Returns that directory. Each file appears whole; an adapter that was there before survives any
-    failure. Raises TargetError if the model has no such adapter.
+    failure. Raises TargetError if the model has no such adapter, ConfigError while it is merged.
     """
-    check_adapters(model, [adapter])
     directory = Path(path) if adapter == "default" else Path(path) / adapter
+    _write_adapter(model, directory, adapter)
+    return directory
+
+
+def push_adapter(
+    model: nn.Module,
+    repo: str,
+    adapter: str = "default",
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    message: str = "Add adapter",
+    token: str | None = None,
+) -> str:
+    """Write one adapter into a repository of the hub, `owner/name`, in one commit.
+
+    The repository is made if it is not there, `private` if so asked. Returns the commit's address.
+    Raises what `save_adapter` raises, and ConfigError for what the hub refuses.
+    """
+    if not is_repo_id(repo):
+        raise ConfigError(f"repo: expected a hub id of the form owner/name; got {repo!r}")
+    with tempfile.TemporaryDirectory() as folder:
+        _write_adapter(model, Path(folder), adapter)
+        return push_folder(folder, repo, message, private, revision, token)
+
+
+def _write_adapter(model: nn.Module, directory: Path, adapter: str) -> None:
+    check_adapters(model, [adapter])
     if directory.exists() and not directory.is_dir():
         raise FileFormatError(f"{directory}: expected a directory or nothing there; it is a file")
+    if any(module.merged for module in adapted_modules(model).values()):
+        raise ConfigError(
+            "save_adapter: expected unmerged layers; the adapters are merged: call unmerge first, "
+            "or lowrank.merge_and_unload and save the model"
+        )
     layers = {
         name: layer for name, layer in adapted_layers(model).items() if adapter in layer.config
     }
-    config = _config_of(model, layers, adapter)
-    content = config.to_peft()
-    if config.task_type is None:  # how PEFT finds the model's class again
-        content["auto_mapping"] = {
-            "base_model_class": type(model).__name__,
-            "parent_library": type(model).__module__,
-        }
-    tensors = {PREFIX + name: p for name, p in _tensors(model, layers, config, adapter).items()}
+    config = config_of(model, layers, adapter)
+    tensors = {PREFIX + name: t for name, t in tensors_of(model, config, adapter).items()}
     metadata = metadata_of(layers) if config.starts_from_weight else {}
-    text = json.dumps(content, indent=2, sort_keys=True)
+    text = config_text(model, config)
     write_files(
         directory,
         {
-            CARD_FILE: lambda aside: _write(aside, _card(config)),
+            CARD_FILE: lambda aside: _write(aside, card(config)),
             WEIGHTS_FILE: lambda aside: write_safetensors(aside, tensors, metadata),
             CONFIG_FILE: lambda aside: _write(aside, text),
         },
     )
-    return directory
 
 
 def load_adapter(
@@ -85,11 +125,14 @@ def load_adapter(
     revision: str | None = None,
     quantizer: str | Quantizer | None = None,
     weights: Mapping[str, Tensor] | None = None,
+    subfolder: str | None = None,
+    token: str | None = None,
 ) -> nn.Module:
     """Read an adapter that PEFT or we wrote, from a directory or a hub id, into the model.
 
-    If the model has no such adapter it is created: active if it is the first, frozen unless
-    `is_trainable`. If it has, its weights are replaced, and its config must agree.
+    `subfolder` of it, where there are several. If the model has no such adapter it is created:
+    active if it is the first, frozen unless `is_trainable`. If it has, its weights are replaced,
+    and its config must agree.
 
     An adapter that started with a part of the weights (LoftQ, PiSSA) belongs to the base that was
     left. Unless the model has that base, it is made again from the original weights, which takes
@@ -99,29 +142,26 @@ def load_adapter(
     an adapter of another base: keys missing or left over, shapes that do not fit, or a base that
     is not the one it was trained over.
     """
-    directory = _directory(path_or_repo, revision)
-    config = replace(_read_config(directory / CONFIG_FILE), inference_mode=not is_trainable)
-    tensors = _read_tensors(directory)
+    directory = _directory(path_or_repo, subfolder, revision, token)
+    config = replace(read_config(directory / CONFIG_FILE), inference_mode=not is_trainable)
+    tensors = read_tensors(directory)
     layers = adapted_layers(model)
     mine = {name: layer for name, layer in layers.items() if adapter in layer.config}
-    _warn_of_other_base(model, config, directory)
+    warn_of_other_base(model, config, directory)
 
     if mine:
-        _check_agrees(mine, config, adapter, directory)
+        check_agrees(mine, config, adapter, directory)
     try:
         names = list(mine) or find_targets(model, config)
+        replaced = find_replaced(model, config, names)
     except TargetError as error:
         raise FileFormatError(f"{directory}: made for another base model: {error}") from error
-    modules = dict(walk(model))
-    expected: dict[str, tuple[int, ...]] = {}
-    for name in names:
-        module = layers[name] if name in layers else modules[name]
-        shapes = _file_shapes(module, config, name).items()
-        expected.update({f"{name}.{key}": shape for key, shape in shapes})
-    biases = _biases(model, names, config)
-    expected.update((name, tuple(p.shape)) for name, p in biases.items())
-    _check_fits(tensors, expected, directory)
+    expected = shapes_of(model, config, names, replaced)
+    rest = base_weights(model, tensors.keys() - expected.keys())
+    shapes = {key: tuple(place.shape) for key, place in rest.items()}
+    check_fits(tensors, expected | shapes, directory)
 
+    modules = dict(walk(model))
     targets = {name: modules[name] for name in names}
     file = directory / WEIGHTS_FILE
     numbers = read_numbers(file)
@@ -129,23 +169,16 @@ def load_adapter(
         file, numbers, model, targets, config, adapter, quantizer, weights
     )
 
-    def fill(name: str, layer: AdaptedLayer) -> None:
-        if make_base and numbers is not None:
+    def check(name: str, layer: AdaptedLayer) -> None:
+        if numbers is not None:
             check_made(file, numbers, name, layer)
-        start = f"{name}."
-        layer.from_file(
-            adapter, {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)}
-        )
 
-    if mine:
-        for name, layer in mine.items():
-            fill(name, layer)
-    elif make_base:
-        attach(model, names, config, adapter, fill, quantizer, weights)
-    else:
+    if make_base:
+        attach(model, names, config, adapter, check, quantizer, weights)
+    elif not mine:
         fresh = config.with_fresh_start()
         check_start(model, targets, fresh, quantizer, None)
-        attach(model, names, fresh, adapter, fill, quantizer)
+        attach(model, names, fresh, adapter, quantizer=quantizer)
     for name in names:  # the base is as that left it: a file written from here says so too
         layer = model.get_submodule(name)
         layer.config[adapter] = replace(
@@ -153,165 +186,26 @@ def load_adapter(
             init_lora_weights=config.init_lora_weights,
             loftq_config=config.loftq_config,
         )
+    fill(model, adapter, tensors)
     with torch.no_grad():
-        for name, parameter in biases.items():
-            parameter.copy_(tensors[name])
+        for key, parameter in (biases(model, names, config) | rest).items():
+            parameter.copy_(tensors[key])
     return model
 
 
-def _config_of(model: nn.Module, layers: dict[str, AdaptedLayer], adapter: str) -> LoRAConfig:
-    """The adapter's config; on names, rank and alpha the layers have the last word."""
-    config = next(iter(layers.values())).config[adapter]
-    if config.target_modules is None:  # layers that were built by hand
-        config = replace(config, target_modules=list(layers))
-    ranks = {
-        n: layer.r[adapter] for n, layer in layers.items() if layer.r[adapter] != config.rank(n)
-    }
-    alphas = {
-        n: layer.lora_alpha[adapter]
-        for n, layer in layers.items()
-        if layer.lora_alpha[adapter] != config.alpha(n)
-    }
-    return replace(
-        config,
-        rank_pattern={**_escaped(ranks), **config.rank_pattern},
-        alpha_pattern={**_escaped(alphas), **config.alpha_pattern},
-        base_model_name_or_path=config.base_model_name_or_path
-        or getattr(model, "name_or_path", None)
-        or None,
-    )
-
-
-def _escaped(names: dict[str, Any]) -> dict[str, Any]:
-    return {f"^{re.escape(name)}": value for name, value in names.items()}
-
-
-def _tensors(
-    model: nn.Module, layers: dict[str, AdaptedLayer], config: LoRAConfig, adapter: str
-) -> dict[str, Tensor]:
-    tensors = {
-        f"{name}.{key}": tensor
-        for name, layer in layers.items()
-        for key, tensor in layer.to_file(adapter).items()
-    }
-    return {**tensors, **_biases(model, layers, config)}
-
-
-def _file_shapes(module: nn.Module, config: LoRAConfig, name: str) -> dict[str, tuple[int, ...]]:
-    """What a file must have of the layer called `name`, with adapters or to be given one."""
-    if isinstance(module, AdaptedLayer):
-        return type(module).file_shapes(module.unmerged_base, config, name)
-    return kind_of(module).file_shapes(module, config, name)
-
-
-def _biases(
-    model: nn.Module, targets: Iterable[str], config: LoRAConfig
-) -> dict[str, nn.Parameter]:
-    """The adapter's biases, by the names they have once the targets are wrapped."""
-    found = {}
-    if config.bias == "none":
-        return found
-    targets = set(targets)
-    for name, module in walk(model):
-        bias = module._parameters.get("bias")
-        if isinstance(module, AdaptedLayer):
-            bias = module.bias
-        if isinstance(bias, nn.Parameter) and (name in targets or config.bias == "all"):
-            wrapped = name in targets or isinstance(module, AdaptedLayer)
-            found[f"{name}.base_layer.bias" if wrapped else f"{name}.bias"] = bias
-    return found
-
-
-def _check_agrees(
-    layers: dict[str, AdaptedLayer], config: LoRAConfig, adapter: str, directory: Path
-) -> None:
-    parts = list(registry.get(config.method).shapes(1, 1, 1))
-    for name, layer in layers.items():
-        there = (
-            layer.r[adapter],
-            layer.lora_alpha[adapter],
-            layer.config[adapter].use_rslora,
-            layer.config[adapter].bias,
-            list(layer.tensors(adapter)),
-        )
-        here = (
-            config.rank(name), config.alpha(name), config.use_rslora, config.bias, parts
-        )  # fmt: skip
-        if there != here:
-            raise FileFormatError(
-                f"{directory}: {name} has (r, lora_alpha, use_rslora, bias, tensors) = {here}, "
-                f"adapter {adapter!r} in the model {there}; "
-                "load it under another name, or delete_adapter first"
-            )
-        if layer.config[adapter].starts_from_weight and not config.starts_from_weight:
-            raise FileFormatError(
-                f"{directory}: made for the base as it was; adapter {adapter!r} of the model has "
-                f"changed it (init_lora_weights={layer.config[adapter].init_lora_weights!r}); load "
-                "the model anew"
-            )
-        if layer.merged:
-            raise ConfigError(
-                "load_adapter: the adapters of the model are merged: call unmerge first"
-            )
-
-
-def _check_fits(
-    tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], directory: Path
-) -> None:
-    for what, keys in (
-        ("lacks", expected.keys() - tensors.keys()),
-        ("has no place for", tensors.keys() - expected.keys()),
-    ):
-        if keys:
-            subject = "the file" if what == "lacks" else "the model"
-            some = ", ".join(sorted(keys)[:3])
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise FileFormatError(
-                f"{directory}: made for another base model: {subject} {what} {some}{more}"
-            )
-    for name, shape in expected.items():
-        tensor = tensors[name]
-        if tuple(tensor.shape) != shape:
-            raise FileFormatError(
-                f"{directory}: made for another base model: {name} is {list(tensor.shape)}, "
-                f"the model takes {list(shape)}"
-            )
-        if not tensor.is_floating_point():
-            raise FileFormatError(
-                f"{directory}: {name}: expected floating-point weights; got {tensor.dtype}"
-            )
-
-
-def _warn_of_other_base(model: nn.Module, config: LoRAConfig, directory: Path) -> None:
-    here, there = getattr(model, "name_or_path", None), config.base_model_name_or_path
-    if here and there and Path(here).name != Path(there).name:
-        _log.warning("%s was trained on %s; the model is %s", directory, there, here)
-
-
-def _read_config(path: Path) -> LoRAConfig:
-    try:
-        return LoRAConfig.from_peft(read_json(path))
-    except ConfigError as error:
-        raise FileFormatError(f"{path}: {error}") from error
-
-
-def _read_tensors(directory: Path) -> dict[str, Tensor]:
-    path = directory / WEIGHTS_FILE
-    if not path.exists() and (directory / "adapter_model.bin").exists():
-        raise FileFormatError(
-            f"{directory}: adapter_model.bin is a pickle, which can run code; where you trust it, "
-            "load it with PEFT and save_pretrained(..., safe_serialization=True) again"
-        )
-    tensors = load_safetensors(path)
-    for name in tensors:
-        if not name.startswith(PREFIX):
-            raise FileFormatError(f"{path}: expected keys that start with {PREFIX}; got {name}")
-    return {name[len(PREFIX) :]: tensor for name, tensor in tensors.items()}
-
-
-def _directory(path_or_repo: str | Path, revision: str | None) -> Path:
+def _directory(
+    path_or_repo: str | Path, subfolder: str | None, revision: str | None, token: str | None
+) -> Path:
     path = Path(path_or_repo)
     if path.is_dir():
+        path = path / (subfolder or "")
+        if not (path / CONFIG_FILE).exists():
+            inside = sorted(p.parent.name for p in path.glob(f"*/{CONFIG_FILE}"))
+            if inside:
+                raise FileFormatError(
+                    f"{path}: expected an adapter in it; there are some in its folders "
+                    f"{', '.join(inside[:5])}: pass one of them as subfolder"
+                )
         return path
     if path.exists():
         raise FileFormatError(f"{path}: expected the directory of an adapter; it is a file")
@@ -319,42 +213,11 @@ def _directory(path_or_repo: str | Path, revision: str | None) -> Path:
         raise FileFormatError(
             f"{path_or_repo}: no such directory, and not a hub id of the form owner/name"
         )
-    return fetch_files(str(path_or_repo), [CONFIG_FILE, WEIGHTS_FILE], revision)
+    start = "" if subfolder is None else f"{subfolder}/"
+    files = [start + CONFIG_FILE, start + WEIGHTS_FILE]
+    return fetch_files(str(path_or_repo), files, revision, token)
 
 
 def _write(path: Path, text: str) -> None:
     # a name of the base that is no UTF-8 must not cost the adapter
     path.write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
-def _card(config: LoRAConfig) -> str:
-    base = config.base_model_name_or_path
-    targets = (
-        config.target_modules
-        if isinstance(config.target_modules, str)
-        else ", ".join(config.target_modules)
-    )
-    stabilized = ", rank-stabilized" if config.use_rslora else ""
-    head = [
-        "library_name: peft",
-        *([f"base_model: {json.dumps(base)}"] if base else []),
-        "tags:",
-        "- lora",
-        "- lowrank",
-    ]
-    return "\n".join(
-        [
-            "---",
-            *head,
-            "---",
-            "",
-            f"# LoRA adapter{f' for {base}' if base else ''}",
-            "",
-            f"Rank {config.r}, alpha {config.lora_alpha:g}{stabilized}, on {targets}.",
-            "",
-            "```python",
-            'lowrank.load_adapter(model, "path/to/this/directory")',
-            "```",
-            "",
-        ]
-    )

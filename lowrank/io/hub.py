@@ -38,9 +38,50 @@ def fetch_tokenizer(repo: str, revision: str | None = None, token: str | None = 
     return path.parent
 
 
-def fetch_files(repo: str, filenames: Iterable[str], revision: str | None = None) -> Path:
+def fetch_files(
+    repo: str, filenames: Iterable[str], revision: str | None = None, token: str | None = None
+) -> Path:
     """A local directory with just these files of the repository, which has them all."""
-    return [_fetch(repo, filename, revision, None) for filename in filenames][0].parent
+    return [_fetch(repo, filename, revision, token) for filename in filenames][0].parent
+
+
+def push_folder(
+    folder: str | Path,
+    repo: str,
+    message: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> str:
+    """Upload the files of a folder in one commit, into a repository made if need be; its address.
+
+    Raises ConfigError if the hub refuses or cannot be reached.
+    """
+    try:
+        from huggingface_hub import HfApi
+        from huggingface_hub import errors as hub
+    except ImportError as error:
+        raise MissingPackageError(
+            "the hub needs huggingface_hub: pip install huggingface_hub"
+        ) from error
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo, folder_path=str(folder), commit_message=message, revision=revision
+        )
+    except hub.HFValidationError as error:
+        raise ConfigError(f"{repo}: no name of a hub repository: {error}") from error
+    except hub.RevisionNotFoundError as error:
+        raise ConfigError(f"{repo}: no revision {revision!r}; make that branch first") from error
+    except (hub.HfHubHTTPError, hub.LocalTokenNotFoundError) as error:
+        said = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"{repo}: the hub refuses: {said}; log in with `hf auth login`, or pass token="
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"{repo}: the hub cannot be reached: {error}") from error
+    return commit.commit_url
 
 
 class _NotInCache(ConfigError):

@@ -11,14 +11,17 @@ from lowrank.adapters.checks import pattern_matches
 from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import ConfigError, TargetError, WeightError
 from lowrank.nn.adapted import AdaptedLayer
+from lowrank.nn.adapted_module import AdaptedModule
 from lowrank.nn.kinds import kind_of
 from lowrank.nn.quant_linear import QuantLinear, is_dense_linear
 from lowrank.quant import Quantizer
 
+from .replaced import add_replaced, find_replaced, with_task_heads
 from .start import check_alone, check_start
 from .targets import (
     DEFAULT_TARGETS,
     adapted_layers,
+    adapted_modules,
     check_each_matches,
     condense,
     find_targets,
@@ -61,6 +64,7 @@ def resolve(model: nn.Module, config: LoRAConfig) -> tuple[list[str], LoRAConfig
     """The names of the layers that `config` means in this model, and the config as it is saved."""
     check_each_matches(model, config.target_modules, "target_modules")
     check_each_matches(model, config.exclude_modules, "exclude_modules")
+    config = with_task_heads(config)
     names = find_targets(model, config)
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field):
@@ -87,7 +91,7 @@ def attach(
     `quantizer` and `weights` are those of `inject`, which `check_start` has found sufficient; what
     starts from `weights` does so in place, one layer after the other, when all have the adapter.
     """
-    before = adapted_layers(model).values()
+    before = adapted_modules(model).values()
     if any(layer.merged for layer in before):
         raise ConfigError(
             "inject: expected unmerged layers; the adapters are merged: call unmerge first"
@@ -108,7 +112,8 @@ def attach(
     quantized = [name for name in names if isinstance(modules[name], QuantLinear)]
     later = quantized if config.starts_from_weight else []
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    wrapped: dict[nn.Module, AdaptedLayer] = {}
+    replaced = find_replaced(model, config, names)
+    wrapped: dict[nn.Module, AdaptedLayer | AdaptedModule] = {}
     try:
         for name in names:
             layer = modules[name]
@@ -126,6 +131,7 @@ def attach(
                 fill(name, layer)
             except WeightError as error:
                 raise WeightError(f"{name}.{error}") from error
+        wrapped |= add_replaced(model, replaced, fresh, adapter)
     except BaseException:
         for layer in before:
             layer.delete_adapter(adapter)
@@ -153,17 +159,22 @@ def activate(model: nn.Module, active: list[str]) -> None:
     """Make `active` the active adapters: they train, with the biases that their configs ask for;
     the biases of an idle adapter do not.
     """
-    layers = adapted_layers(model).values()
-    for layer in layers:
-        layer.set_adapter(active)
+    modules = adapted_modules(model).values()
+    for module in modules:
+        if isinstance(module, AdaptedModule):
+            module.check_active(active)
     every = [p for name, p in model.named_parameters() if name.split(".")[-1] == "bias"]
-    for layer in layers:  # one adapter at most has biases: `attach` refuses a second
+    for layer in adapted_layers(
+        model
+    ).values():  # one adapter at most has biases: `attach` refuses a second
         for adapter, config in layer.config.items():
             if config.bias != "none":
                 trains = adapter in active and not config.inference_mode
                 for bias in every if config.bias == "all" else [layer.bias]:
                     if bias is not None:
                         bias.requires_grad_(trains)
+    for module in modules:  # last: the bias of a copy is the copy's
+        module.set_adapter(active)
 
 
 def replace_modules(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:

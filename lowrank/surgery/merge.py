@@ -10,12 +10,13 @@ from torch import nn
 
 from lowrank.errors import ConfigError, TargetError, WeightError
 from lowrank.nn.adapted import AdaptedLayer
-from lowrank.nn.quant_embedding import QuantEmbedding
+from lowrank.nn.adapted_module import AdaptedModule
 from lowrank.progress import bar
 
 from .inject import replace_modules
+from .replaced import tied_modules
 from .start import check_may_go
-from .targets import adapted_layers, check_adapters
+from .targets import adapted_modules, check_adapters
 
 
 def merge(
@@ -48,7 +49,7 @@ def unload(model: nn.Module) -> nn.Module:
 
     Biases that an adapter trained are part of the base and stay.
     """
-    layers = adapted_layers(model)
+    layers = adapted_modules(model)
     for layer in layers.values():
         for adapter, config in layer.config.items():
             check_may_go(adapter, config, "unload")
@@ -58,9 +59,9 @@ def unload(model: nn.Module) -> nn.Module:
 
 def layers_to_merge(
     model: nn.Module, adapters: Iterable[str] | None, what: str
-) -> tuple[dict[str, AdaptedLayer], list[str] | None]:
+) -> tuple[dict[str, AdaptedLayer | AdaptedModule], list[str] | None]:
     """The layers with adapters, none of them merged, and the adapters as a list."""
-    layers = adapted_layers(model)
+    layers = adapted_modules(model)
     if not layers:
         raise TargetError(f"{what}: no layer of the model has adapters; inject or load one first")
     if any(layer.merged for layer in layers.values()):
@@ -72,7 +73,7 @@ def layers_to_merge(
 
 def unmerge(model: nn.Module) -> None:
     """Give every layer the base it had before `merge`, bit for bit."""
-    for layer in adapted_layers(model).values():
+    for layer in adapted_modules(model).values():
         layer.unmerge()
 
 
@@ -83,7 +84,7 @@ def merge_and_unload(
 
     A head that was tied to the embedding is so no longer, and the model's config is told.
     """
-    layers = adapted_layers(model)
+    layers = adapted_modules(model)
     if not any(layer.merged for layer in layers.values()):
         merge(model, adapters, dtype)
     elif adapters is not None or dtype is not None:
@@ -91,14 +92,16 @@ def merge_and_unload(
             "merge_and_unload: expected neither adapters nor dtype, the adapters are merged "
             "already: call unmerge first"
         )
-    kinds = (nn.Embedding, QuantEmbedding)
-    tied = {id(p) for m in model.modules() if isinstance(m, kinds) for p in m.parameters()}
-    bases = [layer.unmerged_base for layer in layers.values()]
-    if any(id(parameter) in tied for base in bases for parameter in base.parameters()):
+    tied = tied_modules(model)
+    merged = {layer: layer.base_layer for layer in layers.values()}
+    replace_modules(model, merged)
+    for layer, new in merged.items():
+        if isinstance(layer, AdaptedModule):  # what it trained
+            new.requires_grad_(False)
+    if tied != tied_modules(model):
         config = getattr(model, "config", None)
         if is_dataclass(config):  # ours, frozen
             model.config = replace(config, tie_word_embeddings=False)
         elif hasattr(config, "tie_word_embeddings"):
             config.tie_word_embeddings = False
-    replace_modules(model, {layer: layer.base_layer for layer in layers.values()})
     return model

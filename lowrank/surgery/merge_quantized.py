@@ -21,7 +21,7 @@ from lowrank.quant import refit
 
 from .inject import activate, replace_modules
 from .merge import layers_to_merge, merge_and_unload
-from .targets import adapted_layers
+from .targets import adapted_modules
 
 _NITER = 4  # power iterations of the SVD of what the codes could not take
 
@@ -115,6 +115,7 @@ def merge_quantized(
         raise ConfigError(f"residual_rank: expected None or at least 0; got {residual_rank!r}")
     check_name(into)
     layers, adapters = layers_to_merge(model, adapters, "merge_quantized")
+    layers = {n: m for n, m in layers.items() if isinstance(m, AdaptedLayer)}
     quantized = {n: m for n, m in layers.items() if isinstance(m.base_layer, QuantLinear)}
     if not quantized:
         raise ConfigError(
@@ -130,7 +131,7 @@ def merge_quantized(
         rows.append(row)
     config = _config(model, layers, rows)
     replace_modules(model, {layer: layer.base_layer for layer in quantized.values()})
-    if adapted_layers(model):
+    if adapted_modules(model):
         merge_and_unload(model, adapters)
     if config is not None:
         _attach(model, factors, config, into)

@@ -13,7 +13,7 @@ from lowrank.nn.adapted import AdaptedLayer
 
 from .inject import activate
 from .start import check_may_go
-from .targets import adapted_layers, check_adapters
+from .targets import adapted_layers, adapted_modules, check_adapters
 
 
 def set_adapter(model: nn.Module, adapters: str | Iterable[str]) -> None:
@@ -33,7 +33,7 @@ def delete_adapter(model: nn.Module, adapter: str) -> None:
     for layer in layers:
         if adapter in layer.config:
             check_may_go(adapter, layer.config[adapter], "delete_adapter")
-    for layer in layers:
+    for layer in adapted_modules(model).values():
         layer.delete_adapter(adapter)
 
 
@@ -52,12 +52,12 @@ def disable_adapters(model: nn.Module) -> Disabled:
 
     Biases that an adapter trained are part of the base and stay.
     """
-    return Disabled(adapted_layers(model).values())
+    return Disabled(adapted_modules(model).values())
 
 
 def enable_adapters(model: nn.Module) -> None:
     """Undo `disable_adapters`."""
-    for layer in adapted_layers(model).values():
+    for layer in adapted_modules(model).values():
         layer.disabled = False
 
 

@@ -12,9 +12,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import TargetError
 from lowrank.nn.adapted import AdaptedLayer
+from lowrank.nn.adapted_module import AdaptedModule
 from lowrank.nn.kinds import kind_of
 from lowrank.nn.lora_linear import LoRALinear
 from lowrank.nn.quant_linear import QuantLinear
+from lowrank.nn.token_rows import TiedRows
 
 LINEAR = (nn.Linear, QuantLinear, LoRALinear)
 DEFAULT_TARGETS = ["q_proj", "v_proj"]  # what PEFT takes for the Llama family
@@ -22,7 +24,8 @@ CONDENSE_FROM = 20  # names, from which PEFT shortens the list
 
 
 def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of all below `module` but the inside of linears; shared modules each time.
+    """(name, module) of all below `module`; shared modules each time, and never the inside of
+    linears and of what has adapters.
 
     Without the output projection of nn.MultiheadAttention, whose weight is read and which nobody
     calls.
@@ -30,7 +33,7 @@ def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]
     for name, child in module._modules.items():
         if child is not None and not isinstance(child, NonDynamicallyQuantizableLinear):
             yield prefix + name, child
-            if not isinstance(child, (*LINEAR, AdaptedLayer)):
+            if not isinstance(child, (*LINEAR, AdaptedLayer, AdaptedModule)):
                 yield from walk(child, f"{prefix}{name}.")
 
 
@@ -47,9 +50,16 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     }
 
 
+def adapted_modules(model: nn.Module) -> dict[str, AdaptedLayer | AdaptedModule]:
+    """Those, and the modules that adapters replace or replace rows of; what is tied comes last."""
+    kinds = AdaptedLayer | AdaptedModule
+    found = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
+    return dict(sorted(found.items(), key=lambda item: isinstance(item[1], TiedRows)))
+
+
 def adapter_names(model: nn.Module) -> list[str]:
     """Names of the adapters in the model, in order of appearance."""
-    return list(dict.fromkeys(a for layer in adapted_layers(model).values() for a in layer.config))
+    return list(dict.fromkeys(a for layer in adapted_modules(model).values() for a in layer.config))
 
 
 def check_adapters(model: nn.Module, adapters: Iterable[str]) -> list[str]:
@@ -94,7 +104,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
         chosen = [(n, m) for m, n in modules.items() if matches(n, wanted)]
     if not chosen:
         raise TargetError(
-            _nothing(f"target_modules={wanted!r}", wanted, [n for _, n in _linears(modules)])
+            nothing(f"target_modules={wanted!r}", wanted, [n for _, n in _linears(modules)])
         )
     if not is_all_linear(wanted):
         chosen = [(n, m) for n, m in chosen if _in_layers(n, config)]
@@ -110,6 +120,12 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
                 f"exclude_modules={config.exclude_modules!r} leaves nothing of what "
                 f"target_modules={wanted!r} matches"
             )
+    saved = config.modules_to_save or []
+    chosen = [(n, m) for n, m in chosen if not any(matches(outer, saved) for outer in _prefixes(n))]
+    if not chosen:
+        raise TargetError(
+            f"modules_to_save={saved!r} has all of what target_modules={wanted!r} matches"
+        )
     for name, module in chosen:
         if not isinstance(module, AdaptedLayer) and kind_of(module) is None:
             raise TargetError(
@@ -126,7 +142,7 @@ def check_each_matches(model: nn.Module, entries: list[str] | str | None, field:
         for entry in entries:
             if not any(matches(name, [entry]) for name, _ in modules):
                 linears = [name for name, module in modules if is_linear(module)]
-                raise TargetError(_nothing(f"{field}: {entry!r}", [entry], linears))
+                raise TargetError(nothing(f"{field}: {entry!r}", [entry], linears))
 
 
 def condense(model: nn.Module, names: list[str]) -> list[str]:
@@ -168,7 +184,8 @@ def _in_layers(name: str, config: LoRAConfig) -> bool:
     return False
 
 
-def _nothing(what: str, wanted: list[str] | str, linears: list[str]) -> str:
+def nothing(what: str, wanted: list[str] | str, linears: list[str]) -> str:
+    """The message that `wanted` matches nothing, with the nearest of the names `linears`."""
     ends = sorted({name.split(".")[-1] for name in linears})
     words = [wanted] if isinstance(wanted, str) else wanted
     near = list(
@@ -188,3 +205,9 @@ def _suffixes(name: str) -> list[str]:
     """a.b.c -> c, b.c, a.b.c"""
     parts = name.split(".")
     return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
+
+
+def _prefixes(name: str) -> list[str]:
+    """a.b.c -> a, a.b, a.b.c"""
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]

@@ -142,15 +142,6 @@ def test_layers_built_by_hand_are_saved_too(tmp_path):
     assert torch.equal(plain["two"].lora_B["default"].weight, model.two.lora_B["default"].weight)
 
 
-def test_a_merged_model_saves_its_adapter(tmp_path):
-    model = adapted(tiny_llama(), target_modules=["q_proj"])
-    lowrank.save_adapter(model, tmp_path / "a")
-    lowrank.merge(model)
-    lowrank.save_adapter(model, tmp_path / "b")
-    one, two = ((tmp_path / d / "adapter_model.safetensors").read_bytes() for d in "ab")
-    assert one == two
-
-
 def test_the_model_card_names_the_base(tmp_path):
     base = tiny_llama()
     base.name_or_path = "someone/llama: large"

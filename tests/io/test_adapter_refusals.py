@@ -171,6 +171,9 @@ def test_wrong_requests(saved, tmp_path):
         lowrank.save_adapter(model, tmp_path / "file")
     lowrank.merge(model)
     assert_refused(model, directory, error=ConfigError, match="unmerge first")
+    with pytest.raises(ConfigError, match="save_adapter: expected unmerged"):
+        lowrank.save_adapter(model, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
     with pytest.raises(LowrankError, match="unmerge first"):
         lowrank.load_adapter(model, directory, adapter="new")
 
