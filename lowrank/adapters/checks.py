@@ -11,6 +11,7 @@ from typing import Any
 from lowrank.errors import ConfigError
 
 TASKS = ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+STRATEGIES = ("all-linear", "attention", "minimal")  # target_modules, which are no regexes
 LOFTQ = {"loftq_bits": 4, "loftq_iter": 1}  # PEFT's defaults
 _PATTERN = r"(.*\.)?({})$"  # what a key of rank_pattern or alpha_pattern stands for
 
@@ -128,6 +129,12 @@ def tokens(value: Any) -> list[int] | dict[str, list[int]] | None:
     return {k: list(v) for k, v in value.items()} if isinstance(value, Mapping) else list(value)
 
 
+def strategy(targets: list[str] | str) -> str | None:
+    """The one of STRATEGIES that target_modules is, in any case."""
+    word = targets.lower() if isinstance(targets, str) else None
+    return word if word in STRATEGIES else None
+
+
 def text(name: str, value: Any) -> str | None:
     if value is not None and not isinstance(value, str | os.PathLike):
         raise ConfigError(f"{name}: expected text or None; got {value!r}")
@@ -158,7 +165,7 @@ def layers(indices: Any, pattern: Any, targets: Any) -> None:
         raise ConfigError(
             f"layers_to_transform: expected block indices of at least 0; got {indices!r}"
         )
-    if isinstance(targets, str):
+    if isinstance(targets, str) and strategy(targets) is None:
         raise ConfigError(
             f"layers_to_transform: expected target_modules as a list; got the regex {targets!r}"
         )

@@ -25,8 +25,9 @@ class LoRAConfig:
     method: the kind of adapter, by the name it is registered as (`lowrank.adapters.names()`).
     lora_alpha: the numerator of the scale s.
     target_modules: names or suffixes of names; a str is a regex for the whole name
-      (`re.fullmatch`), and "all-linear" means every linear layer but the output head.
-      None: q_proj and v_proj.
+      (`re.fullmatch`), or one of "all-linear" (every linear layer but the output head), "attention"
+      (those within attention) and "minimal" (queries and values). None: "minimal", or what PEFT
+      takes for the model's family.
     exclude_modules: the same two rules; wins over target_modules.
     lora_dropout: probability of dropping each element of x on the way to A, in training.
     rank_pattern, alpha_pattern: {name, suffix or regex: value} for layers that differ; the first

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from lowrank.errors import ConfigError
 
+from .checks import strategy
 from .registry import get
 
 _C = TypeVar("_C", bound=type)
@@ -101,6 +102,9 @@ def from_peft(content: Mapping[str, Any], own: list[str]) -> dict[str, Any]:
         known["init_lora_weights"] = True
     if not str(known.get("init_lora_weights")).startswith(("loftq", "pissa")):
         known.pop("loftq_config", None)  # left there by who set the other to True afterwards
+    targets = known.get("target_modules")
+    if targets is not None and strategy(targets) not in (None, "all-linear"):
+        known["target_modules"] = f"(?:{targets})"  # a word of ours alone; there, a regex
     return {**known, "inference_mode": False}
 
 

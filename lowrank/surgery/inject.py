@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from torch import Tensor, nn
 
-from lowrank.adapters.checks import pattern_matches
+from lowrank.adapters import checks
 from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import ConfigError, TargetError, WeightError
 from lowrank.nn.adapted import AdaptedLayer
@@ -19,15 +20,17 @@ from lowrank.quant import Quantizer
 from .replaced import add_replaced, find_replaced, with_task_heads
 from .start import check_alone, check_start
 from .targets import (
-    DEFAULT_TARGETS,
+    CONDENSE_FROM,
     adapted_layers,
     adapted_modules,
     check_each_matches,
     condense,
     find_targets,
-    is_all_linear,
     walk,
+    wanted_targets,
 )
+
+_log = logging.getLogger(__name__)
 
 
 def inject(
@@ -55,6 +58,7 @@ def inject(
         raise ConfigError(f"config: expected a LoRAConfig; got {type(config).__name__}")
     names, config = resolve(model, config)
     modules = dict(walk(model))
+    _warn_of_rank({name: modules[name] for name in names}, config)
     check_start(model, {name: modules[name] for name in names}, config, quantizer, weights)
     attach(model, names, config, adapter, quantizer=quantizer, weights=weights)
     return model
@@ -68,13 +72,28 @@ def resolve(model: nn.Module, config: LoRAConfig) -> tuple[list[str], LoRAConfig
     names = find_targets(model, config)
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field):
-            if not any(pattern_matches(key, name) for name in names):
+            if not any(checks.pattern_matches(key, name) for name in names):
                 raise TargetError(f"{field}: {key!r} matches none of the {len(names)} targets")
-    targets = DEFAULT_TARGETS if config.target_modules is None else config.target_modules
-    if is_all_linear(targets):
-        targets = condense(model, names)  # as PEFT saves it
+    targets = wanted_targets(model, config)
+    strategy = checks.strategy(targets)
+    if strategy is not None:  # all-linear as PEFT saves it
+        targets = condense(model, names, CONDENSE_FROM if strategy == "all-linear" else 0)
     origin = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
     return names, replace(config, target_modules=targets, base_model_name_or_path=origin)
+
+
+def _warn_of_rank(targets: Mapping[str, nn.Module], config: LoRAConfig) -> None:
+    """Log a warning for ranks that no change of the weight can have."""
+    beyond = []
+    for name, module in targets.items():
+        adapted = isinstance(module, AdaptedLayer)
+        kind = type(module) if adapted else kind_of(module)
+        smaller = min(kind.matrix_shape_of(module.unmerged_base if adapted else module))
+        if config.rank(name) > smaller:
+            beyond.append(f"{name} (r={config.rank(name)} of at most {smaller})")
+    if beyond:
+        more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
+        _log.warning("r: more than min(N, K), which learns no more: %s%s", beyond[0], more)
 
 
 def attach(

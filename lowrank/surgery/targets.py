@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lowrank.adapters import checks
 from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import TargetError
 from lowrank.nn.adapted import AdaptedLayer
@@ -18,8 +19,9 @@ from lowrank.nn.lora_linear import LoRALinear
 from lowrank.nn.quant_linear import QuantLinear
 from lowrank.nn.token_rows import TiedRows
 
+from .presets import default_targets, strategy_targets
+
 LINEAR = (nn.Linear, QuantLinear, LoRALinear)
-DEFAULT_TARGETS = ["q_proj", "v_proj"]  # what PEFT takes for the Llama family
 CONDENSE_FROM = 20  # names, from which PEFT shortens the list
 
 
@@ -83,36 +85,38 @@ def matches(name: str, wanted: list[str] | str) -> bool:
     return any(name == w or name.endswith(f".{w}") for w in wanted)
 
 
-def is_all_linear(wanted: list[str] | str) -> bool:
-    """Whether this is PEFT's word for every linear layer but the output head."""
-    return isinstance(wanted, str) and wanted.lower() == "all-linear"
+def wanted_targets(model: nn.Module, config: LoRAConfig) -> list[str] | str:
+    """target_modules, or what None means for this model."""
+    return default_targets(model) if config.target_modules is None else config.target_modules
 
 
 def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """Names of the linear layers that `config` targets, in the model's order, a shared layer once.
+    """Names of the layers that `config` targets, in the model's order, a shared layer once.
 
-    Raises TargetError if there are none, or if a target is not a linear layer.
+    Raises TargetError if there are none, or if a target is a layer that can have no adapters.
     """
     modules = {}  # the first name of each module
     for name, module in walk(model):
         modules.setdefault(module, name)
-    wanted = DEFAULT_TARGETS if config.target_modules is None else config.target_modules
-    if is_all_linear(wanted):
+    wanted = wanted_targets(model, config)
+    strategy, linears = checks.strategy(wanted), [n for _, n in _linears(modules)]
+    if strategy == "all-linear":
         heads = _output_heads(model)
         chosen = [(n, m) for m, n in modules.items() if is_linear(m) and m not in heads]
+    elif strategy is not None:
+        named = set(strategy_targets(strategy, linears))
+        chosen = [(n, m) for m, n in modules.items() if n in named]
     else:
         chosen = [(n, m) for m, n in modules.items() if matches(n, wanted)]
     if not chosen:
+        what = f"target_modules={config.target_modules!r}"
+        raise TargetError(nothing(what, [] if strategy else wanted, linears))
+    chosen = [(n, m) for n, m in chosen if _in_layers(n, config)]
+    if not chosen:
         raise TargetError(
-            nothing(f"target_modules={wanted!r}", wanted, [n for _, n in _linears(modules)])
+            f"layers_to_transform={config.layers_to_transform!r}: target_modules={wanted!r} "
+            "matches in no such layer; expected indices of layers that the model has"
         )
-    if not is_all_linear(wanted):
-        chosen = [(n, m) for n, m in chosen if _in_layers(n, config)]
-        if not chosen:
-            raise TargetError(
-                f"layers_to_transform={config.layers_to_transform!r}: target_modules={wanted!r} "
-                "matches in no such layer; expected indices of layers that the model has"
-            )
     if config.exclude_modules is not None:
         chosen = [(n, m) for n, m in chosen if not matches(n, config.exclude_modules)]
         if not chosen:
@@ -145,9 +149,9 @@ def check_each_matches(model: nn.Module, entries: list[str] | str | None, field:
                 raise TargetError(nothing(f"{field}: {entry!r}", [entry], linears))
 
 
-def condense(model: nn.Module, names: list[str]) -> list[str]:
-    """The shortest suffixes that mean these modules and no others, once there are many names."""
-    if len(names) < CONDENSE_FROM:
+def condense(model: nn.Module, names: list[str], many: int = 0) -> list[str]:
+    """The shortest suffixes that mean these modules and no others, if there are `many` names."""
+    if len(names) < many:
         return names
     chosen = set(names)
     others = {s for name, _ in walk(model) if name not in chosen for s in _suffixes(name)}
