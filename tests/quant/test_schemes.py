@@ -154,16 +154,16 @@ def test_rows_of_a_row_local_scheme_stand_alone(quantizer):
 
 
 def test_a_weight_of_several_panels_is_its_rows(quantizer):
-    weight = torch.randn(3, 600_000)  # more than half a panel a row
+    weight = torch.randn(2, 600_000)  # more than half a panel a row
     whole = quantizer.quantize(weight)
     dense = quantizer.dequantize(whole)
     if quantizer.row_local:
-        for n in range(3):
+        for n in range(2):
             alone = quantizer.quantize(weight[n : n + 1])
             assert same(alone, whole.rows(n, n + 1))
             assert torch.equal(quantizer.dequantize(alone), dense[n : n + 1])
-    weight[2, -1] = torch.nan
-    with pytest.raises(WeightError, match="in row 2"):
+    weight[1, -1] = torch.nan
+    with pytest.raises(WeightError, match="in row 1"):
         quantizer.quantize(weight)
 
 
