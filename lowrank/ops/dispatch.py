@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
@@ -24,6 +25,7 @@ from .checks import value_of
 BACKENDS = ("cpu", "cpu_int16", "triton", "cuda", "reference")
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 _ANY_DEVICE = ("reference",)
+_NATIVE = ("cpu", "cpu_int16")
 
 # For the process, not a thread: autograd runs the backward of CUDA tensors in its own threads.
 _named: str | None = os.environ.get("LOWRANK_BACKEND") or None
@@ -71,6 +73,71 @@ def call(name: str, *args):
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
+
+
+def straight(op: str, args: tuple, kinds: str) -> Callable | None:
+    """What runs `op` in the end, where nobody on the way to it could see the call or refuse it.
+
+    That is on plain tensors of the CPU, with no gradient, mode, transform, trace, autocast or
+    profiler about, and where a native backend refuses nothing: it looks at all that the checks of
+    `functions` look at, but a bias's dtype. Checks, wrappers and torch's dispatcher, passed by, are
+    half of the Python in front of one row of x. None: the call takes the long way.
+
+    `kinds` has a letter for each argument: t a tensor, ? a tensor or None, i an int.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    name, (threads, tensors) = _named or "cpu", _plain()
+    if (
+        name not in _NATIVE
+        or _thread() not in threads
+        or torch._C._len_torch_function_stack() != 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return None
+    for value, kind in zip(args, kinds, strict=True):
+        if kind == "i":
+            if type(value) is not int:
+                return None
+        elif value is not None or kind == "t":
+            if type(value) is not torch.Tensor and type(value) is not torch.nn.Parameter:
+                return None
+            if torch._C._dispatch_keys(value).raw_repr() not in tensors:
+                return None
+    if torch._C._any_requires_grad(*args):
+        return None
+    backend = _load(name)
+    if isinstance(backend, str) or backend.refuse(op, *args) is not None:
+        return None
+    return getattr(backend, op)
+
+
+@cache
+def _plain() -> tuple[set[tuple[int, int]], set[int]]:
+    """`_thread()` where nothing is about, and the dispatch keys of tensors that are nothing else.
+
+    Seen in a thread of its own, whatever the first caller has about him; with inference mode too.
+    """
+    threads, tensors = set(), set()
+
+    def look() -> None:
+        for inference in (False, True):
+            with torch.inference_mode(inference):
+                threads.add(_thread())
+                tensors.add(torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr())
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    looking.join()
+    return threads, tensors
+
+
+def _thread() -> tuple[int, int]:
+    """What the dispatcher does beside in this thread: modes, traces, autocast."""
+    included = torch._C._dispatch_tls_local_include_set()
+    return included.raw_repr(), torch._C._dispatch_tls_local_exclude_set().raw_repr()
 
 
 def _is_recorded(args: tuple) -> bool:

@@ -79,6 +79,10 @@ def codebook_linear(
 
     Differentiable, twice too, in x and bias; `bias` [N] has the dtype of x.
     """
+    operands = (x, packed, absmax, absmax_scale, codebook, bias, block_size)
+    kernel = dispatch.straight("codebook_linear", operands, "ttt?t?i")
+    if kernel is not None and (bias is None or bias.dtype == x.dtype):
+        return kernel(*operands)
     check_tensors(x=x)
     if x.dim() == 0:
         raise ShapeError("x: expected [..., K]; got a scalar")
@@ -93,9 +97,7 @@ def codebook_linear(
                 f"bias: expected the dtype of x, {x.dtype}; got {bias.dtype}; cast one of them"
             )
         check_device("bias", bias, packed.device)
-    return dispatch.call(
-        "codebook_linear", x, packed, absmax, absmax_scale, codebook, bias, block_size
-    )
+    return dispatch.call("codebook_linear", *operands)
 
 
 def codebook_linear_dx(

@@ -5,9 +5,10 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank import ops
-from lowrank.errors import BackendError, ConfigError
+from lowrank.errors import BackendError, ConfigError, LowrankError
 from tests.ops.weights import random_weight
 
 
@@ -122,3 +123,67 @@ def test_a_missing_backend_is_a_reason_and_not_an_error(triton):
     )
     assert done.returncode == 0, done.stderr
     assert "triton: cannot be imported" in done.stdout
+
+
+class Seen(TorchDispatchMode):
+    """Counts the calls of codebook_linear that come by."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += func is torch.ops.lowrank.codebook_linear.default
+        return func(*args, **(kwargs or {}))
+
+
+class Named(torch.Tensor):
+    """A subclass of the plainest kind: what its __torch_function__ sees, it notes."""
+
+    seen = 0
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.seen += func is torch.ops.lowrank.codebook_linear.default
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def test_modes_profilers_and_subclasses_see_the_call():
+    x, *weight, bias, block_size = arguments()
+    ops.codebook_linear(x, *weight)
+    with Seen() as mode:
+        ops.codebook_linear(x, *weight)
+    assert mode.calls == 1
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        ops.codebook_linear(x, *weight)
+    assert any(event.key == "lowrank::codebook_linear" for event in profile.key_averages())
+    ops.codebook_linear(x.as_subclass(Named), *weight)
+    assert Named.seen == 1
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_tensors_of_another_kind_are_what_they_stand_for(inference):
+    with torch.inference_mode(inference):
+        x, *weight, bias, block_size = arguments()
+        y = ops.codebook_linear(x, *weight)
+        assert y.is_inference() == inference
+        assert torch.equal(ops.codebook_linear(torch._neg_view(x), *weight), -y)
+        assert torch.equal(ops.codebook_linear(torch._efficientzerotensor(2, 64), *weight), 0 * y)
+        meta = [None if t is None else t.to("meta") for t in (x, *weight)]
+        assert ops.codebook_linear(*meta).device.type == "meta"
+
+
+def test_what_is_wrong_is_told_without_gradients_too():
+    x, packed, absmax, scale, codebook, bias, block_size = arguments()
+    wrong = [
+        (x, packed, absmax.clone().requires_grad_(), scale, codebook),
+        (x, packed, absmax, scale, codebook, torch.randn(8).bfloat16()),
+        (x, packed, absmax, scale, codebook, None, 64.0),
+        (x, packed, absmax, scale, codebook, None, True),
+        (x.tolist(), packed, absmax, scale, codebook),
+        (x[:, :32], packed, absmax, scale, codebook),
+        (x, packed, absmax, scale, codebook.tolist()),
+    ]
+    for call in wrong:
+        with torch.no_grad(), pytest.raises(LowrankError):
+            ops.codebook_linear(*call)

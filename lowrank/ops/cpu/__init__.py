@@ -35,7 +35,8 @@ def missing() -> str | None:
 
 def refuse(op: str, *args) -> str | None:
     """Why the native kernels do not run `op` on these arguments, or None if they do."""
-    return missing() or _REFUSALS[op](*args)
+    library = native.load_cpu()
+    return library if isinstance(library, str) else _REFUSALS[op](*args)
 
 
 def remarks() -> list[str]:

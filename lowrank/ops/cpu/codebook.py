@@ -147,9 +147,9 @@ def linear_from_packed(
 
     `beside` is the address of an adapter, for the function that takes one.
     """
-    K, N = x.shape[-1], weight[0].shape[0]
-    x = x.contiguous()
-    y = x.new_empty((*x.shape[:-1], N))
+    *leading, K = x.shape
+    N, x = weight[0].shape[0], x.contiguous()
+    y = x.new_empty((*leading, N))
     if bias is not None:
         bias = bias.float().contiguous()
     status = getattr(native.load_cpu(), kernel)(
@@ -186,18 +186,17 @@ def _refuse_linear(x, packed, absmax, absmax_scale, codebook, bias, block_size) 
     weight = (packed, absmax, absmax_scale, codebook)
     if x.dim() == 0:
         return "x is not [..., K]"
-    if bias is not None and (bias.shape != packed.shape[:1] or refuse_devices(bias)):
-        return "the bias is not [N] on the CPU, or not aligned to its elements"
-    return (
-        refuse_dtype(x.dtype) or refuse_devices(x) or refuse_weight(weight, x.shape[-1], block_size)
-    )
+    others = (x,) if bias is None else (x, bias)
+    if bias is not None and bias.shape != packed.shape[:1]:
+        return "the bias is not [N]"
+    return refuse_dtype(x.dtype) or refuse_weight(weight, x.shape[-1], block_size, *others)
 
 
 def _refuse_linear_dx(dy, packed, absmax, absmax_scale, codebook, K, block_size) -> str | None:
     weight = (packed, absmax, absmax_scale, codebook)
     if dy.dim() == 0 or dy.shape[-1] != packed.shape[0]:
         return "dy is not [..., N]"
-    return refuse_dtype(dy.dtype) or refuse_devices(dy) or refuse_weight(weight, K, block_size)
+    return refuse_dtype(dy.dtype) or refuse_weight(weight, K, block_size, dy)
 
 
 REFUSALS = {

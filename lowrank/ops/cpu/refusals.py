@@ -10,7 +10,8 @@ from lowrank.ops import native
 from .panels import Weight
 
 
-def refuse_weight(weight: Weight, K: int, block_size: int) -> str | None:
+def refuse_weight(weight: Weight, K: int, block_size: int, *others: Tensor) -> str | None:
+    """Of a weight [N, K], and of tensors that only have to be on the CPU."""
     packed, absmax, scale, codebook = weight
     if packed.dim() != 2 or K < 1:
         return "the weight is not [N, K] with K >= 1"
@@ -26,10 +27,10 @@ def refuse_weight(weight: Weight, K: int, block_size: int) -> str | None:
     if not (packed.is_contiguous() and absmax.is_contiguous()):
         return "packed or absmax is not contiguous"
     if scale is None:
-        return refuse_devices(packed, absmax, codebook)
+        return refuse_devices(packed, absmax, codebook, *others)
     if scale.dtype != torch.float32 or scale.shape != (N, 2) or not scale.is_contiguous():
         return "absmax_scale is not contiguous float32 [N, 2]"
-    return refuse_devices(packed, absmax, codebook, scale)
+    return refuse_devices(packed, absmax, codebook, scale, *others)
 
 
 def refuse_codebook(codebook: Tensor, N: int, block_size: int) -> str | None:
