@@ -19,6 +19,7 @@ from .nn.kinds import register_layer as register_layer
 from .nn.lora_linear import LoRALinear as LoRALinear
 from .nn.quant_embedding import QuantEmbedding as QuantEmbedding
 from .nn.quant_linear import QuantLinear as QuantLinear
+from .surgery import adapter_rows as adapter_rows
 from .surgery import combine_adapters as combine_adapters
 from .surgery import count_parameters as count_parameters
 from .surgery import delete_adapter as delete_adapter

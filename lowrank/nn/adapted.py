@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from lowrank.nn.held import Held
 from lowrank.nn.in_files import InFiles
 from lowrank.nn.quant_weight import QuantWeight
 from lowrank.nn.rescaled import RescaledLayer
+from lowrank.nn.rows import Rows
 from lowrank.nn.small import AtHand
 from lowrank.quant import Quantizer
 
@@ -47,6 +48,7 @@ class AdaptedLayer(RescaledLayer, InFiles):
         self.lora_alpha: dict[str, float] = {}
         self.active_adapters: list[str] = []
         self.disabled = False
+        self.rows: Rows | None = None  # of adapter_rows, in place of what is active
         self.at_hand: AtHand | None = None
         # in a list, so that it is no submodule: a merged layer's state is the merged weight alone
         self._aside: list[nn.Module] = []
@@ -130,8 +132,21 @@ class AdaptedLayer(RescaledLayer, InFiles):
     def forward(self, x: Tensor) -> Tensor:
         if self.disabled:
             return self.unmerged_base(x)
+        if self.merged:
+            return self.base_layer(x)
+        return self.compute(x, self.active_adapters) if self.rows is None else self.by_rows(x)
+
+    def by_rows(self, x: Tensor) -> Tensor:
+        """What each row of x [rows, ...] gives with its own adapter: a part of them at a time."""
+        self.rows.check(x)
+        parts = self.rows.parts(self.config, x.device)
+        y = torch.cat([self.compute(x[rows], adapters) for adapters, rows in parts])
+        return y[torch.cat([rows for _, rows in parts]).argsort()]
+
+    def compute(self, x: Tensor, adapters: Sequence[str]) -> Tensor:
+        """What x gives with these adapters."""
         y = whole = self.base_layer(x)
-        for adapter in [] if self.merged else self.active_adapters:
+        for adapter in adapters:
             (A, B), s, g = self.factors(adapter), self.scaling[adapter], self.gain(adapter)
             z = self.dropped(adapter, x)
             if g is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,13 @@ from lowrank.nn.autocast import linear_dtype
 from lowrank.nn.fusible import NO_BASE, Base, fusible_base, is_patched
 from lowrank.nn.held import with_weight
 from lowrank.nn.quant_linear import QuantLinear, is_conv1d, is_dense_linear
+from lowrank.nn.rows import stacked
 from lowrank.nn.small import small_product
 from lowrank.quant import Quantizer
 from lowrank.quant.blocks import panels
+
+# p, A [E, R, K], B [E, N, R], s, and which rows have which of the E; None: all have the only one
+Branch = tuple[float, Tensor, Tensor, float, tuple[Tensor, Tensor] | None]
 
 
 class LoRALinear(AdaptedLayer):
@@ -91,15 +96,27 @@ class LoRALinear(AdaptedLayer):
             self.initialise(adapter, config, linear.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = small_product(self, x)
-        if y is not None:
-            return y
-        if self.disabled:
-            return self.unmerged_base(x)
-        active = [] if self.merged else self.active_adapters
-        if self.magnitudes and any(a in self.magnitudes for a in active):
-            return self._rescaled(x, active)
-        branches = self._branches(active)
+        y = None if torch.compiler.is_compiling() else small_product(self, x)
+        return super().forward(x) if y is None else y
+
+    def compute(self, x: Tensor, adapters: Sequence[str]) -> Tensor:
+        if self.magnitudes and any(a in self.magnitudes for a in adapters):
+            return self._rescaled(x, adapters)
+        return self._summed(x, self._branches(adapters))
+
+    def by_rows(self, x: Tensor) -> Tensor:
+        adapters = self.rows.among(self.config)
+        if any(a in self.magnitudes for a in adapters):
+            return super().by_rows(x)
+        self.rows.check(x)
+        each = math.prod(x.shape[1:-1])
+        branches = []
+        for p, names in self._by_dropout(adapters).items():
+            A, B = stacked([(*self.factors(a), self.scaling[a]) for a in names])
+            branches.append((p, A, B, 1.0, self.rows.groups(names, each, x.device)))
+        return self._summed(x, branches)
+
+    def _summed(self, x: Tensor, branches: list[Branch]) -> Tensor:
         if not branches:
             return self.base_layer(x)
         dtype = linear_dtype(x)
@@ -137,13 +154,18 @@ class LoRALinear(AdaptedLayer):
             y = (y + (g - 1) * w + _lora_linear(z.to(dtype), NO_BASE, 0.0, *branch)).to(y.dtype)
         return y
 
-    def _branches(self, active: Iterable[str]) -> list[tuple[float, Tensor, Tensor, float]]:
-        """(p, A [1, R, K], B [1, N, R], s) for each p of the active adapters' dropouts."""
-        by_p: dict[float, list[tuple[Tensor, Tensor, float]]] = {}
-        for name in active:
-            branch = (*self.factors(name), self.scaling[name])
-            by_p.setdefault(self._dropped(name), []).append(branch)
-        return [(p, *lora.folded(branches)) for p, branches in by_p.items()]
+    def _branches(self, adapters: Iterable[str]) -> list[Branch]:
+        """One for each p of the adapters' dropouts."""
+        return [
+            (p, *lora.folded([(*self.factors(a), self.scaling[a]) for a in names]), None)
+            for p, names in self._by_dropout(adapters).items()
+        ]
+
+    def _by_dropout(self, adapters: Iterable[str]) -> dict[float, list[str]]:
+        by_p: dict[float, list[str]] = {}
+        for adapter in adapters:
+            by_p.setdefault(self._dropped(adapter), []).append(adapter)
+        return by_p
 
     def _dropped(self, adapter: str) -> float:
         """The share of x that the adapter's dropout takes away, now."""
@@ -274,7 +296,15 @@ class LoRALinear(AdaptedLayer):
         return f"{shape}, {super().extra_repr()}"
 
 
-def _lora_linear(x: Tensor, base: Base, p: float, A: Tensor, B: Tensor, s: float) -> Tensor:
+def _lora_linear(
+    x: Tensor,
+    base: Base,
+    p: float,
+    A: Tensor,
+    B: Tensor,
+    s: float,
+    groups: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """ops.lora_linear of one dropout, its seed drawn anew where p > 0.
 
     The seed is drawn on the device of x, whose generator checkpointing puts back before it
@@ -284,4 +314,4 @@ def _lora_linear(x: Tensor, base: Base, p: float, A: Tensor, B: Tensor, s: float
     if A.dtype not in (x.dtype, torch.float32) or A.dtype != B.dtype:
         A, B = A.float(), B.float()
     seed = torch.randint(2**63 - 1, (), device=x.device) if p > 0 else None
-    return ops.lora_linear(x, *weight, bias, block_size, A, B, s, None, p, seed)
+    return ops.lora_linear(x, *weight, bias, block_size, A, B, s, groups, p, seed)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, float32, is_autocast_enabled, nn
-from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
 from lowrank.nn.fusible import is_patched
@@ -35,11 +34,11 @@ class AtHand(NamedTuple):
 def small_product(layer: AdaptedLayer, x: Tensor) -> Tensor | None:
     """y of a linear `layer` with one active adapter of plain LoRA, or None where it is not small.
 
-    It is for float32 on a CPU, where the operator would do the same.
+    It is for float32 on a CPU, where the operator would do the same; not for a compiler to trace.
     """
     state = layer.__dict__
     names, at_hand = state["active_adapters"], state["at_hand"]
-    if len(names) != 1 or state["disabled"] or state["_aside"] or is_compiling():
+    if len(names) != 1 or state["disabled"] or state["_aside"] or state["rows"] is not None:
         return None
     base = state["_modules"]["base_layer"]
     if at_hand is None or at_hand[0] is not names[0] or at_hand[1] is not base:

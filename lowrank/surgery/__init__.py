@@ -11,6 +11,7 @@ from .merge import unload as unload
 from .merge import unmerge as unmerge
 from .merge_quantized import merge_quantized as merge_quantized
 from .quantize import quantize as quantize
+from .rows import adapter_rows as adapter_rows
 from .switch import delete_adapter as delete_adapter
 from .switch import disable_adapters as disable_adapters
 from .switch import enable_adapters as enable_adapters

@@ -13,9 +13,10 @@ from lowrank.adapters import checks, combine
 from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import ConfigError, WeightError
 from lowrank.nn.adapted import AdaptedLayer, check_name
+from lowrank.nn.adapted_module import AdaptedModule
 
 from .inject import attach
-from .targets import adapted_layers, adapter_names, check_adapters, condense
+from .targets import adapted_layers, adapted_modules, adapter_names, check_adapters, condense
 
 _LEAST_GAIN = 1e-6
 
@@ -160,6 +161,12 @@ def _check(
             "combine_adapters: expected unmerged layers; the adapters are merged: call unmerge "
             "first"
         )
+    for name, module in adapted_modules(model).items():
+        if isinstance(module, AdaptedModule) and any(a in module.config for a in adapters):
+            raise ConfigError(
+                f"adapters: expected such as add to weights; {name} is replaced by one of them "
+                "(modules_to_save or trainable_token_indices), and replacements have no sum"
+            )
     return {n: layer for n, layer in layers.items() if any(a in layer.config for a in adapters)}
 
 
