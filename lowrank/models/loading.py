@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,6 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lowrank import quant
 from lowrank.errors import ConfigError, DtypeError, FileFormatError, WeightError
 from lowrank.io.ahead import read_ahead
 from lowrank.io.hub import fetch_model, is_repo_id
@@ -31,9 +30,11 @@ from lowrank.models.hf import HFDirectory
 from lowrank.models.quantization_config import QuantizationConfig
 from lowrank.nn.quant_embedding import QuantEmbedding
 from lowrank.nn.quant_linear import QuantLinear
-from lowrank.nn.quant_weight import QuantWeight
+from lowrank.nn.quant_weight import QuantWeight, resolve
+from lowrank.ops.checks import check_float
 from lowrank.progress import bar
 from lowrank.quant import Quantizer
+from lowrank.surgery.quantize import names_to_skip
 from lowrank.surgery.targets import check_each_matches, matches
 
 
@@ -53,7 +54,7 @@ def load_model(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    skip: Sequence[str] = ("lm_head",),
+    skip: Iterable[str] = ("lm_head",),
     embeddings: bool = False,
     compute_dtype: torch.dtype | None = None,
     revision: str | None = None,
@@ -69,14 +70,9 @@ def load_model(
     ConfigError for what is no known model, FileFormatError for damaged files and for tensors that
     are missing, unexpected or misshaped, WeightError for a NaN in what is to be quantized.
     """
-    if not dtype.is_floating_point:
-        raise DtypeError(f"dtype: expected a floating-point dtype; got {dtype}")
-    if isinstance(skip, str):
-        raise ConfigError(f"skip: expected a sequence of names; got the string {skip!r}")
-    if isinstance(quantizer, str):
-        quantizer = quant.get(quantizer)
-    elif quantizer is not None and not isinstance(quantizer, Quantizer):
-        raise ConfigError(f"quantizer: expected a name, a quantizer or None; got {quantizer!r}")
+    check_float("dtype", dtype)
+    skip = names_to_skip(skip)
+    quantizer = None if quantizer is None else resolve(quantizer)
     if embeddings and quantizer is None:
         raise ConfigError("embeddings: belongs to a quantizer; got True without one")
     weights: Weights = _open(source, HFDirectory, revision, token)
@@ -89,7 +85,7 @@ def load_model(
     check_each_matches(model, [name for name in skip if name != "lm_head"], "skip")
     if compute_dtype is None and weights.quantization is not None:
         compute_dtype = weights.quantization.compute_dtype
-    holders, skip = _holders(model), list(skip)
+    holders = _holders(model)
     kinds = (nn.Linear, nn.Embedding) if embeddings else nn.Linear
     to_quantize = {
         name

@@ -282,10 +282,15 @@ def test_what_is_no_model_is_refused(tmp_path):
             lowrank.load_model(source)
     with pytest.raises(ConfigError, match="pass its directory"):
         lowrank.load_model(tmp_path / "model.safetensors")
-    with pytest.raises(DtypeError, match="dtype"):
-        lowrank.load_model(tmp_path, dtype=torch.int8)
-    with pytest.raises(ConfigError, match="quantizer: expected a name, a quantizer or None; got 4"):
-        lowrank.load_model(tmp_path, quantizer=4)
+    for dtype in (torch.int8, "float32", None):
+        with pytest.raises(DtypeError, match="^dtype: expected a floating-point dtype, .*; got "):
+            lowrank.load_model(tmp_path, dtype=dtype)
+    for quantizer in (4, quant.Fitted):
+        with pytest.raises(ConfigError, match="^quantizer: expected a name or an object with"):
+            lowrank.load_model(tmp_path, quantizer=quantizer)
+    for skip in (None, [3]):
+        with pytest.raises(ConfigError, match="^skip: expected a sequence of names; got "):
+            lowrank.load_model(tmp_path, skip=skip)
 
 
 def test_tensors_of_old_checkpoints_are_tolerated(tmp_path):
