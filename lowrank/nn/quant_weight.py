@@ -258,13 +258,13 @@ def quant_weights(model: nn.Module) -> dict[str, QuantWeight]:
     return found
 
 
-def resolve(quantizer: str | Quantizer) -> Quantizer:
-    """The quantizer of this name, or the object itself if it is one."""
+def resolve(quantizer: str | Quantizer, what: str = "quantizer") -> Quantizer:
+    """The quantizer of this name, or the object itself if it is one; `what` it is in an error."""
     if isinstance(quantizer, str):
         return quant.get(quantizer)
     if isinstance(quantizer, type) or not isinstance(quantizer, Quantizer):
         raise ConfigError(
-            f"quantizer: expected a name or an object with quantize, dequantize; got {quantizer!r}"
+            f"{what}: expected a name or an object with quantize, dequantize; got {quantizer!r}"
         )
     return quantizer
 

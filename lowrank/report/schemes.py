@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from lowrank import quant
 from lowrank.errors import ConfigError
+from lowrank.nn import quant_weight
 from lowrank.quant import Quantizer
 from lowrank.quant.registry import known
 
@@ -39,12 +40,7 @@ def resolve(schemes: Schemes | None) -> dict[str, Quantizer | ConfigError]:
         if label in found:
             raise ConfigError(f"schemes: expected each once; got {label!r} twice")
         quantizer = parse(scheme) if isinstance(scheme, str) else scheme
-        if isinstance(quantizer, type) or not isinstance(quantizer, Quantizer):
-            raise ConfigError(
-                f"schemes: {label}: expected a name or an object with quantize, dequantize; "
-                f"got {scheme!r}"
-            )
-        found[label] = quantizer
+        found[label] = quant_weight.resolve(quantizer, f"schemes: {label}")
     if not found:
         raise ConfigError("schemes: expected at least one; got none")
     return found
