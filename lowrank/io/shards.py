@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,26 @@ class Shards:
         """A tensor of that dtype and shape on the meta device."""
         entry = self._file_of[name].entries[name]
         return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+
+
+class Tensors(Mapping[str, Tensor]):
+    """Tensors of these `shapes` by name, each made by `read(name)` when it is taken."""
+
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor]
+    ) -> None:
+        self.shapes, self._read = shapes, read
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.shapes:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
 
 
 def write_shards(

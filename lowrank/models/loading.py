@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from lowrank.io.quantized import (
     quantized_modules,
     quantized_twin,
 )
-from lowrank.io.shards import Shards, check_shapes
+from lowrank.io.shards import Shards, Tensors, check_shapes
 from lowrank.models.config import DecoderConfig
 from lowrank.models.decoder import Decoder
 from lowrank.models.gguf import GGUFModel
@@ -121,23 +121,8 @@ def open_weights(
 
     The directory may be of any model whose weights are safetensors; see `load_model`.
     """
-    return _Tensors(_open(source, Shards, revision, token))
-
-
-class _Tensors(Mapping[str, Tensor]):
-    def __init__(self, source: Shards | GGUFModel) -> None:
-        self._source = source
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._source.shapes:
-            raise KeyError(name)
-        return self._source.read(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._source.shapes)
-
-    def __len__(self) -> int:
-        return len(self._source.shapes)
+    opened = _open(source, Shards, revision, token)
+    return Tensors(opened.shapes, opened.read)
 
 
 _Directory = TypeVar("_Directory", bound=Shards)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lowrank.errors import TargetError, WeightError
 from lowrank.io.safetensors import SafetensorsFile
-from lowrank.io.shards import Shards
+from lowrank.io.shards import Shards, Tensors
 from lowrank.nn.quant_linear import is_conv1d
 from lowrank.quant.blocks import panels
 from lowrank.surgery.quantize import SKIP, linear_layers
@@ -42,7 +42,7 @@ def matrix_of(linear: nn.Module) -> Tensor:
 
 def weights_of(tensors: Mapping[str, Tensor], skip: list[str]) -> dict[str, str]:
     """{layer: key} of the weights [N, K] named *.weight, outside `skip`. Raises TargetError."""
-    shapes = tensors.shapes if isinstance(tensors, WeightFiles) else tensors
+    shapes = tensors.shapes if isinstance(tensors, Tensors) else tensors
     found = {}
     for key, value in shapes.items():
         layer, _, leaf = key.rpartition(".")
@@ -57,39 +57,23 @@ def weights_of(tensors: Mapping[str, Tensor], skip: list[str]) -> dict[str, str]
     return found
 
 
-class WeightFiles(Mapping[str, Tensor]):
-    """The tensors of a .safetensors file, or of a directory of them, each read when asked for.
+class WeightFiles(Tensors):
+    """The tensors of a .safetensors file, or of a directory of them.
 
-    `shapes` maps names to shapes. Without `embeddings`, what is a table of vectors by its name is
-    left out.
+    Without `embeddings`, what is a table of vectors by its name is left out.
     """
 
     def __init__(
         self, path: str | Path, embeddings: bool = False, device: torch.device | str = "cpu"
     ) -> None:
         if Path(path).is_dir():
-            shards = Shards(path)
-            shapes, self._read = shards.shapes, shards.read
+            source = Shards(path)
+            shapes = source.shapes
         else:
-            file = SafetensorsFile(path)
-            shapes, self._read = {k: e.shape for k, e in file.entries.items()}, file.read
-        self._device = device
-        self.shapes = {
-            name: shape
-            for name, shape in shapes.items()
-            if embeddings or not _EMBEDDING.search(name)
-        }
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.shapes:
-            raise KeyError(name)
-        return self._read(name).to(self._device)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
+            source = SafetensorsFile(path)
+            shapes = {name: entry.shape for name, entry in source.entries.items()}
+        chosen = {n: s for n, s in shapes.items() if embeddings or not _EMBEDDING.search(n)}
+        super().__init__(chosen, lambda name: source.read(name).to(device))
 
 
 def squares(name: str, weight: Tensor) -> float:

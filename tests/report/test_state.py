@@ -9,10 +9,12 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import lowrank
 from lowrank import quant
+from lowrank.io.shards import SINGLE, Shards
 from lowrank.models.config import DecoderConfig
 from lowrank.models.decoder import Decoder
 from lowrank.report import report
@@ -165,6 +167,14 @@ def test_weights_are_read_one_at_a_time():
     first, second = report(weights, ["nf4", "int8"], speed=False).rows
     assert len(first.layers) == len(second.layers) == 9
     assert weights.most <= 2  # the last, and the one that takes its place
+
+
+def test_of_files_only_the_matrices_are_read(tmp_path, monkeypatch):
+    save_file({"a.weight": torch.randn(8, 64), "norm.weight": torch.ones(64)}, tmp_path / SINGLE)
+    taken, read = set(), Shards.read
+    monkeypatch.setattr(Shards, "read", lambda self, name: taken.add(name) or read(self, name))
+    compared = report(lowrank.open_weights(tmp_path), ["nf4"], speed=False)
+    assert set(compared.rows[0].layers) == {"a"} and taken == {"a.weight"}
 
 
 def test_progress_is_for_terminals_and_counts_all(model, monkeypatch):
