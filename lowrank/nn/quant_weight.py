@@ -39,14 +39,16 @@ class QuantWeight(nn.Module):
 
     def __init__(self, storage: Storage, quantizer: str | Quantizer) -> None:
         super().__init__()
-        self.quantizer = resolve(quantizer)
         self.matrix_shape = tuple(storage.shape)
         self._tensor_dtypes: dict[str, torch.dtype] = {}
-        self.storage = storage
+        self._set(storage, resolve(quantizer))
 
     @property
     def storage(self) -> Storage:
-        """The quantized weight: the parameters viewed in the dtypes the quantizer computes with."""
+        """The quantized weight: the parameters viewed in the dtypes the quantizer computes with.
+
+        One of another scheme, or with other options, may be set: the quantizer is then its own.
+        """
         parameters = self._parameters
         tensors = {}
         for name, dtype in self._tensor_dtypes.items():
@@ -56,6 +58,9 @@ class QuantWeight(nn.Module):
 
     @storage.setter
     def storage(self, storage: Storage) -> None:
+        self._set(storage)
+
+    def _set(self, storage: Storage, quantizer: Quantizer | None = None) -> None:
         if tuple(storage.shape) != self.matrix_shape:
             raise ShapeError(
                 f"storage: expected a weight of shape {list(self.matrix_shape)}; "
@@ -67,6 +72,10 @@ class QuantWeight(nn.Module):
                     "storage: expected tensors not named weight or bias, nor as an attribute of a "
                     f"module is; got {name!r}; choose another name"
                 )
+        if quantizer is None:
+            same = (storage.scheme, dict(storage.options)) == (self._scheme, self._options)
+            quantizer = self.quantizer if same else quant.quantizer_of(storage)
+        self.quantizer = quantizer
         for name in self._tensor_dtypes:
             del self._parameters[name]
         self._tensor_dtypes = {name: tensor.dtype for name, tensor in storage.tensors.items()}
@@ -87,7 +96,7 @@ class QuantWeight(nn.Module):
             for name, tensor in storage.tensors.items():
                 held[name].copy_(tensor)
         else:
-            self.storage = replace(storage, dtype=held.dtype)
+            self._set(replace(storage, dtype=held.dtype), self.quantizer)
             self.dtype = dtype
 
     @property
@@ -106,7 +115,8 @@ class QuantWeight(nn.Module):
 
     def tie(self, other: QuantWeight) -> None:
         """Hold the very parameters of `other`, a weight of the same shape."""
-        self.storage, self.quantizer, self.dtype = other.storage, other.quantizer, other.dtype
+        self._set(other.storage, other.quantizer)
+        self.dtype = other.dtype
         for name in self._tensor_dtypes:
             self._parameters[name] = other._parameters[name]
 
@@ -235,8 +245,7 @@ class QuantWeight(nn.Module):
         tensors = dict(storage.tensors)
         if device.type != "meta":
             tensors = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
-        self.storage = replace(storage, tensors=tensors)
-        self.quantizer = quantizer
+        self._set(replace(storage, tensors=tensors), quantizer)
         return {name: self._parameters[name] for name in self._tensor_dtypes}
 
     def _check_tensors(self, loaded: Mapping[str, Tensor], prefix: str) -> None:

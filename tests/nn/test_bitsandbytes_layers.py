@@ -251,6 +251,11 @@ def test_scales_in_8_bits_by_name():
     again = QuantLinear(4096, 16, quantizer="int8")
     again.load_state_dict(layer.state_dict())
     assert torch.equal(again.dequantize(), layer.dequantize())
+    weight = torch.randn(16, 4096)
+    layer.load_state_dict({"weight": weight, "bias": layer.bias})  # they stay so
+    mine = quant.get("nf4", double_quant=True)
+    assert layer.storage.options["double_quant"]
+    assert torch.equal(layer.dequantize(), mine.dequantize(mine.quantize(weight)))
 
 
 def without(state, key):

@@ -66,6 +66,9 @@ def test_the_storage_can_be_replaced_and_keeps_its_kind():
     assert layer.storage.options == storage.options and layer.storage.dtype == storage.dtype
     again = QuantLinear.from_storage(storage, "nf4")
     assert same_weight(layer, again) and again.bias is None
+    own = quant.Storage("own", (10, 64), torch.float32, {"codes": torch.zeros(10, 64)})
+    with pytest.raises(ConfigError, match="quantizer: expected one of .*; got 'own'"):
+        layer.storage = own
     with pytest.raises(ShapeError, match=r"storage: expected a weight of shape \[10, 32\]"):
         QuantLinear(32, 10).storage = storage
     named = quant.Storage("own", (10, 64), torch.float32, {"weight": torch.zeros(10, 64)})
