@@ -30,6 +30,7 @@ from .surgery import inject as inject
 from .surgery import merge as merge
 from .surgery import merge_and_unload as merge_and_unload
 from .surgery import merge_quantized as merge_quantized
+from .surgery import prepare_for_kbit_training as prepare_for_kbit_training
 from .surgery import print_trainable_parameters as print_trainable_parameters
 from .surgery import quantize as quantize
 from .surgery import scale_adapter as scale_adapter

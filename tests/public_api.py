@@ -28,6 +28,8 @@ def layers() -> None:
 def editing(model: nn.Module, cfg: lowrank.LoRAConfig) -> None:
     model = lowrank.quantize(model, "nf4", compute_dtype=torch.bfloat16, skip=["lm_head"])
     model = lowrank.quantize(model, "nf4", embeddings=True)
+    model = lowrank.quantize(model, load_in_4bit=True, bnb_4bit_compute_dtype="bfloat16")
+    model = lowrank.prepare_for_kbit_training(model, upcast_norms=True)
     model = lowrank.inject(model, cfg, adapter="default")
     weights = lowrank.open_weights("path")
     model = lowrank.inject(model, cfg, quantizer="nf4", weights=weights)

@@ -33,7 +33,7 @@ from lowrank.nn.quant_linear import QuantLinear
 from lowrank.nn.quant_weight import QuantWeight, resolve
 from lowrank.ops.checks import check_float
 from lowrank.progress import bar
-from lowrank.quant import Quantizer
+from lowrank.quant import Quantizer, familiar
 from lowrank.surgery.quantize import names_to_skip
 from lowrank.surgery.targets import check_each_matches, matches
 
@@ -59,6 +59,12 @@ def load_model(
     compute_dtype: torch.dtype | None = None,
     revision: str | None = None,
     token: str | None = None,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
+    bnb_4bit_quant_type: str | None = None,
+    bnb_4bit_compute_dtype: torch.dtype | str | None = None,
+    bnb_4bit_use_double_quant: bool | None = None,
+    quantization_config: object | None = None,
 ) -> Decoder:
     """The model in a Hugging Face directory, a hub repository `owner/name`, or a .gguf file.
 
@@ -66,12 +72,22 @@ def load_model(
     name is or ends in one of `skip`; with `embeddings` the embedding too, a QuantEmbedding, whose
     storage a tied head then shares. Everything else is held in `dtype`. What a directory holds
     quantized, by bitsandbytes or by `save_model`, is taken as it is. Memory peaks at the finished
-    model and twice the largest tensor. `compute_dtype` is that of QuantLinear. Raises
-    ConfigError for what is no known model, FileFormatError for damaged files and for tensors that
+    model and twice the largest tensor. `compute_dtype` is that of QuantLinear. From `load_in_4bit`
+    on, the arguments are the tutorials' words for a quantizer and compute_dtype. Raises ConfigError
+    for what is no known model, FileFormatError for damaged files and for tensors that
     are missing, unexpected or misshaped, WeightError for a NaN in what is to be quantized.
     """
     check_float("dtype", dtype)
-    skip = names_to_skip(skip)
+    words = {
+        "load_in_4bit": load_in_4bit,
+        "load_in_8bit": load_in_8bit,
+        "bnb_4bit_quant_type": bnb_4bit_quant_type,
+        "bnb_4bit_compute_dtype": bnb_4bit_compute_dtype,
+        "bnb_4bit_use_double_quant": bnb_4bit_use_double_quant,
+    }
+    quantizer, compute_dtype, skip = familiar.translate(
+        quantizer, compute_dtype, names_to_skip(skip), words, quantization_config
+    )
     quantizer = None if quantizer is None else resolve(quantizer)
     if embeddings and quantizer is None:
         raise ConfigError("embeddings: belongs to a quantizer; got True without one")

@@ -10,6 +10,7 @@ from .merge import merge_and_unload as merge_and_unload
 from .merge import unload as unload
 from .merge import unmerge as unmerge
 from .merge_quantized import merge_quantized as merge_quantized
+from .prepare import prepare_for_kbit_training as prepare_for_kbit_training
 from .quantize import quantize as quantize
 from .rows import adapter_rows as adapter_rows
 from .switch import delete_adapter as delete_adapter

@@ -14,7 +14,7 @@ from lowrank.nn.quant_embedding import QuantEmbedding
 from lowrank.nn.quant_experts import QuantExperts, replace_parameter
 from lowrank.nn.quant_linear import QuantLinear, is_conv1d
 from lowrank.nn.quant_weight import QuantWeight, resolve
-from lowrank.quant import Quantizer
+from lowrank.quant import Quantizer, familiar
 
 from .inject import replace_modules
 from .targets import check_each_matches, matches, walk
@@ -25,11 +25,18 @@ SKIP = ("lm_head", "gate", "router", "router.layer", "router.classifier", "share
 
 def quantize(
     model: nn.Module,
-    quantizer: str | Quantizer = "nf4",
+    quantizer: str | Quantizer | None = None,
     double_quant: bool | None = None,
     compute_dtype: torch.dtype | None = None,
     skip: Iterable[str] = SKIP,
     embeddings: bool = False,
+    *,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
+    bnb_4bit_quant_type: str | None = None,
+    bnb_4bit_compute_dtype: torch.dtype | str | None = None,
+    bnb_4bit_use_double_quant: bool | None = None,
+    quantization_config: object | None = None,
 ) -> nn.Module:
     """Replace every linear layer by a QuantLinear, in place, but those in `skip`.
 
@@ -38,15 +45,30 @@ def quantize(
     `skip` holds names or suffixes of modules and of such parameters.
 
     With `embeddings`, every nn.Embedding becomes a QuantEmbedding, and a linear layer tied to one,
-    in `skip` or not, shares its storage. `double_quant` belongs to a quantizer given by name; None
-    means that scheme's own default. Returns the model. Raises ConfigError for what cannot be
-    quantized and WeightError at a NaN or inf, naming it; the model is then as it was.
+    in `skip` or not, shares its storage. `quantizer` None means nf4; `double_quant` belongs to one
+    given by name, and None to that scheme's own default. The rest are the tutorials' words for a
+    quantizer and compute_dtype, and quantization_config an object with them (`quant.familiar`).
+
+    Returns the model. Raises ConfigError for what cannot be quantized and WeightError at a NaN or
+    inf, naming it; the model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"model: expected an nn.Module; got {type(model).__name__}; "
             "lowrank.load_model reads files, and quantizes as it does"
         )
+    words = {
+        "load_in_4bit": load_in_4bit,
+        "load_in_8bit": load_in_8bit,
+        "bnb_4bit_quant_type": bnb_4bit_quant_type,
+        "bnb_4bit_compute_dtype": bnb_4bit_compute_dtype,
+        "bnb_4bit_use_double_quant": bnb_4bit_use_double_quant,
+    }
+    skip = names_to_skip(skip)
+    quantizer, compute_dtype, skip = familiar.translate(
+        quantizer, compute_dtype, skip, words, quantization_config
+    )
+    quantizer = "nf4" if quantizer is None else quantizer
     if double_quant is None:
         quantizer = resolve(quantizer)
     elif isinstance(quantizer, str):
@@ -55,7 +77,6 @@ def quantize(
         raise ConfigError(
             "double_quant: expected None beside a quantizer object, which has its own options"
         )
-    skip = names_to_skip(skip)
     experts = _experts(model)
     named = [s for s in skip if s not in SKIP and not any(matches(n, [s]) for n in experts)]
     check_each_matches(model, named, "skip")

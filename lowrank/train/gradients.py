@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 
 from lowrank.errors import ConfigError, TrainingError
+from lowrank.surgery.checkpointing import is_checkpointing, set_checkpointing
 
 logger = logging.getLogger("lowrank.train")
 
@@ -67,38 +68,14 @@ def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
-def can_checkpoint(model: nn.Module) -> bool:
-    """Whether the model has a switch for recomputing activations in the backward."""
-    return hasattr(model, "gradient_checkpointing") or _switch(model) is not None
-
-
 @contextlib.contextmanager
 def gradient_checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Recompute activations in the backward while inside, through the model's own switch.
-
-    That is the attribute `gradient_checkpointing`, or the pair of methods of transformers' models.
-    """
-    if not wanted:
-        yield
-        return
-    if hasattr(model, "gradient_checkpointing"):
-        before, model.gradient_checkpointing = model.gradient_checkpointing, True
-        try:
-            yield
-        finally:
-            model.gradient_checkpointing = before
-        return
-    switch = _switch(model)
-    # the reentrant kind loses the gradient where the embedding is frozen
-    options = {f"{switch}_kwargs": {"use_reentrant": False}}
-    getattr(model, f"{switch}_enable")(**options)
+    """Recompute activations in the backward while inside, through the model's own switch."""
+    before = is_checkpointing(model)
+    if wanted:
+        set_checkpointing(model, True)
     try:
         yield
     finally:
-        getattr(model, f"{switch}_disable")()
-
-
-def _switch(model: nn.Module) -> str | None:
-    """The stem of transformers' methods: the name of its version 5.23 and later, or that before."""
-    names = ("activation_checkpointing", "gradient_checkpointing")
-    return next((name for name in names if hasattr(model, f"{name}_enable")), None)
+        if wanted:
+            set_checkpointing(model, before)

@@ -25,9 +25,9 @@ from lowrank.data import (
 from lowrank.data.tokens import Tokenizer
 from lowrank.errors import ConfigError, TrainingError
 from lowrank.io.versions import versions
+from lowrank.surgery.checkpointing import can_checkpoint
 from lowrank.train.config import TrainConfig
 from lowrank.train.gradients import (
-    can_checkpoint,
     check_gradients,
     check_values,
     clip,

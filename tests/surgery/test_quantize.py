@@ -79,7 +79,6 @@ def test_quantize_refuses_a_bad_weight_by_name(bad):
         ),
         ({"skip": None}, "skip: expected a sequence of names; got None"),
         ({"skip": ["lm_head", 3]}, r"skip: expected a sequence of names; got \['lm_head', 3\]"),
-        ({"quantizer": None}, "^quantizer: expected a name or an object with quantize"),
         ({"quantizer": lowrank.quant.Fitted}, "^quantizer: expected a name or an object with"),
         ({"quantizer": lowrank.quant.get("nf4"), "double_quant": True}, "double_quant"),
     ],
