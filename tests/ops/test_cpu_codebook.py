@@ -188,6 +188,16 @@ def test_linear_and_dx_of_one_panel_and_of_several(M, N, threads):
     assert error(ops.codebook_linear_dx(dy, *weight, K), dy, W) < 1e-6
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_thousand_rows_of_x(biased):
+    M, N, K = 1025, 2080, 2048  # more than one of the larger panels
+    weight, x = random_weight(N, K, 64, double_quant=True), torch.randn(M, K)
+    bias = torch.randn(N) if biased else None
+    y = ops.codebook_linear(x, *weight, bias)
+    extra = bias.double() if biased else 0.0
+    assert error(y[::8], x[::8], dense(*weight, K, 64).T, extra) < 1e-6
+
+
 @pytest.mark.parametrize("dtype", EPS)
 @pytest.mark.parametrize("M", [17, 33, 513, 530])
 @pytest.mark.parametrize(

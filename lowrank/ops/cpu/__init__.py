@@ -1,6 +1,6 @@
 """The operators on a CPU, over the kernels of `csrc/`; their meaning is in `reference`.
 
-Few rows of x are multiplied straight from packed codes, with AVX2 and AVX-512 any number of them.
+Few rows of x are multiplied straight from packed codes, with AVX2 any number, with AVX-512 1023.
 Else a panel of the weight's rows is decoded to float32 and given to the BLAS that torch brings. So
 the dense weight never exists.
 16-bit activations are computed in float32: on a CPU without 16-bit matrix units that is many times

@@ -22,6 +22,7 @@ from .refusals import refuse_codebook, refuse_devices, refuse_dtype, refuse_weig
 _DIRECT_M = 16  # rows of x up to which decoding inside the product beats a panel and BLAS
 _DIRECT_ISAS = ("avx2", "avx512")  # and where it does, as measured, for more of them too:
 _DECODED_ONCE_M = 384  # for any number, but of a weight that is one panel for so many
+_BLAS_M = 1024  # and with AVX-512 up to here; then panels twice as large and BLAS are faster
 
 
 def codebook_quantize(weight: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -75,7 +76,10 @@ def goes_by_panels(x: Tensor, N: int) -> bool:
     M = rows_of(x)
     if M <= _DIRECT_M:
         return False
-    if native.isa() not in _DIRECT_ISAS or multiplies_bfloat16(x.dtype):
+    isa = native.isa()
+    if isa not in _DIRECT_ISAS or multiplies_bfloat16(x.dtype):
+        return True
+    if isa == "avx512" and M >= _BLAS_M:
         return True
     return M > _DECODED_ONCE_M and N * x.shape[-1] <= PANEL
 
@@ -99,7 +103,8 @@ def linear_by_panels(
     rows = x.reshape(-1, K).to(dtype)  # [M, K]
     if y is None:
         y = empty(rows.shape[0], N, dtype=dtype)
-    for n0, n1, w in panels(weight, K, block_size, dtype):
+    size = PANEL if rows.shape[0] < _BLAS_M else 2 * PANEL
+    for n0, n1, w in panels(weight, K, block_size, dtype, size):
         if bias is not None:
             torch.addmm(bias[n0:n1].to(dtype), rows, w.T, out=y[:, n0:n1])
         else:

@@ -22,10 +22,10 @@ Weight = tuple[Tensor, Tensor, Tensor | None, Tensor]  # packed, absmax, absmax_
 
 
 def panels(
-    weight: Weight, K: int, block_size: int, dtype: torch.dtype
+    weight: Weight, K: int, block_size: int, dtype: torch.dtype, size: int = PANEL
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """(n0, n1, w [n1 - n0, K] float32 or bfloat16) over all rows."""
-    height = max(1, PANEL // K) if dtype == torch.float32 else _BFLOAT16_WIDTH
+    """(n0, n1, w [n1 - n0, K]) over all rows: float32 of this size, or bfloat16."""
+    height = max(1, size // K) if dtype == torch.float32 else _BFLOAT16_WIDTH
     for n0, n1 in _parts(weight[0].shape[0], height):
         w = scratch(n1 - n0, K, dtype)
         dequantize_rows(weight, K, block_size, n0, n1, w)
@@ -67,7 +67,8 @@ def dequantize_rows(weight: Weight, K: int, block_size: int, n0: int, n1: int, o
 def scratch(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """This thread's scratch, kept from call to call.
 
-    It is 8 MB in float32 where rows are not very long; in bfloat16, 2 kB for each row or column.
+    It is 8 MB in float32 where rows are not very long, 16 MB for the y of a thousand rows; in
+    bfloat16, 2 kB for each row or column.
     A forward keeps its outputs, so fresh memory would lie elsewhere in every layer, and be cold.
     """
     size = rows * columns * dtype.itemsize
