@@ -1,13 +1,6 @@
 """Loading by a hub id, from a local server that answers as the hub's file endpoints do."""
 
-import hashlib
 import json
-import os
-import subprocess
-import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,75 +10,6 @@ from tests.models.helpers import llama
 from tests.models.test_tokenizer import write_tokenizer
 
 pytest.importorskip("transformers", reason="writes the checkpoints; pip install transformers")
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class Hub(BaseHTTPRequestHandler):
-    """HEAD and GET of /{owner}/{name}/resolve/{revision}/{file}, as huggingface_hub calls them."""
-
-    root: Path
-    asked: list[str]
-
-    def do_HEAD(self):
-        self.answer(body=False)
-
-    def do_GET(self):
-        self.answer(body=True)
-
-    def answer(self, body: bool):
-        if "/resolve/" not in self.path:
-            return self.refuse(404, "EntryNotFound")
-        owner, name, _, revision, file = self.path.lstrip("/").split("/", 4)
-        self.asked.append(f"{self.command} {name}/{file}")
-        path = self.root / owner / name / file
-        if not path.parent.is_dir():
-            return self.refuse(401, "RepoNotFound")
-        if name == "gated" and self.headers.get("Authorization") != "Bearer key":
-            return self.refuse(403, "GatedRepo")
-        if revision not in ("main", "v1", COMMIT):
-            return self.refuse(404, "RevisionNotFound")
-        if not path.is_file():
-            return self.refuse(404, "EntryNotFound")
-        content = path.read_bytes()
-        self.send_response(200)
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-    def refuse(self, status: int, code: str):
-        self.send_response(status)
-        self.send_header("X-Error-Code", code)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def hub(tmp_path):
-    """(run a script against the hub, the folder of its repositories, what was asked of it)"""
-    handler = type("Handler", (Hub,), {"root": tmp_path / "hub", "asked": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-
-    def run(script: str, **environment: str) -> list[str]:
-        home = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home")}
-        env = {**os.environ, "NO_PROXY": "127.0.0.1", **home, **environment}
-        env.pop("HF_TOKEN", None)
-        out = subprocess.run(
-            [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=240
-        )
-        assert out.returncode == 0, out.stderr
-        return out.stdout.splitlines()
-
-    yield run, tmp_path / "hub", handler.asked
-    server.shutdown()
-    server.server_close()
 
 
 LOAD = """
