@@ -18,8 +18,9 @@ class Held(nn.Module):
         return str(list(self.weight.shape))
 
 
-def with_weight(module: nn.Module, weight: Tensor) -> nn.Module:
-    """The same layer around another weight, frozen; its other parameters are shared."""
+def replaced(module: nn.Module, **weights: Tensor) -> nn.Module:
+    """The same layer around other weights, frozen; its other parameters are shared."""
     twin = copy.copy(module)
-    twin._parameters = {**module._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
+    frozen = {name: nn.Parameter(weight, requires_grad=False) for name, weight in weights.items()}
+    twin._parameters = {**module._parameters, **frozen}
     return twin

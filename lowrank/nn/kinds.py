@@ -6,6 +6,7 @@ from torch import nn
 
 from lowrank.errors import ConfigError
 from lowrank.nn.adapted import AdaptedLayer
+from lowrank.nn.lora_attention import LoRAMultiheadAttention
 from lowrank.nn.lora_conv import CONVOLUTIONS, LoRAConv
 from lowrank.nn.lora_embedding import LoRAEmbedding
 from lowrank.nn.lora_linear import LoRALinear
@@ -16,6 +17,7 @@ _KINDS: dict[type[nn.Module], type[AdaptedLayer]] = {
     **dict.fromkeys((nn.Linear, QuantLinear), LoRALinear),
     **dict.fromkeys((nn.Embedding, QuantEmbedding), LoRAEmbedding),
     **dict.fromkeys(CONVOLUTIONS, LoRAConv),
+    nn.MultiheadAttention: LoRAMultiheadAttention,
 }
 
 

@@ -13,7 +13,7 @@ from lowrank.adapters.config import LoRAConfig
 from lowrank.adapters.dora import DoRA
 from lowrank.errors import ConfigError, TargetError
 from lowrank.nn.adapted import AdaptedLayer
-from lowrank.nn.held import with_weight
+from lowrank.nn.held import replaced
 
 CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
@@ -127,7 +127,8 @@ class LoRAConv(AdaptedLayer):
 
     def plain(self, matrix: Tensor) -> nn.Module:
         base = self.unmerged_base
-        plain = with_weight(base, matrix.unflatten(1, (base.in_channels, *base.kernel_size)))
+        weight = matrix.unflatten(1, (base.in_channels, *base.kernel_size))
+        plain = replaced(base, weight=weight)
         plain.groups = 1
         return plain
 

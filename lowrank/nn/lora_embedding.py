@@ -12,7 +12,7 @@ from lowrank.adapters import Method
 from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import ConfigError, TargetError
 from lowrank.nn.adapted import AdaptedLayer
-from lowrank.nn.held import with_weight
+from lowrank.nn.held import replaced
 from lowrank.nn.quant_embedding import QuantEmbedding
 from lowrank.quant import dequantize_rows
 
@@ -101,7 +101,7 @@ class LoRAEmbedding(AdaptedLayer):
     def plain(self, matrix: Tensor) -> nn.Module:
         base, table = self.unmerged_base, matrix.T.contiguous()
         if isinstance(base, nn.Embedding):
-            return with_weight(base, table)
+            return replaced(base, weight=table)
         plain = nn.Embedding(
             self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta"
         )

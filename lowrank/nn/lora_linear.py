@@ -16,7 +16,7 @@ from lowrank.errors import ConfigError, FileFormatError, ShapeError, TargetError
 from lowrank.nn.adapted import AdaptedLayer
 from lowrank.nn.autocast import linear_dtype
 from lowrank.nn.fusible import NO_BASE, Base, fusible_base, is_patched
-from lowrank.nn.held import with_weight
+from lowrank.nn.held import replaced
 from lowrank.nn.quant_linear import QuantLinear, is_conv1d, is_dense_linear
 from lowrank.nn.rows import stacked
 from lowrank.nn.small import small_product
@@ -71,6 +71,14 @@ class LoRALinear(AdaptedLayer):
             )
         layer = cls.__new__(cls)
         layer._init_around(linear, config, adapter, name, quantizer)
+        return layer
+
+    @classmethod
+    def bare(cls, linear: nn.Linear) -> LoRALinear:
+        """The layer around `linear`, which has no adapter yet."""
+        layer = cls.__new__(cls)
+        AdaptedLayer.__init__(layer, linear)
+        layer.out_features, layer.in_features = layer.matrix_shape
         return layer
 
     def _init_around(
@@ -237,9 +245,9 @@ class LoRALinear(AdaptedLayer):
     def plain(self, matrix: Tensor) -> nn.Module:
         base = self.unmerged_base
         if is_conv1d(base):
-            return with_weight(base, matrix.T.contiguous())
+            return replaced(base, weight=matrix.T.contiguous())
         if type(base) is not nn.Linear and "weight" in base._parameters and not is_patched(base):
-            return with_weight(base, matrix)  # a class of the user's own
+            return replaced(base, weight=matrix)  # a class of the user's own
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(matrix, requires_grad=False)
         linear.bias = base.bias  # the same parameter: adapters do not change it
