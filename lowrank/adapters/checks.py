@@ -106,6 +106,12 @@ def names(name: str, value: Any) -> list[str] | str | None:
     return list(dict.fromkeys(value))
 
 
+def parameters(value: Any) -> list[str] | None:
+    if isinstance(value, str):
+        raise ConfigError(f"target_parameters: expected a list of names; got the string {value!r}")
+    return names("target_parameters", value or None)
+
+
 def tokens(value: Any) -> list[int] | dict[str, list[int]] | None:
     """trainable_token_indices: ids, or {name of an embedding: ids}."""
     if value is None:

@@ -28,6 +28,8 @@ class LoRAConfig:
       (`re.fullmatch`), or one of "all-linear" (every linear layer but the output head), "attention"
       (those within attention) and "minimal" (queries and values). None: "minimal", or what PEFT
       takes for the model's family.
+    target_parameters: names or ends of names of weights [E, N, K] of experts that are no modules;
+      without target_modules, nothing else has adapters.
     exclude_modules: the same two rules; wins over target_modules.
     lora_dropout: probability of dropping each element of x on the way to A, in training.
     rank_pattern, alpha_pattern: {name, suffix or regex: value} for layers that differ; the first
@@ -57,6 +59,7 @@ class LoRAConfig:
     r: int = 8
     lora_alpha: float = 8
     target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
     exclude_modules: list[str] | str | None = None
     lora_dropout: float = 0.0
     bias: str = "none"
@@ -97,7 +100,11 @@ class LoRAConfig:
         if self.use_dora or self.method == "dora":  # two names of one thing
             self.use_dora, self.method = True, "dora"
         self.task_type = checks.task(self.task_type)
-        self.target_modules = checks.names("target_modules", self.target_modules)
+        self.target_parameters = checks.parameters(self.target_parameters)
+        if self.target_parameters and self.target_modules in (None, [], ()):
+            self.target_modules = []
+        else:
+            self.target_modules = checks.names("target_modules", self.target_modules)
         if isinstance(self.modules_to_save, str):
             self.modules_to_save = [self.modules_to_save]
         self.modules_to_save = checks.names("modules_to_save", self.modules_to_save or None)

@@ -63,7 +63,7 @@ def init_(A: Tensor, B: Tensor, how: bool | str = True) -> None:
 def merged_weight(
     weight: Tensor, branches: Iterable[tuple[Tensor, Tensor, float]], dtype: torch.dtype
 ) -> Tensor:
-    """W + Σ s·B A over branches (A, B, s): a new [N, K] of `dtype`.
+    """W + Σ s·B A over branches (A, B, s): a new [N, K] of `dtype`, or [E, N, K] of experts.
 
     Summed in at least float32 and rounded once.
 
@@ -72,7 +72,8 @@ def merged_weight(
     wide = torch.promote_types(weight.dtype, torch.float32)
     merged = weight.to(wide, copy=True)
     for A, B, s in branches:
-        merged.addmm_(B.to(wide), A.to(wide), alpha=s)
+        add = merged.addmm_ if merged.dim() == 2 else merged.baddbmm_
+        add(B.to(wide), A.to(wide), alpha=s)
     merged = merged.to(dtype)
     if not merged.isfinite().all():
         raise WeightError(

@@ -34,7 +34,6 @@ _REST: dict[str, Any] = {
     "peft_type": "LORA",
     "peft_version": "0.21.2",
     "qalora_group_size": 16,
-    "target_parameters": None,
     "use_bdlora": None,
     "use_qalora": False,
     "velora_config": None,
@@ -48,7 +47,6 @@ _REFUSED = (
     "lora_bias",
     "megatron_config",
     "monteclora_config",
-    "target_parameters",
     "use_bdlora",
     "use_qalora",
 )

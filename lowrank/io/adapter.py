@@ -27,7 +27,7 @@ from lowrank.surgery.targets import (
     adapted_modules,
     check_adapters,
     find_targets,
-    walk,
+    named_bases,
 )
 
 from .adapter_card import card
@@ -161,7 +161,7 @@ def load_adapter(
     shapes = {key: tuple(place.shape) for key, place in rest.items()}
     check_fits(tensors, expected | shapes, directory)
 
-    modules = dict(walk(model))
+    modules = named_bases(model)
     targets = {name: modules[name] for name in names}
     file = directory / WEIGHTS_FILE
     numbers = read_numbers(file)

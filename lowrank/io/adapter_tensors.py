@@ -13,9 +13,11 @@ from lowrank.errors import FileFormatError
 from lowrank.nn.adapted import AdaptedLayer
 from lowrank.nn.adapted_module import AdaptedModule
 from lowrank.nn.kinds import kind_of
+from lowrank.nn.lora_experts import DenseExperts, LoRAExperts
+from lowrank.nn.quant_experts import QuantExperts
 from lowrank.nn.saved_module import dense_shapes
 from lowrank.surgery.replaced import Replaced
-from lowrank.surgery.targets import adapted_modules, walk
+from lowrank.surgery.targets import adapted_modules, named_bases, walk
 
 from .safetensors import load_safetensors
 
@@ -27,12 +29,13 @@ Shapes = dict[str, tuple[int, ...]]
 
 def tensors_of(model: nn.Module, config: LoRAConfig, adapter: str) -> dict[str, Tensor]:
     """The adapter's tensors by key, without the prefix."""
-    tensors, targets = {}, []
-    for name, module in adapted_modules(model).items():
-        if adapter in module.config:
-            targets += [name] * isinstance(module, AdaptedLayer)
-            for key, tensor in module.to_file(adapter).items():
-                tensors[f"{name}.{key}"] = tensor
+    modules = {n: m for n, m in adapted_modules(model).items() if adapter in m.config}
+    targets = [name for name, module in modules.items() if isinstance(module, AdaptedLayer)]
+    tensors = {
+        f"{place}{key}": tensor
+        for name, place in _places(modules).items()
+        for key, tensor in modules[name].to_file(adapter).items()
+    }
     return {**tensors, **biases(model, targets, config)}
 
 
@@ -40,13 +43,13 @@ def shapes_of(
     model: nn.Module, config: LoRAConfig, targets: Iterable[str], replaced: Replaced
 ) -> Shapes:
     """The keys and shapes that an adapter of this config has in a model, there or not yet."""
-    modules, shapes = {**dict(walk(model)), **adapted_modules(model)}, {}
-    for name in targets:
+    modules, shapes = {**named_bases(model), **adapted_modules(model)}, {}
+    for name, place in _places({name: modules[name] for name in targets}).items():
         module = modules[name]
         base = module.unmerged_base if isinstance(module, AdaptedLayer) else module
         kind = type(module) if isinstance(module, AdaptedLayer) else kind_of(module)
         for key, shape in kind.file_shapes(base, config, name).items():
-            shapes[f"{name}.{key}"] = shape
+            shapes[f"{place}{key}"] = shape
     for name in (*replaced.saved, *replaced.tied_saved):
         for key, shape in dense_shapes(_base(modules[name])).items():
             shapes[f"{name}.{key}"] = shape
@@ -135,10 +138,29 @@ def check_fits(tensors: Mapping[str, Tensor], expected: Shapes, directory: Path)
 
 def fill(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> None:
     """Fill the adapter with the tensors of a file, which fit."""
-    for name, module in adapted_modules(model).items():
-        if adapter in module.config:
-            keys = module.to_file(adapter)
-            module.from_file(adapter, {key: tensors[f"{name}.{key}"] for key in keys})
+    modules = {n: m for n, m in adapted_modules(model).items() if adapter in m.config}
+    for name, place in _places(modules).items():
+        keys = modules[name].to_file(adapter)
+        modules[name].from_file(adapter, {key: tensors[f"{place}{key}"] for key in keys})
+
+
+def _places(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """What precedes the keys of each module in a file.
+
+    That is its name; but PEFT wraps the module that parameters are in once for each of them, so the
+    last has the module's name, and the one before it is within that one's `base_layer`.
+    """
+    places = {name: f"{name}." for name in modules}
+    weights = [
+        n for n, m in modules.items() if isinstance(m, DenseExperts | QuantExperts | LoRAExperts)
+    ]
+    wraps: dict[str, int] = {}
+    for name in reversed(weights):
+        parent = name.rpartition(".")[0]
+        before = wraps.setdefault(parent, 0)
+        places[name] = f"{parent}." * bool(parent) + "base_layer." * before
+        wraps[parent] += 1
+    return places
 
 
 def _base(module: nn.Module) -> nn.Module:

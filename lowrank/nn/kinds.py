@@ -9,8 +9,10 @@ from lowrank.nn.adapted import AdaptedLayer
 from lowrank.nn.lora_attention import LoRAMultiheadAttention
 from lowrank.nn.lora_conv import CONVOLUTIONS, LoRAConv
 from lowrank.nn.lora_embedding import LoRAEmbedding
+from lowrank.nn.lora_experts import DenseExperts, LoRAExperts
 from lowrank.nn.lora_linear import LoRALinear
 from lowrank.nn.quant_embedding import QuantEmbedding
+from lowrank.nn.quant_experts import QuantExperts
 from lowrank.nn.quant_linear import QuantLinear, is_conv1d
 
 _KINDS: dict[type[nn.Module], type[AdaptedLayer]] = {
@@ -18,6 +20,7 @@ _KINDS: dict[type[nn.Module], type[AdaptedLayer]] = {
     **dict.fromkeys((nn.Embedding, QuantEmbedding), LoRAEmbedding),
     **dict.fromkeys(CONVOLUTIONS, LoRAConv),
     nn.MultiheadAttention: LoRAMultiheadAttention,
+    **dict.fromkeys((DenseExperts, QuantExperts), LoRAExperts),
 }
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,8 +11,6 @@ from lowrank.errors import ConfigError, TargetError
 from lowrank.nn.adapted import AdaptedLayer
 from lowrank.nn.held import replaced
 from lowrank.nn.lora_linear import LoRALinear
-
-_OUT = "base_layer.out_proj."
 
 
 class LoRAMultiheadAttention(AdaptedLayer):
@@ -59,12 +55,7 @@ class LoRAMultiheadAttention(AdaptedLayer):
     ) -> dict[str, tuple[int, ...]]:
         own, d = super().file_shapes(base, config, name), base.embed_dim
         out = LoRALinear.file_shapes(nn.Linear(d, d, device="meta"), config, name)
-        return {**own, **{_OUT + key: shape for key, shape in out.items()}}
-
-    def from_file(self, adapter: str, tensors: Mapping[str, Tensor]) -> None:
-        super().from_file(adapter, tensors)
-        out = {k.removeprefix(_OUT): t for k, t in tensors.items() if k.startswith(_OUT)}
-        self.base_layer.out_proj.from_file(adapter, out)
+        return {**own, **{f"base_layer.out_proj.{key}": shape for key, shape in out.items()}}
 
     def add_adapter(self, adapter: str, config: LoRAConfig, name: str = "") -> None:
         super().add_adapter(adapter, config, name)

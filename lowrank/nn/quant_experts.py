@@ -20,8 +20,29 @@ from lowrank.ops.checks import check_float, check_tensors
 from lowrank.quant import Quantizer, Storage, bitsandbytes
 
 
+class LikeWeights:
+    """What stands for the weights of experts [E, N, K], [E, K, N] or of one, and is no tensor."""
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def dim(self) -> int:
+        return self.ndim
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        return self.shape if dim is None else self.shape[dim]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def mT(self) -> Any:
+        return self.transpose(-2, -1)
+
+
 @dataclass(frozen=True, eq=False)
-class ExpertWeights:
+class ExpertWeights(LikeWeights):
     """Weights of experts as code written for a dense tensor takes them; nothing is decoded yet.
 
     index None: of all, [E, ...]; an int: of one, [...]; a tensor [S]: of those, [S, ...]. The last
@@ -53,19 +74,6 @@ class ExpertWeights:
     def device(self) -> torch.device:
         return next(self.of.parameters()).device
 
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    def dim(self) -> int:
-        return self.ndim
-
-    def size(self, dim: int | None = None) -> torch.Size | int:
-        return self.shape if dim is None else self.shape[dim]
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
     def __getitem__(self, key: int | slice | Tensor) -> ExpertWeights:
         """Those of some experts: by index, slice, list or tensor. IndexError: there is none."""
         if not isinstance(key, int | slice | list | Tensor):
@@ -94,10 +102,6 @@ class ExpertWeights:
         return replace(self, transposed=not self.transposed)
 
     @property
-    def mT(self) -> ExpertWeights:
-        return self.transpose(-2, -1)
-
-    @property
     def T(self) -> ExpertWeights:
         return self.transpose(0, 1)
 
@@ -124,7 +128,7 @@ class ExpertWeights:
         """x [..., K] -> x Wᵀ + b, [..., N], of one expert that is not transposed."""
         N, quantizer = self.shape[0], self.of.quantizer
         if not quant.has_row_parts(quantizer):
-            return _with_dense(torch.nn.functional.linear, (x, self, bias), {})
+            return with_dense(torch.nn.functional.linear, (x, self, bias), {})
         storage = self.of.storage.rows(self.index * N, (self.index + 1) * N)
         return product(x, quantizer, storage, bias, self.of.compute_dtype)
 
@@ -133,7 +137,7 @@ class ExpertWeights:
         return _call(func, args, kwargs or {})
 
 
-class QuantExperts(QuantWeight):
+class QuantExperts(QuantWeight, LikeWeights):
     """E weights [N, K] of a fused mixture of experts, quantized; [K, N] each if `transposed`.
 
     It stands where the parameter [E, N, K] or [E, K, N] was, and indexed, transposed or passed to
@@ -184,22 +188,11 @@ class QuantExperts(QuantWeight):
     def device(self) -> torch.device:
         return self.weights.device
 
-    @property
-    def ndim(self) -> int:
-        return 3
-
-    def __len__(self) -> int:
-        return self.num_experts
-
     def __getitem__(self, key: int | slice | Tensor) -> ExpertWeights:
         return self.weights[key]
 
     def transpose(self, dim0: int, dim1: int) -> ExpertWeights:
         return self.weights.transpose(dim0, dim1)
-
-    @property
-    def mT(self) -> ExpertWeights:
-        return self.weights.mT
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weights, as the parameter was."""
@@ -226,11 +219,27 @@ class QuantExperts(QuantWeight):
         return _call(func, args, {name: _whole(value) for name, value in (kwargs or {}).items()})
 
 
-def replace_parameter(module: nn.Module, name: str, weights: QuantExperts) -> None:
+def is_transposed(module: nn.Module) -> bool:
+    """Whether its weights are [E, K, N]: transformers' word, or a silent class."""
+    return getattr(module, "is_transposed", type(module).__name__ == "Llama4TextExperts")
+
+
+def replace_parameter(module: nn.Module, name: str, weights: nn.Module) -> None:
     """Put `weights` where the parameter `name` of `module` is; its keys go on to be loaded."""
     del module._parameters[name]
     setattr(module, name, weights)
     module.register_load_state_dict_pre_hook(partial(_take_plain_keys, name))
+
+
+def restore_parameter(module: nn.Module, name: str, weight: nn.Parameter) -> None:
+    """Undo `replace_parameter`, with `weight` as the parameter."""
+    hooks = module._load_state_dict_pre_hooks
+    for key, wrapped in list(hooks.items()):
+        hook = wrapped.hook
+        if isinstance(hook, partial) and (hook.func, hook.args) == (_take_plain_keys, (name,)):
+            del hooks[key]
+    delattr(module, name)
+    module.register_parameter(name, weight)
 
 
 def _take_plain_keys(
@@ -254,7 +263,7 @@ def _call(func: Callable, args: tuple, kwargs: dict) -> Any:
         return torch.compiler.disable(_call)(func, args, kwargs)
     rule = _RULES.get(func)
     y = rule(*args, **kwargs) if rule is not None else None
-    return _with_dense(func, args, kwargs) if y is None else y
+    return with_dense(func, args, kwargs) if y is None else y
 
 
 def _whole(value: Any) -> Any:
@@ -291,26 +300,34 @@ def _grouped(
         return None
     if len(offs) != len(w):
         raise ShapeError(f"offs: expected [E={len(w)}]; got {list(offs.shape)}")
-    ends = offs.tolist()
-    sizes = [end - start for start, end in pairwise([0, *ends, len(x)])]
-    *groups, rest = x.split(sizes)
-    parts = [w[e].mT.linear(group) for e, group in enumerate(groups) if len(group)]
+    *parts, rest = groups(x, offs)
+    parts = [w[e].mT.linear(part) for e, part in enumerate(parts) if len(part)]
     dtype = parts[0].dtype if parts else x.dtype
     return torch.cat([*parts, rest.new_zeros(len(rest), w.shape[-1], dtype=dtype)])
 
 
+def groups(x: Tensor, offs: Tensor) -> tuple[Tensor, ...]:
+    """The rows of each expert, and those beyond the last."""
+    ends = offs.tolist()
+    return x.split([end - start for start, end in pairwise([0, *ends, len(x)])])
+
+
+MATMULS = {torch.matmul, torch.mm, torch.bmm}
+MATMULS |= {Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm}
+GROUPED = {
+    getattr(home, name)
+    for home in (torch.nn.functional, torch)
+    for name in ("grouped_mm", "_grouped_mm")  # as far as this torch has them
+    if hasattr(home, name)
+}
 _RULES: dict[Callable, Callable] = {
     torch.nn.functional.linear: _linear,
-    **dict.fromkeys((torch.matmul, torch.mm, torch.bmm), _matmul),
-    **dict.fromkeys((Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm), _matmul),
+    **dict.fromkeys(MATMULS, _matmul),
+    **dict.fromkeys(GROUPED, _grouped),
 }
-for _home in (torch.nn.functional, torch):
-    for _name in ("grouped_mm", "_grouped_mm"):  # as far as this torch has them
-        if hasattr(_home, _name):
-            _RULES[getattr(_home, _name)] = _grouped
 
 
-def _with_dense(func: Callable, args: tuple, kwargs: dict) -> Any:
+def with_dense(func: Callable, args: tuple, kwargs: dict) -> Any:
     """func of the dequantized weights, which are not kept for the backward."""
     tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
     floats = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
@@ -326,6 +343,6 @@ def _with_dense(func: Callable, args: tuple, kwargs: dict) -> Any:
 
 
 def _dense(value: Any, floats: list[torch.dtype]) -> Any:
-    if isinstance(value, ExpertWeights):
+    if isinstance(value, LikeWeights):
         return value.dequantize(floats[0] if floats else value.dtype)
     return value

@@ -14,9 +14,12 @@ from lowrank.errors import ConfigError, TargetError, WeightError
 from lowrank.nn.adapted import AdaptedLayer
 from lowrank.nn.adapted_module import AdaptedModule
 from lowrank.nn.kinds import kind_of
+from lowrank.nn.lora_experts import DenseExperts
+from lowrank.nn.quant_experts import replace_parameter, restore_parameter
 from lowrank.nn.quant_linear import QuantLinear, is_dense_linear
 from lowrank.quant import Quantizer
 
+from .parameters import find_parameters
 from .replaced import add_replaced, find_replaced, with_task_heads
 from .start import check_alone, check_start
 from .targets import (
@@ -26,7 +29,7 @@ from .targets import (
     check_each_matches,
     condense,
     find_targets,
-    walk,
+    named_bases,
     wanted_targets,
 )
 
@@ -57,7 +60,7 @@ def inject(
     if not isinstance(config, LoRAConfig):
         raise ConfigError(f"config: expected a LoRAConfig; got {type(config).__name__}")
     names, config = resolve(model, config)
-    modules = dict(walk(model))
+    modules = named_bases(model)
     _warn_of_rank({name: modules[name] for name in names}, config)
     check_start(model, {name: modules[name] for name in names}, config, quantizer, weights)
     attach(model, names, config, adapter, quantizer=quantizer, weights=weights)
@@ -77,7 +80,9 @@ def resolve(model: nn.Module, config: LoRAConfig) -> tuple[list[str], LoRAConfig
     targets = wanted_targets(model, config)
     strategy = checks.strategy(targets)
     if strategy is not None:  # all-linear as PEFT saves it
-        targets = condense(model, names, CONDENSE_FROM if strategy == "all-linear" else 0)
+        parameters = find_parameters(model, config.target_parameters or [])
+        layers = [name for name in names if name not in parameters]
+        targets = condense(model, layers, CONDENSE_FROM if strategy == "all-linear" else 0)
     origin = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
     return names, replace(config, target_modules=targets, base_model_name_or_path=origin)
 
@@ -127,7 +132,7 @@ def attach(
             f'bias: expected "none", adapter {biased[0]!r} trains the biases; got {config.bias!r}'
         )
     is_first = not any(layer.config for layer in before)
-    names, modules, fresh = list(names), dict(walk(model)), config.with_fresh_start()
+    names, modules, fresh = list(names), named_bases(model), config.with_fresh_start()
     quantized = [name for name in names if isinstance(modules[name], QuantLinear)]
     later = quantized if config.starts_from_weight else []
     flags = [(p, p.requires_grad) for p in model.parameters()]
@@ -157,6 +162,10 @@ def attach(
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         raise
+    for name in names:
+        if modules[name] in wrapped and isinstance(modules[name], DenseExperts):
+            parent, _, leaf = name.rpartition(".")
+            replace_parameter(model.get_submodule(parent), leaf, wrapped[modules[name]])
     replace_modules(model, wrapped)
     for layer in wrapped.values():
         layer.train(model.training)
@@ -200,7 +209,9 @@ def replace_modules(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
     """Put new[module] wherever `module` stands in the model."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if child in new and parent is not new[child]:
+            if isinstance(new.get(child), DenseExperts):
+                restore_parameter(parent, name, new[child].weight)
+            elif child in new and parent is not new[child]:
                 setattr(parent, name, new[child])
         # torch's encoder has a way for inference that reads its layers' weights and calls no layer
         if new and isinstance(parent, nn.TransformerEncoderLayer):

@@ -11,7 +11,7 @@ from lowrank import quant
 from lowrank.errors import ConfigError, LowrankError, TargetError
 from lowrank.nn.adapted import AdaptedLayer
 from lowrank.nn.quant_embedding import QuantEmbedding
-from lowrank.nn.quant_experts import QuantExperts, replace_parameter
+from lowrank.nn.quant_experts import QuantExperts, is_transposed, replace_parameter
 from lowrank.nn.quant_linear import QuantLinear, is_conv1d
 from lowrank.nn.quant_weight import QuantWeight, resolve
 from lowrank.quant import Quantizer, familiar
@@ -205,10 +205,8 @@ def _expert_weights(
     compute_dtype: torch.dtype | None,
 ) -> QuantExperts:
     weight: Tensor = getattr(module, leaf)
-    # transformers' word for [E, K, N], and a class that says nothing
-    transposed = getattr(module, "is_transposed", type(module).__name__ == "Llama4TextExperts")
     try:
-        made = QuantExperts(weight, quantizer, transposed, compute_dtype)
+        made = QuantExperts(weight, quantizer, is_transposed(module), compute_dtype)
     except LowrankError as error:
         raise type(error)(f"{name}: {error}") from error
     return made.train(module.training)

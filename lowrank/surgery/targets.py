@@ -19,6 +19,7 @@ from lowrank.nn.lora_linear import LoRALinear
 from lowrank.nn.quant_linear import QuantLinear
 from lowrank.nn.token_rows import TiedRows
 
+from .parameters import expert_parameters, find_parameters
 from .presets import default_targets, strategy_targets
 
 LINEAR = (nn.Linear, QuantLinear, LoRALinear)
@@ -37,6 +38,11 @@ def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]
             yield prefix + name, child
             if not isinstance(child, (*LINEAR, AdaptedLayer, AdaptedModule)):
                 yield from walk(child, f"{prefix}{name}.")
+
+
+def named_bases(model: nn.Module) -> dict[str, nn.Module]:
+    """All that could have adapters by name: modules, and parameters of experts in a base."""
+    return {**expert_parameters(model), **dict(walk(model))}
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -93,8 +99,14 @@ def wanted_targets(model: nn.Module, config: LoRAConfig) -> list[str] | str:
 def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
     """Names of the layers that `config` targets, in the model's order, a shared layer once.
 
-    Raises TargetError if there are none, or if a target is a layer that can have no adapters.
+    The weights of experts that it targets come last. Raises TargetError if there are none, or if a
+    target is a layer that can have no adapters.
     """
+    parameters = find_parameters(model, config.target_parameters or [])
+    return (_find_modules(model, config) if config.target_modules != [] else []) + parameters
+
+
+def _find_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
     modules = {}  # the first name of each module
     for name, module in walk(model):
         modules.setdefault(module, name)

@@ -80,7 +80,6 @@ def test_reads_old_and_future_files():
         {"lora_bias": True},
         {"init_lora_weights": "olora"},
         {"layer_replication": [[0, 2], [1, 2]]},
-        {"target_parameters": ["experts.gate_up_proj"]},
         {"r": "8"},
         {"target_modules": {"q_proj": 1}},
     ],
