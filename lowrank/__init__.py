@@ -21,11 +21,13 @@ from .nn.quant_embedding import QuantEmbedding as QuantEmbedding
 from .nn.quant_linear import QuantLinear as QuantLinear
 from .surgery import adapter_rows as adapter_rows
 from .surgery import combine_adapters as combine_adapters
+from .surgery import convert_to_lora as convert_to_lora
 from .surgery import count_parameters as count_parameters
 from .surgery import delete_adapter as delete_adapter
 from .surgery import disable_adapters as disable_adapters
 from .surgery import enable_adapters as enable_adapters
 from .surgery import extract_adapter as extract_adapter
+from .surgery import initialize_eva as initialize_eva
 from .surgery import inject as inject
 from .surgery import merge as merge
 from .surgery import merge_and_unload as merge_and_unload

@@ -12,6 +12,10 @@ from lowrank.errors import ConfigError
 
 TASKS = ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 STRATEGIES = ("all-linear", "attention", "minimal")  # target_modules, which are no regexes
+EVA = {
+    "rho": 2.0, "tau": 0.99, "use_label_mask": True, "label_mask_value": -100, "whiten": False,
+    "adjust_scaling_factors": True,
+}  # fmt: skip
 LOFTQ = {"loftq_bits": 4, "loftq_iter": 1}  # PEFT's defaults
 _PATTERN = r"(.*\.)?({})$"  # what a key of rank_pattern or alpha_pattern stands for
 
@@ -70,6 +74,31 @@ def loftq(value: Any, init: bool | str) -> dict[str, int]:
             f"got {value!r} with {init!r}"
         )
     return dict(value)
+
+
+def eva(value: Any, init: bool | str) -> dict[str, Any] | None:
+    value = vars(value) if hasattr(value, "whiten") else value  # PEFT's EvaConfig
+    if init != "eva":
+        if value is not None:
+            raise ConfigError(
+                "eva_config: expected None, it belongs to init_lora_weights='eva'; "
+                f"got {value!r} with {init!r}"
+            )
+        return None
+    value = {} if value is None else value
+    if not isinstance(value, Mapping) or value.keys() - EVA.keys():
+        raise ConfigError(f"eva_config: expected a dict of {', '.join(EVA)}; got {value!r}")
+    value = {**EVA, **value}
+    for key, default in EVA.items():
+        if isinstance(default, bool):
+            choice(key, value[key], (True, False))
+        else:
+            number(key, value[key])
+    if value["rho"] < 1 or not 0 <= value["tau"] <= 1:
+        raise ConfigError(
+            f"rho, tau: expected rho >= 1 and 0 <= tau <= 1; got {value['rho']}, {value['tau']}"
+        )
+    return value
 
 
 def regex(name: str, pattern: Any, form: str = "{}") -> None:

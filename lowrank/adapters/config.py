@@ -12,7 +12,7 @@ from . import checks
 from .peft_keys import from_peft, takes_peft_fields, to_peft
 from .registry import get
 
-INITS = (True, False, "gaussian", "loftq", "pissa")
+INITS = (True, False, "gaussian", "orthogonal", "eva", "loftq", "pissa", "olora")
 BIASES = ("none", "lora_only", "all")
 
 
@@ -47,11 +47,14 @@ class LoRAConfig:
     use_rslora: s = lora_alpha / sqrt(r).
     use_dora: method="dora", under PEFT's name.
     bias: which of the base's biases train and are saved: none, lora_only (the targets') or all.
-    init_lora_weights: True (A uniform, B zero), "gaussian" (A normal, B zero), False (neither is
-      zero); over weights that are quantized for it, "loftq" (what quantizing loses), "pissa" (the
-      principal part, the base being the rest) or "pissa_niter_4" (that by a fast SVD).
+    init_lora_weights: True (A uniform, B zero), "gaussian" (A normal, B zero), "orthogonal"
+      (neither is zero, B A is), "eva" (as True until `initialize_eva` has seen data), False
+      (neither is zero); or a part of the weight, the base being the rest: "pissa" (the principal
+      part), "pissa_niter_4" (that by a fast SVD), "olora" (the first part of its QR decomposition);
+      or over a weight that is quantized for it, "loftq" (what quantizing loses).
     loftq_config: for loftq and pissa, {"loftq_iter": times that quantizing and SVD alternate (1)};
       the quantizer says how many bits, loftq_bits is for PEFT's eyes.
+    eva_config: for eva, what `initialize_eva` asks for: {"rho": 2.0, "tau": 0.99, ...}.
 
     Raises ConfigError on any value that is out of range or not supported.
     """
@@ -67,6 +70,7 @@ class LoRAConfig:
     use_dora: bool = False
     init_lora_weights: bool | str = True
     loftq_config: dict[str, int] = field(default_factory=dict)
+    eva_config: dict[str, Any] | None = None
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False
@@ -93,6 +97,7 @@ class LoRAConfig:
         if not checks.is_fast_pissa(self.init_lora_weights):
             checks.choice("init_lora_weights", self.init_lora_weights, INITS)
         self.loftq_config = checks.loftq(self.loftq_config, self.init_lora_weights)
+        self.eva_config = checks.eva(self.eva_config, self.init_lora_weights)
         if self.use_dora and self.method not in ("lora", "dora"):
             raise ConfigError(
                 f'use_dora: expected False with method={self.method!r}, or method="dora"; got True'
@@ -139,8 +144,9 @@ class LoRAConfig:
 
     @property
     def starts_as_principal_part(self) -> bool:
-        """Whether that part is the largest there is, so that the base alone is no model."""
-        return self.init_lora_weights == "pissa" or checks.is_fast_pissa(self.init_lora_weights)
+        """Whether that part is among the largest there is: the base alone is no model then."""
+        init = self.init_lora_weights
+        return init in ("pissa", "olora") or checks.is_fast_pissa(init)
 
     def with_fresh_start(self) -> LoRAConfig:
         """This config, but for an adapter that does not start from the weight."""

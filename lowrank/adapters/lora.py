@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lowrank.errors import WeightError
+from lowrank.errors import ConfigError, WeightError
 
 from .registry import register
 
@@ -48,7 +48,11 @@ def init_(A: Tensor, B: Tensor, how: bool | str = True) -> None:
     True: A ~ U(±1/sqrt(K)), B = 0, so that training starts at the base model.
     "gaussian": A ~ N(0, (1/R)²), B = 0.
     False: A as above and B ~ U(±1/sqrt(R)): not the base model; for tests.
+    "orthogonal": neither is zero, and yet B A = 0; R is even.
     """
+    if how == "orthogonal":
+        _orthogonal_(A, B)
+        return
     if how == "gaussian":
         nn.init.normal_(A, std=1 / A.shape[0])
     else:
@@ -57,6 +61,21 @@ def init_(A: Tensor, B: Tensor, how: bool | str = True) -> None:
         nn.init.kaiming_uniform_(B, a=math.sqrt(5))
     else:
         nn.init.zeros_(B)
+
+
+def _orthogonal_(A: Tensor, B: Tensor) -> None:
+    """A = Q₁ᵀ X / 10 and B = Y Q₂ / 10, the rows of Q₁ and Q₂ [R / 2, R] orthonormal together.
+
+    X [R / 2, K] and Y [N, R / 2] are normal.   datta0.github.io/posts/rethink-lora-init
+    """
+    (R, K), N = A.shape, B.shape[0]
+    if R % 2:
+        raise ConfigError(f"r: expected an even one for init_lora_weights='orthogonal'; got {R}")
+    wide = torch.promote_types(A.dtype, torch.float32)
+    options = {"dtype": wide, "device": A.device}
+    Q = torch.linalg.qr(torch.randn(R, R, **options)).Q
+    A.copy_(Q[0::2].T @ torch.randn(R // 2, K, **options) / 10)
+    B.copy_(torch.randn(N, R // 2, **options) @ Q[1::2] / 10)
 
 
 @torch.no_grad()

@@ -22,7 +22,6 @@ _REST: dict[str, Any] = {
     "arrow_config": None,
     "auto_mapping": None,
     "corda_config": None,
-    "eva_config": None,
     "fan_in_fan_out": False,
     "kasa_config": None,
     "layer_replication": None,
@@ -98,6 +97,8 @@ def from_peft(content: Mapping[str, Any], own: list[str]) -> dict[str, Any]:
     known = {name: content[name] for name in own if content.get(name) is not None}
     if known.get("init_lora_weights") in _PLAIN_INITS:
         known["init_lora_weights"] = True
+    if known.get("init_lora_weights") != "eva":
+        known.pop("eva_config", None)
     if not str(known.get("init_lora_weights")).startswith(("loftq", "pissa")):
         known.pop("loftq_config", None)  # left there by who set the other to True afterwards
     targets = known.get("target_modules")

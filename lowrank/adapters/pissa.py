@@ -15,6 +15,22 @@ from .loftq import loftq
 
 
 @torch.no_grad()
+def pissa(
+    weight: Tensor, r: int, niter: int | None = None, scaling: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(W - s·B A, A [R, K], B [N, R]) with s·B A = SVD_R(W); the rest in the dtype of `weight`.
+
+    `niter` is that of a fast SVD, as in PEFT's pissa_niter_4; None: an exact one.
+
+    Raises WeightError for a NaN or inf in W.
+    """
+    matrix = svd.checked(weight, r, 1, scaling)
+    floor = torch.finfo(matrix.dtype).eps * matrix.norm().item()
+    A, B = svd.factors(matrix, r, scaling, floor, niter)
+    return (matrix - scaling * B @ A).to(weight.dtype), A, B
+
+
+@torch.no_grad()
 def qpissa(
     weight: Tensor,
     quantizer: Any,
@@ -27,9 +43,9 @@ def qpissa(
 
         s·B A <- SVD_R(W - Q),   Q <- quantize(W - s·B A)
 
-    from Q = 0. `niter` is that of a fast SVD, as in PEFT's pissa_niter_4; None: an exact one. The
-    iteration with the least error |W - Q - s·B A| is returned, as by `loftq`; and `loftq`'s result
-    where even that exceeds quantizing alone, as it may for weights that the codes hold exactly.
+    from Q = 0; `niter` is that of `pissa`. The iteration with the least error |W - Q - s·B A| is
+    returned, as by `loftq`; and `loftq`'s result where even that exceeds quantizing alone, as it
+    may for weights that the codes hold exactly.
 
     Raises WeightError for a NaN or inf in W.
     """

@@ -61,12 +61,20 @@ def factors(
     U, rows, S = U[:, :found], rows[:found], S[:found]
     root = (S / abs(scaling)).sqrt()
     left, right = root * U, (root / S)[:, None] * rows
+    A, B = (left.T, right.T) if tall else (right, left)
+    return padded(A.to(matrix), (math.copysign(1, scaling) * B).to(matrix), r)
+
+
+def padded(A: Tensor, B: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """A [R, K] and B [N, R] of R = r with the same B A, from such of R <= r.
+
+    What is added of A is uniform, as in a fresh adapter, the same each time, and of B zero.
+    """
+    (found, K), N = A.shape, B.shape[0]
     bound = 1 / math.sqrt(K)
-    A = matrix.new_empty(r, K).uniform_(-bound, bound, generator=_generator(matrix.device))
-    B = matrix.new_zeros(N, r)
-    A[:found] = left.T if tall else right
-    B[:, :found] = (right.T if tall else left) * math.copysign(1, scaling)
-    return A, B
+    whole = A.new_empty(r, K).uniform_(-bound, bound, generator=_generator(A.device))
+    whole[:found] = A
+    return whole, torch.cat([B, B.new_zeros(N, r - found)], dim=1)
 
 
 def _directions(wide: Tensor, r: int) -> Tensor:

@@ -1,9 +1,9 @@
 """Which base an adapter belongs to that started with a part of the weights.
 
-Over any other base a LoftQ or PiSSA adapter computes nonsense of the right shape. So its file has,
-in the metadata that PEFT passes over, a number for each layer, Σ cos(n²) W[n, k] cos(k²) of the
-base W [N, K] there. Another base gives another number; the same one, made again on another machine,
-the same but for a few codes, which is less than `_TOLERANCE`.
+Over any other base a LoftQ, PiSSA or OLoRA adapter computes nonsense of the right shape. So its
+file has, in the metadata that PEFT passes over, a number for each layer, Σ cos(n²) W[n, k] cos(k²)
+of the base W [N, K] there. Another base gives another number; the same one, made again on another
+machine, the same but for a few codes, which is less than `_TOLERANCE`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def is_base_to_be_made(
     there = [t.config[adapter] for t in targets.values() if adapter in getattr(t, "config", {})]
     if numbers is not None:
         wrong = next((n for n, t in targets.items() if not _agrees(_weight(t), numbers, n)), None)
-    elif config.init_lora_weights not in ("loftq", "pissa"):
+    elif config.init_lora_weights not in ("loftq", "pissa", "olora"):
         raise FileFormatError(
             f"{how}: PEFT's fast SVD is another one each time, and the file does not say what base "
             "it left; have PEFT save it with path_initial_model_for_weight_conversion"
@@ -77,7 +77,8 @@ def is_base_to_be_made(
         wrong = None if same else next(iter(targets))
     if wrong is None:
         return False
-    if there or (quantizer is None and weights is None):
+    in_model = config.starts_as_principal_part and all(map(is_dense_linear, targets.values()))
+    if there or not (in_model or quantizer is not None or weights is not None):
         raise FileFormatError(
             f"{how}: trained over what this left of the weights; the base of {wrong} is another; "
             "into a new model, load it with weights=lowrank.open_weights(unquantized model)"
@@ -85,15 +86,14 @@ def is_base_to_be_made(
     check_start(model, targets, config, quantizer, weights)
     if numbers is not None:
         name, module = next(iter(targets.items()))
-        dense = is_dense_linear(module)
-        by = resolve(quantizer if dense else module.quantizer)
-        if dense:
-            weight = module.weight.T if is_conv1d(module) else module.weight
+        if is_dense_linear(module):
+            weight, by = _dense(module), None if quantizer is None else resolve(quantizer)
         else:
-            weight = module.matrix(weights[f"{name}.weight"])
+            weight, by = module.matrix(weights[f"{name}.weight"]), module.quantizer
         s = lora.scaling(config.rank(name), config.alpha(name), config.use_rslora)
-        storage = initial.split(config, weight, by, config.rank(name), s)[0]
-        check_made(path, numbers, name, by.dequantize(storage, torch.float32))
+        rest = initial.split(config, weight, by, config.rank(name), s)[0]
+        made = rest.float() if by is None else by.dequantize(rest, torch.float32)
+        check_made(path, numbers, name, made)
     return True
 
 
@@ -103,16 +103,19 @@ def check_made(
     """FileFormatError unless what was made of the layer `name` is what the adapter belongs to."""
     if not _agrees(made if isinstance(made, Tensor) else _weight(made), numbers, name):
         raise FileFormatError(
-            f"{path}: quantizing {name}.weight makes another base than it was trained over; "
-            "expected the same weights, and the same quantizer and options"
+            f"{path}: {name}.weight makes another base than it was trained over; expected the same "
+            "weights, and the same quantizer and options, if any"
         )
 
 
 def _weight(module: nn.Module) -> Tensor:
-    base = module.unmerged_base if isinstance(module, AdaptedLayer) else module
-    if isinstance(base, nn.Linear):
-        return base.weight.detach().float()
-    return base.dequantize(torch.float32)
+    if isinstance(module, AdaptedLayer):
+        return module.matrix(torch.float32).detach()
+    return _dense(module).float() if is_dense_linear(module) else module.dequantize(torch.float32)
+
+
+def _dense(linear: nn.Module) -> Tensor:
+    return (linear.weight.T if is_conv1d(linear) else linear.weight).detach()
 
 
 def _agrees(weight: Tensor, numbers: Mapping[str, float], name: str) -> bool:

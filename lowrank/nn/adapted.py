@@ -329,8 +329,8 @@ def _take_plain_keys(layer: AdaptedLayer, state_dict: dict, prefix: str, *_: obj
         layer.note_starts([adapter for adapter, key in keys.items() if key in state_dict])
         for adapter, config in layer.config.items():
             if config.starts_from_weight:
-                moved |= layer.start_again(adapter, moved, prefix)
-                del moved["base_layer.weight"]
+                made = layer.start_again(adapter, moved, prefix)
+                moved = {n: t for n, t in moved.items() if n != "base_layer.weight"} | made
     if plain:
         own = layer.state_dict()
         moved = {name: own[name] for name in own if not name.startswith("base_layer.")} | moved

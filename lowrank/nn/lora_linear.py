@@ -20,7 +20,7 @@ from lowrank.nn.held import replaced
 from lowrank.nn.quant_linear import QuantLinear, is_conv1d, is_dense_linear
 from lowrank.nn.rows import stacked
 from lowrank.nn.small import small_product
-from lowrank.quant import Quantizer
+from lowrank.quant import Quantizer, Storage
 from lowrank.quant.blocks import panels
 
 # p, A [E, R, K], B [E, N, R], s, and which rows have which of the E; None: all have the only one
@@ -89,11 +89,11 @@ class LoRALinear(AdaptedLayer):
         name: str,
         quantizer: str | Quantizer | None,
     ) -> None:
-        if config.starts_from_weight and quantizer is None:
+        demands = config.init_lora_weights == "loftq" or not is_dense_linear(linear)
+        if config.starts_from_weight and quantizer is None and demands:
             raise ConfigError(
                 f"init_lora_weights={config.init_lora_weights!r}: expected an nn.Linear and a "
-                f"quantizer; got {type(linear).__name__} and None; pass quantizer='nf4', or 'none' "
-                "to leave the rest in full precision"
+                f"quantizer; got {type(linear).__name__} and None; pass quantizer='nf4'"
             )
         base = linear if quantizer is None else QuantLinear.from_linear(linear, quantizer)
         super().__init__(base)
@@ -256,29 +256,46 @@ class LoRALinear(AdaptedLayer):
     def initialise(self, adapter: str, config: LoRAConfig, weight: Tensor) -> None:
         """Start `adapter` from the original plain `weight` as config.init_lora_weights says.
 
-        The quantized base is made anew, so that base + s·B A is near the weight. On the meta device
-        nothing is computed; there, loading a plain `weight` does the same.
+        The base is made anew, so that base + s·B A is near the weight: a quantized one in its own
+        memory, a dense one as another layer. On the meta device nothing is computed; there, loading
+        a plain `weight` does the same.
         """
         A, B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        storage, *factors = self._split(adapter, config, weight.to(A.device))
+        rest, *factors = self.split(adapter, config, weight.to(A.device))
         with torch.no_grad():
-            self.base_layer.refill(storage)
+            self.replace_base(rest)
             for parameter, factor in zip((A, B), factors, strict=True):
                 parameter.copy_(factor)
         self.config[adapter] = config
         self.start_magnitude(adapter)
 
-    def _split(self, adapter: str, config: LoRAConfig, weight: Tensor) -> tuple:
-        """(Storage, A, B) of adapters.initial.split."""
+    def replace_base(self, rest: Storage | Tensor) -> None:
+        """Let W be another: a Storage of the base's quantizer, or dense [N, K]."""
+        base = self.base_layer
+        if isinstance(base, QuantLinear):
+            base.refill(rest)
+        else:
+            self.base_layer = with_weight(base, rest.T.contiguous() if is_conv1d(base) else rest)
+        self.forget_base()
+
+    def split(
+        self, adapter: str, config: LoRAConfig, weight: Tensor
+    ) -> tuple[Storage | Tensor, Tensor, Tensor]:
+        """What `adapters.initial.split` makes of a plain `weight` for the base and the adapter."""
         self._refuse_if_merged("initialise")
         base, r = self.base_layer, self.r[adapter]
-        if weight.shape != base.plain_shape:
-            expected = list(base.plain_shape)
-            raise ShapeError(f"weight: expected {expected}; got {list(weight.shape)}")
-        quantizer, weight = base.quantizer, base.matrix(weight)
+        quantizer = base.quantizer if isinstance(base, QuantLinear) else None
+        expected = base.weight.shape if quantizer is None else base.plain_shape
+        if weight.shape != expected:
+            raise ShapeError(f"weight: expected {list(expected)}; got {list(weight.shape)}")
+        if quantizer is not None:
+            weight = base.matrix(weight)
+        elif is_conv1d(base):
+            weight = weight.T
         if weight.is_meta:
             N, K = weight.shape
-            return quantizer.quantize(weight), weight.new_empty(r, K), weight.new_empty(N, r)
+            rest = weight if quantizer is None else quantizer.quantize(weight)
+            return rest, weight.new_empty(r, K), weight.new_empty(N, r)
         s = lora.scaling(r, self.lora_alpha[adapter], config.use_rslora)
         return initial.split(config, weight, quantizer, r, s)
 
@@ -292,11 +309,15 @@ class LoRALinear(AdaptedLayer):
                 "whole layer's state dict, or the original"
             )
         try:
-            storage, A, B = self._split(adapter, config, weight)
+            rest, A, B = self.split(adapter, config, weight)
         except (ShapeError, WeightError) as error:
             raise type(error)(f"{prefix}{error}") from error
-        base = QuantLinear.from_storage(storage, self.base_layer.quantizer).state_dict()
-        tensors = {f"base_layer.{name}": value for name, value in base.items()}
+        base = self.base_layer
+        if isinstance(base, QuantLinear):
+            made = QuantLinear.from_storage(rest, base.quantizer).state_dict()
+        else:
+            made = {"weight": rest.T if is_conv1d(base) else rest}
+        tensors = {f"base_layer.{name}": value for name, value in made.items()}
         return tensors | {f"lora_A.{adapter}.weight": A, f"lora_B.{adapter}.weight": B}
 
     def extra_repr(self) -> str:

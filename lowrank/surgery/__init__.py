@@ -1,8 +1,10 @@
 """Everything that edits a model: quantize, inject, switch, scale, merge."""
 
 from .combine import combine_adapters as combine_adapters
+from .convert import convert_to_lora as convert_to_lora
 from .count import count_parameters as count_parameters
 from .count import print_trainable_parameters as print_trainable_parameters
+from .eva import initialize_eva as initialize_eva
 from .extract import extract_adapter as extract_adapter
 from .inject import inject as inject
 from .merge import merge as merge

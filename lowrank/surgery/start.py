@@ -62,10 +62,9 @@ def check_start(
                 "exclude_modules"
             )
         elif is_dense_linear(module):
-            if quantizer is None and config.starts_from_weight:
+            if quantizer is None and config.init_lora_weights == "loftq":
                 raise ConfigError(
-                    f"{how}: expected a quantizer for {name}; got None; pass quantizer='nf4', or "
-                    "'none' to leave the rest in full precision"
+                    f"{how}: expected a quantizer for {name}; got None; pass quantizer='nf4'"
                 )
         elif config.starts_from_weight:
             if weights is None:

@@ -78,7 +78,7 @@ def test_reads_old_and_future_files():
         {"peft_type": "IA3"},
         {"peft_type": None},
         {"lora_bias": True},
-        {"init_lora_weights": "olora"},
+        {"init_lora_weights": "corda"},
         {"layer_replication": [[0, 2], [1, 2]]},
         {"r": "8"},
         {"target_modules": {"q_proj": 1}},
@@ -110,7 +110,7 @@ def test_refuses_files_that_mean_something_else(change):
         ("bias", None),
         ("use_rslora", 1),
         ("use_dora", 1),
-        ("init_lora_weights", "olora"),
+        ("init_lora_weights", "corda"),
         ("init_lora_weights", "pissa_niter_"),
         ("init_lora_weights", "pissa_niter_x"),
         ("loftq_config", {"loftq_iter": 2}),  # no method to which it belongs

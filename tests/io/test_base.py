@@ -11,7 +11,7 @@ from torch import nn
 
 import lowrank
 from lowrank import LoRAConfig, LoRALinear, quant
-from lowrank.errors import ConfigError, FileFormatError
+from lowrank.errors import ConfigError, FileFormatError, LowrankError
 from lowrank.io.safetensors import SafetensorsFile, load_safetensors, write_safetensors
 from tests.adapters.oracle import peft, peft_model, quiet, tiny_llama, words
 from tests.io.adapters import shake
@@ -96,7 +96,7 @@ def test_another_base_is_refused_and_nothing_changes(init, dense, tmp_path):
     shown = "trained over what this left of the weights; the base of .*weights=lowrank.open_weights"
     remade = "makes another base than it was trained over; .* same quantizer and options"
     for model, arguments, match in (
-        (dense, {}, shown),
+        (dense, {}, shown if init == "loftq" else remade),
         (quantized(dense), {}, shown),
         (fresh, {}, shown),
         (fewer, {}, shown),
@@ -112,7 +112,7 @@ def test_another_base_is_refused_and_nothing_changes(init, dense, tmp_path):
         assert_unchanged(model, before)
     for model, arguments in ((dense, {"weights": weights}), (quantized(dense), {"weights": {}})):
         before = state(model)
-        with pytest.raises(ConfigError):
+        with pytest.raises(LowrankError):
             lowrank.load_adapter(model, tmp_path, **arguments)
         assert_unchanged(model, before)
 
@@ -141,15 +141,15 @@ def test_an_adapter_of_the_unchanged_base_does_not_go_over_a_changed_one(dense, 
 
 @torch.no_grad()
 def test_pefts_pissa_both_ways(dense, tmp_path, generator):
-    """PEFT starts it anew from the dense weights when it loads it; here, quantizer="none" does."""
+    """PEFT starts it anew from the dense weights when it loads it, and so do we."""
     ids = words(generator)
     options = {"r": 4, "lora_alpha": 6, "init_lora_weights": "pissa"}
     options["target_modules"] = ["q_proj", "up_proj"]
     theirs = peft_model(dense, **options)
     shake(theirs)
     theirs.save_pretrained(tmp_path / "theirs")
-    with pytest.raises(FileFormatError, match="trained over what this left of the weights"):
-        lowrank.load_adapter(copy.deepcopy(dense), tmp_path / "theirs")
+    plain = lowrank.load_adapter(copy.deepcopy(dense), tmp_path / "theirs")
+    torch.testing.assert_close(plain(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
     ours = lowrank.load_adapter(copy.deepcopy(dense), tmp_path / "theirs", quantizer="none")
     torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
     same = lowrank.inject(copy.deepcopy(dense), LoRAConfig(**options), quantizer="none")

@@ -117,7 +117,7 @@ def test_what_has_no_original_weight_is_refused():
     with pytest.raises(ConfigError, match="expected an nn.Linear and a quantizer; .*'nf4'"):
         LoRALinear.wrap(quantized, config())
     with pytest.raises(ConfigError, match="got Linear and None; pass quantizer='nf4'"):
-        LoRALinear.wrap(linear, config("pissa"))
+        LoRALinear.wrap(linear, config())
     with pytest.raises(ConfigError, match="got Linear and None; pass quantizer='nf4'"):
         LoRALinear(K, N, config=config())
     with pytest.raises(TargetError, match="nn.Linear or Conv1D to quantize; got QuantLinear"):
