@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from lowrank.errors import ConfigError
 
@@ -61,7 +61,7 @@ class LoRAConfig:
 
     r: int = 8
     lora_alpha: float = 8
-    target_modules: list[str] | str | None = None
+    target_modules: list[str] | Literal["all-linear", "attention", "minimal"] | str | None = None
     target_parameters: list[str] | None = None
     exclude_modules: list[str] | str | None = None
     lora_dropout: float = 0.0

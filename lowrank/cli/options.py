@@ -48,7 +48,12 @@ def add_fields(parser: argparse.ArgumentParser, config: type, prefix: str, title
         many = list in kinds or dict in kinds
         metavar = "|".join(_metavar(kind) for kind in words)
         if many:
-            options |= {"nargs": "+", "action": _Collect, "single": str in kinds}
+            lone = [word for word in words if isinstance(word, str)]  # one of these is no list
+            parts = get_args(hints[field.name])
+            lists = any(list in map(get_origin, get_args(part)) for part in parts)
+            single = str in kinds
+            options |= {"nargs": "+", "action": _Collect, "single": single, "lone": lone}
+            options["lists"] = lists
         group.add_argument(flag, type=_Reader(words), metavar=metavar, **options)
 
 
@@ -164,16 +169,28 @@ class _Reader:
 
 
 class _Collect(argparse.Action):
-    """Several words: a dict, or a list; with `single`, one that is no plain name stays a word."""
+    """Several words: a dict, of lists with `lists`, or a list.
 
-    def __init__(self, *args: Any, single: bool, **options: Any) -> None:
+    One of `lone` stays a word, and so does with `single` one that is no plain name.
+    """
+
+    def __init__(
+        self, *args: Any, single: bool, lone: list[str], lists: bool, **options: Any
+    ) -> None:
         super().__init__(*args, **options)
-        self.single = single
+        self.single, self.lone, self.lists = single, lone, lists
 
     def __call__(self, parser, namespace, values, option_string=None):
-        if isinstance(values[0], tuple):
-            values = dict(values)
-        elif len(values) == 1 and (values[0] is None or self.single and not _is_name(values[0])):
+        pairs = [value for value in values if isinstance(value, tuple)]
+        if pairs and len(pairs) < len(values):
+            raise argparse.ArgumentError(self, "expected NAME=N for all or for none of them")
+        if pairs and self.lists:
+            values = {name: [v for n, v in pairs if n == name] for name, _ in pairs}
+        elif pairs:
+            values = dict(pairs)
+        elif len(values) == 1 and (
+            values[0] in (None, *self.lone) or self.single and not _is_name(values[0])
+        ):
             values = values[0]
         setattr(namespace, self.dest, values)
 

@@ -106,7 +106,7 @@ def _write_adapter(model: nn.Module, directory: Path, adapter: str) -> None:
     config = config_of(model, layers, adapter)
     tensors = {PREFIX + name: t for name, t in tensors_of(model, config, adapter).items()}
     metadata = metadata_of(layers) if config.starts_from_weight else {}
-    text = config_text(model, config)
+    text = config_text(model, config, layers)
     write_files(
         directory,
         {

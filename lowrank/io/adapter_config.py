@@ -16,6 +16,7 @@ from lowrank.adapters import registry
 from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import ConfigError, FileFormatError
 from lowrank.nn.adapted import AdaptedLayer
+from lowrank.nn.quant_linear import is_conv1d
 
 from .json_files import read_json
 
@@ -47,9 +48,12 @@ def config_of(model: nn.Module, layers: Mapping[str, AdaptedLayer], adapter: str
     )
 
 
-def config_text(model: nn.Module, config: LoRAConfig) -> str:
+def config_text(model: nn.Module, config: LoRAConfig, layers: Mapping[str, AdaptedLayer]) -> str:
     """The content of adapter_config.json."""
     content = config.to_peft()
+    bases = [layer.unmerged_base for layer in layers.values()]
+    # which PEFT would else find out itself, with a warning
+    content["fan_in_fan_out"] = any(getattr(b, "fan_in_fan_out", is_conv1d(b)) for b in bases)
     if config.task_type is None:  # how PEFT finds the model's class again
         content["auto_mapping"] = {
             "base_model_class": type(model).__name__,

@@ -36,6 +36,8 @@ class Everything:
     init: bool | str = True
     choice: Literal["a", "b"] = "a"
     pattern: dict[str, int] = dataclasses.field(default_factory=dict)
+    rows: list[int] | dict[str, list[int]] | None = None
+    chosen: list[str] | Literal["all", "some"] | str | None = None
 
 
 def parse(*words: str, config: type = Everything) -> dict:
@@ -63,6 +65,11 @@ def parse(*words: str, config: type = Everything) -> dict:
         ("--init gaussian", {"init": "gaussian"}),
         ("--choice b", {"choice": "b"}),
         ("--pattern q_proj=4 v_proj=8", {"pattern": {"q_proj": 4, "v_proj": 8}}),
+        ("--rows 4 2", {"rows": [4, 2]}),
+        ("--rows a=4 b.c=2 a=7", {"rows": {"a": [4, 7], "b.c": [2]}}),
+        ("--chosen some", {"chosen": "some"}),
+        ("--chosen one some", {"chosen": ["one", "some"]}),
+        ("--chosen other", {"chosen": ["other"]}),
         ("", {}),
     ],
 )
@@ -71,7 +78,8 @@ def test_words_become_values(words, value):
 
 
 @pytest.mark.parametrize(
-    "words", ["--whole 1.5", "--choice c", "--pattern q", "--numbers x", "--maybe x"]
+    "words",
+    ["--rows a=4 5", "--whole 1.5", "--choice c", "--pattern q", "--numbers x", "--maybe x"],
 )
 def test_what_is_no_value_is_refused(words):
     with pytest.raises(argparse.ArgumentError):
@@ -112,6 +120,8 @@ def test_toml_round_trip(tmp_path):
         numbers=[1, 2],
         init="gaussian",
         pattern={"q_proj": 4, r".*\.v": 8},
+        rows={"a.b": [1, 2]},
+        chosen="all",
     )
     text = dump_toml({"train": dataclasses.asdict(made), "x": {}})
     path = tmp_path / "run.toml"

@@ -92,6 +92,8 @@ def test_there_and_back(make, options, tmp_path, generator):
 
     model = adapted(base, r=4, **options)
     lowrank.save_adapter(model, tmp_path / "ours")
+    content = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert content["fan_in_fan_out"] == (make is gpt2)
     with quiet():
         again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours"))
     there = logits(again.eval(), generator)
