@@ -275,7 +275,8 @@ class LoRALinear(AdaptedLayer):
         if isinstance(base, QuantLinear):
             base.refill(rest)
         else:
-            self.base_layer = with_weight(base, rest.T.contiguous() if is_conv1d(base) else rest)
+            weight = rest.T.contiguous() if is_conv1d(base) else rest
+            self.base_layer = replaced(base, weight=weight)
         self.forget_base()
 
     def split(
