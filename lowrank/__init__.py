@@ -29,6 +29,7 @@ from .surgery import enable_adapters as enable_adapters
 from .surgery import extract_adapter as extract_adapter
 from .surgery import initialize_eva as initialize_eva
 from .surgery import inject as inject
+from .surgery import lora_plus_groups as lora_plus_groups
 from .surgery import merge as merge
 from .surgery import merge_and_unload as merge_and_unload
 from .surgery import merge_quantized as merge_quantized

@@ -7,6 +7,7 @@ from .count import print_trainable_parameters as print_trainable_parameters
 from .eva import initialize_eva as initialize_eva
 from .extract import extract_adapter as extract_adapter
 from .inject import inject as inject
+from .lora_plus import lora_plus_groups as lora_plus_groups
 from .merge import merge as merge
 from .merge import merge_and_unload as merge_and_unload
 from .merge import unload as unload

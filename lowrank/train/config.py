@@ -34,6 +34,12 @@ NUMBERS: dict[str, Rule] = {
     "adam_beta1": BELOW_ONE,
     "adam_beta2": BELOW_ONE,
     "adam_epsilon": NOT_NEGATIVE,
+    "loraplus_lr_ratio": (
+        "None or a number above 0",
+        (int, float, type(None)),
+        lambda v: v is None or 0 < v < math.inf,
+    ),
+    "loraplus_lr_embedding": ("a number above 0", (int, float), lambda v: 0 < v < math.inf),
     "max_grad_norm": NOT_NEGATIVE,
     "max_length": WHOLE,
     "eval_steps": (
@@ -65,6 +71,8 @@ class TrainConfig:
     weight_decay: decoupled, on matrices only (not on biases and norms).
     adam_beta1, adam_beta2: decay of the means of the gradient and of its square.
     adam_epsilon: added to the root of the latter.
+    loraplus_lr_ratio: LoRA+: B learns with that many times the rate of A; 16 is usual. None: 1.
+    loraplus_lr_embedding: with that, the rate of adapters of embeddings.
     max_grad_norm: clip the global norm of the gradient to this; 0 does not clip.
     bf16: compute in bfloat16 under autocast.
     gradient_checkpointing: recompute activations in the backward: less memory, more time.
@@ -93,6 +101,8 @@ class TrainConfig:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
+    loraplus_lr_ratio: float | None = None
+    loraplus_lr_embedding: float = 1e-6
     max_grad_norm: float = 1.0
     bf16: bool = False
     gradient_checkpointing: bool = False

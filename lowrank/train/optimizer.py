@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from lowrank.surgery import lora_plus_groups
+
 if TYPE_CHECKING:
     from lowrank.train.config import TrainConfig
 
@@ -24,7 +26,7 @@ class Optimizer(Protocol):
 
 
 class AdamW:
-    """AdamW with decoupled weight decay, on matrices only (not on biases and norms).
+    """AdamW with decoupled weight decay, over groups of parameters.
 
     m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g²;  p = (1 - lr wd) p - lr m̂ / (√v̂ + eps)
 
@@ -33,21 +35,10 @@ class AdamW:
     """
 
     def __init__(
-        self,
-        parameters: Iterable[nn.Parameter],
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
+        self, groups: Iterable[dict[str, Any]], betas: tuple[float, float], eps: float
     ) -> None:
-        parameters = list(parameters)
-        matrices = [p for p in parameters if p.ndim > 1]
-        others = [p for p in parameters if p.ndim <= 1]
         self.betas, self.eps = betas, eps
-        self.param_groups: list[dict[str, Any]] = [
-            {"params": matrices, "lr": lr, "weight_decay": weight_decay},
-            {"params": others, "lr": lr, "weight_decay": 0.0},
-        ]
+        self.param_groups = [dict(group) for group in groups]  # params, lr, weight_decay
         self.state: dict[nn.Parameter, tuple[Tensor, Tensor, Tensor]] = {}  # m, v, steps taken
 
     @torch.no_grad()
@@ -86,12 +77,26 @@ class AdamW:
         return self.state[p]
 
 
-def adamw_torch(parameters: Iterable[nn.Parameter], config: TrainConfig) -> Optimizer:
+def adamw_torch(groups: Iterable[dict[str, Any]], config: TrainConfig) -> Optimizer:
     """AdamW as the config says."""
-    betas = (config.adam_beta1, config.adam_beta2)
-    return AdamW(parameters, config.learning_rate, betas, config.adam_epsilon, config.weight_decay)
+    return AdamW(groups, (config.adam_beta1, config.adam_beta2), config.adam_epsilon)
 
 
-OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter], TrainConfig], Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[[Iterable[dict[str, Any]], TrainConfig], Optimizer]] = {
     "adamw_torch": adamw_torch
 }
+
+
+def parameter_groups(
+    model: nn.Module, parameters: Iterable[nn.Parameter], config: TrainConfig
+) -> list[dict[str, Any]]:
+    """The `parameters` of the model that train, with the rates and the decay of the config."""
+    lr, decay = config.learning_rate, config.weight_decay
+    if config.loraplus_lr_ratio is not None:
+        ratio, lr_embedding = config.loraplus_lr_ratio, config.loraplus_lr_embedding
+        return lora_plus_groups(model, lr, ratio, lr_embedding, decay)
+    parameters = list(parameters)
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "lr": lr, "weight_decay": decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "lr": lr, "weight_decay": 0.0},
+    ]

@@ -36,7 +36,7 @@ from lowrank.train.gradients import (
 )
 from lowrank.train.interrupt import Interrupt
 from lowrank.train.loss import batch_loss, packs
-from lowrank.train.optimizer import OPTIMIZERS, Optimizer
+from lowrank.train.optimizer import OPTIMIZERS, Optimizer, parameter_groups
 from lowrank.train.record import Record, TrainResult
 from lowrank.train.run import CONFIG, RESULTS, RunDirectory, check_output_dir
 from lowrank.train.schedule import lr_multiplier, warmup_steps
@@ -118,7 +118,9 @@ class Trainer:
     def _run(self, run: RunDirectory, interrupt: Interrupt) -> TrainResult:
         """Take the steps, until the last or until interrupted."""
         config, total = self.config, self.total_steps
-        optimizer = OPTIMIZERS[config.optim](self.parameters.values(), config)
+        groups = parameter_groups(self.model, self.parameters.values(), config)
+        optimizer = OPTIMIZERS[config.optim](groups, config)
+        rates = [group["lr"] for group in optimizer.param_groups]
         optimizer.zero_grad()  # a gradient that was there before is not this run's
         warmup = warmup_steps(total, config.warmup_steps, config.warmup_ratio)
         record = Record(run, total, len(self.train_data), config.logging_steps, config.disable_tqdm)
@@ -127,8 +129,8 @@ class Trainer:
             for step in range(total):
                 start = time.perf_counter()
                 multiplier = lr_multiplier(config.lr_scheduler_type, step, total, warmup)
-                for group in optimizer.param_groups:
-                    group["lr"] = config.learning_rate * multiplier
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * multiplier
                 batches = self._step_batches(record.samples)
                 loss = self._backward(batches, interrupt)
                 if loss is None:

@@ -8,7 +8,8 @@ import sys
 
 import torch
 
-from lowrank.train.optimizer import AdamW
+from lowrank.train import TrainConfig
+from lowrank.train.optimizer import AdamW, parameter_groups
 
 from .support import Small
 
@@ -33,7 +34,8 @@ def test_equals_torch_bit_for_bit():
         {"params": [p for p in reference.parameters() if p.ndim == 1], "weight_decay": 0.0},
     ]
     theirs = torch.optim.AdamW(groups, lr=1e-2, betas=(0.8, 0.9), eps=1e-6, fused=True)
-    ours = AdamW(model.parameters(), 1e-2, (0.8, 0.9), 1e-6, 0.1)
+    config = TrainConfig("out", learning_rate=1e-2, weight_decay=0.1)
+    ours = AdamW(parameter_groups(model, model.parameters(), config), (0.8, 0.9), 1e-6)
     for step in range(7):
         for p, q in zip(model.parameters(), reference.parameters(), strict=True):
             p.grad = torch.randn_like(p)
