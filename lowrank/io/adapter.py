@@ -179,13 +179,11 @@ def load_adapter(
         fresh = config.with_fresh_start()
         check_start(model, targets, fresh, quantizer, None)
         attach(model, names, fresh, adapter, quantizer=quantizer)
-    for name in names:  # the base is as that left it: a file written from here says so too
-        layer = model.get_submodule(name)
-        layer.config[adapter] = replace(
-            layer.config[adapter],
-            init_lora_weights=config.init_lora_weights,
-            loftq_config=config.loftq_config,
-        )
+    if config.starts_from_weight:  # the base is as that left it: a file written from here says so
+        start = {"init_lora_weights": config.init_lora_weights, "loftq_config": config.loftq_config}
+        for layer in adapted_layers(model).values():
+            if adapter in layer.config:
+                layer.config[adapter] = replace(layer.config[adapter], **start)
     fill(model, adapter, tensors)
     with torch.no_grad():
         for key, parameter in (biases(model, names, config) | rest).items():

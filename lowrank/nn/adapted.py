@@ -222,9 +222,12 @@ class AdaptedLayer(RescaledLayer, InFiles):
     def set_adapter(self, adapters: Iterable[str]) -> None:
         """Make these, as far as they are here, active: they add up, and only they train."""
         self._refuse_if_merged("set_adapter")
-        self.active_adapters = [a for a in adapters if a in self.config]
-        for adapter, config in self.config.items():
-            trains = adapter in self.active_adapters and not config.inference_mode
+        before, self.active_adapters = (
+            self.active_adapters,
+            [a for a in adapters if a in self.config],
+        )
+        for adapter in {*before, *self.active_adapters}:  # the others are idle, and frozen, as ever
+            trains = adapter in self.active_adapters and not self.config[adapter].inference_mode
             frozen = getattr(self.method(adapter), "frozen", ())
             for part, tensor in self.tensors(adapter).items():
                 tensor.requires_grad_(trains and part not in frozen)

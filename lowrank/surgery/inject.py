@@ -24,12 +24,12 @@ from .replaced import add_replaced, find_replaced, with_task_heads
 from .start import check_alone, check_start
 from .targets import (
     CONDENSE_FROM,
-    adapted_layers,
     adapted_modules,
     check_each_matches,
     condense,
     find_targets,
     named_bases,
+    named_modules,
     wanted_targets,
 )
 
@@ -135,7 +135,8 @@ def attach(
     names, modules, fresh = list(names), named_bases(model), config.with_fresh_start()
     quantized = [name for name in names if isinstance(modules[name], QuantLinear)]
     later = quantized if config.starts_from_weight else []
-    flags = [(p, p.requires_grad) for p in model.parameters()]
+    parameters = (p for m in named_modules(model).values() for p in m._parameters.values())
+    flags = [(p, p.requires_grad) for p in parameters if p is not None]
     replaced = find_replaced(model, config, names)
     wrapped: dict[nn.Module, AdaptedLayer | AdaptedModule] = {}
     try:
@@ -191,30 +192,36 @@ def activate(model: nn.Module, active: list[str]) -> None:
     for module in modules:
         if isinstance(module, AdaptedModule):
             module.check_active(active)
-    every = [p for name, p in model.named_parameters() if name.split(".")[-1] == "bias"]
-    for layer in adapted_layers(
-        model
-    ).values():  # one adapter at most has biases: `attach` refuses a second
-        for adapter, config in layer.config.items():
-            if config.bias != "none":
-                trains = adapter in active and not config.inference_mode
-                for bias in every if config.bias == "all" else [layer.bias]:
-                    if bias is not None:
-                        bias.requires_grad_(trains)
+    biased = [  # of one adapter at most: `attach` refuses a second
+        (layer, adapter, config)
+        for layer in modules
+        if isinstance(layer, AdaptedLayer)
+        for adapter, config in layer.config.items()
+        if config.bias != "none"
+    ]
+    if any(config.bias == "all" for *_, config in biased):
+        every = [p for name, p in model.named_parameters() if name.split(".")[-1] == "bias"]
+    for layer, adapter, config in biased:
+        trains = adapter in active and not config.inference_mode
+        for bias in every if config.bias == "all" else [layer.bias]:
+            if bias is not None:
+                bias.requires_grad_(trains)
     for module in modules:  # last: the bias of a copy is the copy's
         module.set_adapter(active)
 
 
 def replace_modules(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
     """Put new[module] wherever `module` stands in the model."""
-    for parent in list(model.modules()):
+    if not new:
+        return
+    for parent in named_modules(model).values():
         for name, child in list(parent._modules.items()):
             if isinstance(new.get(child), DenseExperts):
                 restore_parameter(parent, name, new[child].weight)
             elif child in new and parent is not new[child]:
                 setattr(parent, name, new[child])
         # torch's encoder has a way for inference that reads its layers' weights and calls no layer
-        if new and isinstance(parent, nn.TransformerEncoderLayer):
+        if isinstance(parent, nn.TransformerEncoderLayer):
             parent.activation_relu_or_gelu = 0
-        if new and isinstance(parent, nn.TransformerEncoder):
+        if isinstance(parent, nn.TransformerEncoder):
             parent.use_nested_tensor = False

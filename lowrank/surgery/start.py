@@ -38,9 +38,10 @@ def check_start(
         for parameter in module.parameters()
     }
     for name, module in targets.items():
-        tied = next((tables[id(p)] for p in module.parameters() if id(p) in tables), None)
         changes = config.starts_from_weight or quantizer is not None and is_dense_linear(module)
-        if tied is not None and changes and not isinstance(module, AdaptedLayer):
+        own = module.parameters() if changes and not isinstance(module, AdaptedLayer) else ()
+        tied = next((tables[id(p)] for p in own if id(p) in tables), None)
+        if tied is not None:
             raise ConfigError(
                 f"{name}.weight: is also {tied}.weight, which an adapter here must not change; "
                 f"add {name!r} to exclude_modules"
