@@ -36,6 +36,8 @@ class AdaptedLayer(RescaledLayer, InFiles):
     (`weight`, `bias`, or a quantized layer's tensors) loads into `base_layer`, strict too.
     """
 
+    takes_rows = True  # whether adapter_rows can tell apart what comes to it: x is [rows, ...]
+
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base_layer = base.requires_grad_(False)

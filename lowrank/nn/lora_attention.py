@@ -21,6 +21,8 @@ class LoRAMultiheadAttention(AdaptedLayer):
     three side by side, [R, d + kdim + vdim]. `base_layer.out_proj` is a LoRALinear of its own.
     """
 
+    takes_rows = False  # the batch may be second
+
     def __init__(self, base: nn.MultiheadAttention) -> None:
         base = replaced(base)  # the caller's, if this comes to nothing, is as it was
         base._modules = {**base._modules, "out_proj": LoRALinear.bare(base.out_proj)}

@@ -150,6 +150,8 @@ class LoRAExperts(AdaptedLayer, LikeWeights):
     A_e is A.view(E, R, K)[e], B_e is B.view(N, R, E)[..., e].
     """
 
+    takes_rows = False
+
     @classmethod
     def check(cls, base: nn.Module, config: LoRAConfig, name: str) -> None:
         super().check(base, config, name)

@@ -14,9 +14,18 @@ from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import ConfigError, WeightError
 from lowrank.nn.adapted import AdaptedLayer, check_name
 from lowrank.nn.adapted_module import AdaptedModule
+from lowrank.nn.lora_conv import LoRAConv
+from lowrank.nn.lora_experts import LoRAExperts
 
 from .inject import attach
-from .targets import adapted_layers, adapted_modules, adapter_names, check_adapters, condense
+from .targets import (
+    adapted_layers,
+    adapted_modules,
+    adapter_names,
+    check_adapters,
+    condense,
+    named_bases,
+)
 
 _LEAST_GAIN = 1e-6
 
@@ -60,60 +69,75 @@ def combine_adapters(
     pairs = list(zip(adapters, weights, strict=True))
     found = {name: _combined(name, layer, pairs, options) for name, layer in layers.items()}
     has_magnitude = any(a in layers[name].magnitudes for name, a in used)
-    config = _config(model, layers, adapters, {name: len(A) for name, (_, A, _) in found.items()})
+    bases = named_bases(model)  # what lies within one of them gets adapters with it
+    ranks = {name: r for name, (*_, r) in found.items() if name in bases}
+    config = _config(model, layers, adapters, ranks)
     if has_magnitude:
         config = replace(config, method="dora")
 
-    def fill(name: str, layer: AdaptedLayer) -> None:
-        tensors, (G, A, B) = layer.tensors(into), found[name]
+    attach(model, ranks, config, into)
+    for name, (G, A, B, _) in found.items():
+        layer = model.get_submodule(name)
+        tensors = layer.tensors(into)
         tensors["lora_A"].copy_(A)
         tensors["lora_B"].copy_(B if G is None else B / G[:, None])
         if has_magnitude:
             layer.start_magnitude(into)
         if G is not None:
             tensors[layer.magnitudes[into]].mul_(G)
-
-    attach(model, layers, config, into, fill)
     return model
 
 
 def _combined(
     name: str, layer: AdaptedLayer, pairs: list[tuple[str, float]], options: tuple
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """(G [N], A, B) with Σ wᵢ ΔWᵢ = (G - 1) ∘ W + B A; G None for 1.
-
-    A convolution's groups are matrices of their own: their B, one above the other, are its B.
+) -> tuple[Tensor | None, Tensor, Tensor, int]:
+    """(G [N], A, B, rank) with Σ wᵢ ΔWᵢ = (G - 1) ∘ W + B A; G None for 1, A and B as the layer
+    holds them.
     """
     G, terms = None, []
     for adapter, w in pairs:
         if adapter in layer.config:
-            (A, B), g = layer.factors(adapter), layer.gain(adapter)
-            if not (A.isfinite().all() and B.isfinite().all()):
+            blocks, g = _blocks(name, layer, adapter), layer.gain(adapter)
+            if not all(bool(A.isfinite().all() and B.isfinite().all()) for A, B in blocks):
                 raise WeightError(
                     f"{name}: expected finite values in adapter {adapter!r}; got NaN or inf"
                 )
             if g is not None:
                 G = 1 + w * (g - 1) if G is None else G + w * (g - 1)
-                B = g[:, None] * B
-            terms.append((A, B, layer.scaling[adapter], w))
+                gains = g.chunk(len(blocks))
+                blocks = [(A, h[:, None] * B) for (A, B), h in zip(blocks, gains, strict=True)]
+            terms.append([(A, B, layer.scaling[adapter], w) for A, B in blocks])
     if G is not None and not bool((G.abs() > _LEAST_GAIN).all()):
         raise ConfigError(
             f"weights: expected such as leave each row of {name} a magnitude; got "
             f"{[w for _, w in pairs]}, which leave one none"
         )
-    groups = getattr(layer.unmerged_base, "groups", 1)
     method, rank, *others = options
-    parts = [
-        combine.combine(
-            [
-                (A.chunk(groups)[i], B.chunk(groups)[i].chunk(groups, 1)[i], s, w)
-                for A, B, s, w in terms
-            ],
-            method, max(1, rank // groups), *others,
+    is_experts = isinstance(layer, LoRAExperts)
+    share = rank if is_experts else max(1, rank // len(terms[0]))
+    parts = [combine.combine(block, method, share, *others) for block in zip(*terms, strict=True)]
+    if is_experts:
+        A, B = (torch.stack(factors) for factors in zip(*parts, strict=True))
+        return G, A.flatten(0, 1), B.permute(1, 2, 0).flatten(1), A.shape[1]
+    A, B = (torch.cat(factors) for factors in zip(*parts, strict=True))
+    return G, A, B, len(A)
+
+
+def _blocks(name: str, layer: AdaptedLayer, adapter: str) -> list[tuple[Tensor, Tensor]]:
+    """(A, B) of each matrix that the layer's is made of: one, or one for each group or expert."""
+    A, B = layer.factors(adapter)
+    if isinstance(layer, LoRAExperts):
+        return list(zip(A, B, strict=True))
+    if isinstance(layer, LoRAConv):
+        groups = layer.unmerged_base.groups
+        rows = zip(A.chunk(groups), B.chunk(groups), strict=True)
+        return [(A, B.chunk(groups, 1)[i]) for i, (A, B) in enumerate(rows)]
+    if len(A) != layer.r[adapter]:
+        raise ConfigError(
+            f"combine_adapters: expected layers of one matrix; {name} is a {type(layer).__name__} "
+            "of several; use adapters that are not on it"
         )
-        for i in range(groups)
-    ]  # fmt: skip
-    return G, torch.cat([A for A, _ in parts]), torch.cat([B for _, B in parts])
+    return [(A, B)]
 
 
 def _config(
@@ -123,11 +147,14 @@ def _config(
     configs = [layer.config[a] for a in adapters for layer in layers.values() if a in layer.config]
     (r, _), first = Counter(ranks.values()).most_common(1)[0], configs[0]
     others = checks.exact_patterns({name: rank for name, rank in ranks.items() if rank != r})
+    experts = [name for name in ranks if isinstance(layers[name], LoRAExperts)]
+    modules = [name for name in ranks if name not in experts]
     return LoRAConfig(
         r=r,
         lora_alpha=r,
-        target_modules=condense(model, list(layers)),
-        lora_dropout=first.lora_dropout,
+        target_modules=condense(model, modules),
+        target_parameters=experts or None,
+        lora_dropout=0.0 if experts else first.lora_dropout,
         rank_pattern=others,
         alpha_pattern=others,
         task_type=first.task_type,

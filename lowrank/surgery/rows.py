@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from torch import nn
 
 from lowrank.errors import ConfigError, TargetError
-from lowrank.nn.adapted import AdaptedLayer
-from lowrank.nn.lora_linear import LoRALinear
 from lowrank.nn.rows import Rows
 
 from .targets import adapted_modules, check_adapters
@@ -39,7 +37,7 @@ def adapter_rows(model: nn.Module, adapters: Sequence[str | None]) -> Iterator[N
                 "adapter_rows: expected unmerged layers; the adapters are merged: call unmerge "
                 "first"
             )
-        if type(layer).forward in (AdaptedLayer.forward, LoRALinear.forward):
+        if getattr(layer, "takes_rows", False):
             layers.append(layer)
         elif any(a in layer.config for a in (*used, *layer.active_adapters)):
             raise TargetError(

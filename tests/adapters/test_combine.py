@@ -316,3 +316,47 @@ def test_a_combined_adapter_is_saved_and_trains(tmp_path, generator):
     model(ids).logits.square().sum().backward()
     layer = model.model.layers[0].self_attn.v_proj
     assert layer.lora_A["ab"].weight.grad.abs().sum() > 0 and layer.lora_A["a"].weight.grad is None
+
+
+class Others(nn.Module):
+    """Attention and fused experts, which one layer holds several matrices of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.experts = nn.Module()
+        self.experts.up_proj = nn.Parameter(torch.randn(3, 5, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, _ = self.attention(x, x, x)
+        return sum(nn.functional.linear(y, self.experts.up_proj[e]) for e in range(3))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_of_several_matrices(generator, tmp_path, method):
+    model, x = Others(), torch.randn(2, 4, 8, generator=generator)
+    for adapter, r in (("a", 3), ("b", 2)):
+        config = LoRAConfig(
+            r=r, target_modules=["attention"], target_parameters=["up_proj"],
+            init_lora_weights=False,
+        )  # fmt: skip
+        lowrank.inject(model, config, adapter=adapter)
+    alone = model(x)
+    lowrank.combine_adapters(model, ["a"], [1.0], "one", method, **options_of(method))
+    lowrank.set_adapter(model, "one")
+    torch.testing.assert_close(model(x), alone, rtol=1e-4, atol=1e-4)
+    fresh = Others()
+    fresh.load_state_dict(lowrank.surgery.unload(copy.deepcopy(model)).state_dict())
+    lowrank.load_adapter(fresh, lowrank.save_adapter(model, tmp_path, "one"))
+    torch.testing.assert_close(fresh(x), alone, rtol=1e-4, atol=1e-4)
+    if method in ("linear", "cat"):
+        lowrank.set_adapter(model, ["a", "b"])
+        both = model(x)
+        lowrank.combine_adapters(model, ["a", "b"], [1.0, 1.0], "two", method)
+        lowrank.set_adapter(model, "two")
+        torch.testing.assert_close(model(x), both, rtol=1e-4, atol=1e-4)
+    with (
+        pytest.raises(TargetError, match="one adapter for all rows"),
+        lowrank.adapter_rows(model, ["a", "b"]),
+    ):
+        pass
