@@ -135,6 +135,16 @@ def names(name: str, value: Any) -> list[str] | str | None:
     return list(dict.fromkeys(value))
 
 
+def spans(name: str, value: Any) -> None:
+    """Raises ConfigError unless these are ranges of rows in their order."""
+    pairs = value if isinstance(value, list | tuple) else []
+    flat = [end for pair in pairs if isinstance(pair, list | tuple) for end in pair]
+    right = all(type(end) is int for end in flat) and len(flat) == 2 * len(pairs) > 0
+    right = right and flat[0] >= 0 and sorted(flat) == flat
+    if not right or any(start == stop for start, stop in pairs):
+        raise ConfigError(f"{name}: expected rows as [(start, stop), ...], rising; got {value!r}")
+
+
 def parameters(value: Any) -> list[str] | None:
     if isinstance(value, str):
         raise ConfigError(f"target_parameters: expected a list of names; got the string {value!r}")

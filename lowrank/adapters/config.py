@@ -30,6 +30,8 @@ class LoRAConfig:
       takes for the model's family.
     target_parameters: names or ends of names of weights [E, N, K] of experts that are no modules;
       without target_modules, nothing else has adapters.
+    target_rows: {name, suffix or regex: [(start, stop)]} for linear layers of which some outputs
+      alone are adapted, as q and v of a fused projection; its B has those rows only.
     exclude_modules: the same two rules; wins over target_modules.
     lora_dropout: probability of dropping each element of x on the way to A, in training.
     rank_pattern, alpha_pattern: {name, suffix or regex: value} for layers that differ; the first
@@ -63,6 +65,7 @@ class LoRAConfig:
     lora_alpha: float = 8
     target_modules: list[str] | Literal["all-linear", "attention", "minimal"] | str | None = None
     target_parameters: list[str] | None = None
+    target_rows: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     exclude_modules: list[str] | str | None = None
     lora_dropout: float = 0.0
     bias: str = "none"
@@ -126,8 +129,18 @@ class LoRAConfig:
         for name in ("base_model_name_or_path", "revision"):
             setattr(self, name, checks.text(name, getattr(self, name)))
         checks.layers(self.layers_to_transform, self.layers_pattern, self.target_modules)
+        checks.patterns("target_rows", self.target_rows, checks.spans)
+        if self.target_rows and (self.method != "lora" or type(self.init_lora_weights) is str):
+            raise ConfigError(
+                "target_rows: expected plain LoRA and init_lora_weights=True or False with it; "
+                f"got method={self.method!r}, init_lora_weights={self.init_lora_weights!r}"
+            )
         checks.patterns("rank_pattern", self.rank_pattern, checks.rank)
         checks.patterns("alpha_pattern", self.alpha_pattern, checks.alpha)
+
+    def spans(self, name: str) -> list[tuple[int, int]]:
+        """The outputs of the layer called `name` that are adapted; none are all."""
+        return _first_match(self.target_rows, name, [])
 
     def rank(self, name: str) -> int:
         """R of the layer called `name`."""

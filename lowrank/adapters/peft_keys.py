@@ -15,6 +15,7 @@ from .registry import get
 
 _C = TypeVar("_C", bound=type)
 _OWN_TYPE = "LOWRANK"  # of methods whose tensors PEFT has other names for, or none
+_OURS = ("method", "target_rows")  # fields that PEFT has not
 
 # Keys of adapter_config.json that are no field here, with the values PEFT 0.21.2 writes by default.
 _REST: dict[str, Any] = {
@@ -75,7 +76,7 @@ def takes_peft_fields(cls: _C) -> _C:
 
 def to_peft(config: Any) -> dict[str, Any]:
     """The content of PEFT's adapter_config.json; an adapter on disk is always for inference."""
-    own = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "method"}
+    own = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _OURS}
     content = {**_REST, **own, "inference_mode": True}
     if not getattr(get(config.method), "is_lora", False):  # PEFT shall not take it for LoRA
         content |= {"peft_type": _OWN_TYPE, "method": config.method}

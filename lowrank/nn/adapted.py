@@ -37,6 +37,7 @@ class AdaptedLayer(RescaledLayer, InFiles):
     """
 
     takes_rows = True  # whether adapter_rows can tell apart what comes to it: x is [rows, ...]
+    has_spans = False  # whether an adapter can be for some of its outputs
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -54,6 +55,7 @@ class AdaptedLayer(RescaledLayer, InFiles):
         self.at_hand: AtHand | None = None
         # in a list, so that it is no submodule: a merged layer's state is the merged weight alone
         self._aside: list[nn.Module] = []
+        self.spans: dict[str, list[tuple[int, int]]] = {}  # of N, those that an adapter is for
         self._shared: dict[str, dict[str, Tensor]] = {}  # what `factors` takes beside its tensors
         self.register_load_state_dict_pre_hook(_take_plain_keys)
         self.register_load_state_dict_post_hook(_start_noted)
@@ -88,6 +90,10 @@ class AdaptedLayer(RescaledLayer, InFiles):
         """Raises TargetError if `base` is not what this kind is for, ConfigError for the config."""
         if not isinstance(config, LoRAConfig):
             raise ConfigError(f"config: expected a LoRAConfig; got {type(config).__name__}")
+        if config.spans(name) and not cls.has_spans:
+            raise ConfigError(
+                f"target_rows: expected linear layers; {name} is {type(base).__name__}"
+            )
         if isinstance(base, AdaptedLayer):
             raise TargetError(
                 f"{name or 'wrap'}: expected a layer without adapters; got {type(base).__name__}"
@@ -175,6 +181,8 @@ class AdaptedLayer(RescaledLayer, InFiles):
             )
         check_name(adapter)
         self._refuse_if_merged("add_adapter")
+        if self.config:  # the first one's is what `wrap` checked
+            self.check(self.base_layer, config, name)
         if config.starts_from_weight:
             raise ConfigError(
                 f"init_lora_weights={config.init_lora_weights!r}: changes the base, so it is for a "
@@ -195,6 +203,7 @@ class AdaptedLayer(RescaledLayer, InFiles):
             self._modules[part][adapter] = Held(tensor)
         self.lora_dropout[adapter] = nn.Dropout(config.lora_dropout).train(self.training)
         self.config[adapter], self.r[adapter] = config, config.rank(name)
+        self.spans[adapter] = config.spans(name)
         self._parts[adapter] = tuple(tensors)
         self._share(adapter)
         self.lora_alpha[adapter] = config.alpha(name)
@@ -250,8 +259,8 @@ class AdaptedLayer(RescaledLayer, InFiles):
             for part in (*self.tensors(adapter), "lora_dropout"):
                 del self._modules[part][adapter]
             for table in (
-                self.config, self.r, self._parts, self.lora_alpha, self.scaling, self._shared,
-                self.magnitudes,
+                self.config, self.r, self.spans, self._parts, self.lora_alpha, self.scaling,
+                self._shared, self.magnitudes,
             ):  # fmt: skip
                 table.pop(adapter, None)
             self.forget_norms(adapter)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -180,25 +180,71 @@ class LoRALinear(AdaptedLayer):
         dropout = self.lora_dropout[adapter]
         return dropout.p if dropout.training else 0.0
 
+    has_spans = True
+
     @classmethod
     def check(cls, base: nn.Module, config: LoRAConfig, name: str) -> None:
         super().check(base, config, name)
-        if isinstance(base, QuantLinear) or is_conv1d(base):
-            return
         shape = getattr(base, "out_features", None), getattr(base, "in_features", None)
         weight = getattr(base, "weight", None)
-        if not isinstance(weight, Tensor) or tuple(weight.shape) != shape:
+        known = isinstance(base, QuantLinear) or is_conv1d(base)
+        if not known and not (isinstance(weight, Tensor) and tuple(weight.shape) == shape):
             raise TargetError(
                 f"{name or 'wrap'}: expected a linear layer: nn.Linear, QuantLinear, Conv1D, or one"
                 " with `in_features`, `out_features`, `weight` [out, in] and `bias`; "
                 f"got {type(base).__name__}"
             )
+        spans, N = config.spans(name), cls.matrix_shape_of(base)[0]
+        if spans and spans[-1][1] > N:
+            end = spans[-1][1]
+            raise ConfigError(f"target_rows: expected rows of {name}, up to {N}; got {end}")
 
     @classmethod
     def matrix_shape_of(cls, base: nn.Module) -> tuple[int, int]:
         if is_conv1d(base):
             return tuple(base.weight.shape[::-1])
         return base.out_features, base.in_features
+
+    @classmethod
+    def part_shapes(
+        cls, base: nn.Module, config: LoRAConfig, name: str = ""
+    ) -> dict[str, tuple[int, ...]]:
+        shapes = super().part_shapes(base, config, name)
+        if spans := config.spans(name):
+            rows = sum(stop - start for start, stop in spans)
+            shapes["lora_B"] = (rows, config.rank(name))
+        return shapes
+
+    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        A, B = super().factors(adapter)
+        return A, self._spread(B, adapter) if self.spans[adapter] else B
+
+    def _spread(self, B: Tensor, adapter: str) -> Tensor:
+        """B [N, R] with the rows that the adapter has, and zeros."""
+        parts, last, spans = [], 0, self.spans[adapter]
+        pieces = B.split([stop - start for start, stop in spans])
+        for (start, stop), piece in zip(spans, pieces, strict=True):
+            parts += [B.new_zeros(start - last, B.shape[1]), piece]
+            last = stop
+        return torch.cat([*parts, B.new_zeros(self.out_features - last, B.shape[1])])
+
+    def to_file(self, adapter: str) -> dict[str, Tensor]:
+        tensors = super().to_file(adapter)
+        if self.spans[adapter]:
+            tensors["lora_B.weight"] = self._spread(tensors["lora_B.weight"], adapter).detach()
+        return tensors
+
+    def from_file(self, adapter: str, tensors: Mapping[str, Tensor]) -> None:
+        if spans := self.spans[adapter]:
+            B = tensors["lora_B.weight"]
+            here = torch.cat([B[start:stop] for start, stop in spans])
+            if B.count_nonzero() != here.count_nonzero():
+                raise FileFormatError(
+                    f"lora_B.weight: expected zeros but in the rows {spans} that adapter "
+                    f"{adapter!r} has in the model; load it under another name"
+                )
+            tensors = {**tensors, "lora_B.weight": here}
+        super().from_file(adapter, tensors)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         base = self.unmerged_base

@@ -67,7 +67,8 @@ def small_product(layer: AdaptedLayer, x: Tensor) -> Tensor | None:
 
 def _find(layer: AdaptedLayer) -> AtHand | None:
     (adapter,), base = layer.active_adapters, layer.base_layer
-    if type(base) is not nn.Linear or layer.config[adapter].method != "lora":
+    plain = layer.config[adapter].method == "lora" and not layer.spans[adapter]
+    if type(base) is not nn.Linear or not plain:
         return None
     A, B, dropout = (part[adapter] for part in (layer.lora_A, layer.lora_B, layer.lora_dropout))
     return AtHand(adapter, base, base._parameters, A._parameters, B._parameters, dropout)

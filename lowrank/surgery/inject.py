@@ -73,7 +73,7 @@ def resolve(model: nn.Module, config: LoRAConfig) -> tuple[list[str], LoRAConfig
     check_each_matches(model, config.exclude_modules, "exclude_modules")
     config = with_task_heads(config)
     names = find_targets(model, config)
-    for field in ("rank_pattern", "alpha_pattern"):
+    for field in ("rank_pattern", "alpha_pattern", "target_rows"):
         for key in getattr(config, field):
             if not any(checks.pattern_matches(key, name) for name in names):
                 raise TargetError(f"{field}: {key!r} matches none of the {len(names)} targets")
