@@ -292,3 +292,17 @@ def test_a_plain_state_dict_loads_beneath(generator):
     with torch.no_grad(), lowrank.disable_adapters(model):
         assert torch.equal(model(ids).logits, base(ids).logits)
     assert torch.equal(model.lm_head.modules_to_save["default"].weight, copies)
+
+
+def test_names_end_at_a_dot():
+    model = nn.ModuleDict({n: nn.Linear(4, 4) for n in ("q_proj", "score", "my_score")})
+    lowrank.inject(model, LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["score"]))
+    assert type(model["my_score"]) is nn.Linear and type(model["score"]) is not nn.Linear
+
+
+def test_the_config_that_is_passed_stays_as_it_was():
+    options = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    config = LoRAConfig(target_modules=["q_proj"], task_type="SEQ_CLS", **copy.deepcopy(options))
+    before = copy.deepcopy(config)
+    lowrank.inject(tied_llama(), config)
+    assert config == before
