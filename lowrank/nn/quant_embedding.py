@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank import quant
-from lowrank.errors import ConfigError, ShapeError, TargetError
+from lowrank.errors import ConfigError, TargetError
 from lowrank.nn.quant_weight import QuantWeight, resolve
-from lowrank.ops.checks import check_dtype, check_float, check_tensors
+from lowrank.ops.checks import check_dtype, check_float, check_sizes, check_tensors, value_of
 from lowrank.quant import Quantizer, Storage
 
 
@@ -33,16 +33,13 @@ class QuantEmbedding(QuantWeight):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if num_embeddings < 1 or embedding_dim < 1:
-            raise ShapeError(
-                "num_embeddings, embedding_dim: expected at least 1; "
-                f"got {num_embeddings}, {embedding_dim}"
-            )
+        check_sizes(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        padding_idx = _padding(padding_idx, num_embeddings)
         if dtype is not None:
             check_float("dtype", dtype)
         quantizer = resolve(quantizer)
         table = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
-        self._hold(quantizer.quantize(table.weight), quantizer, table.padding_idx)
+        self._hold(quantizer.quantize(table.weight), quantizer, padding_idx)
 
     @classmethod
     def from_embedding(cls, embedding: nn.Embedding, quantizer: str | Quantizer) -> QuantEmbedding:
@@ -83,7 +80,7 @@ class QuantEmbedding(QuantWeight):
                 "quantizer: expected one that is row_local or has dequantize_rows for an "
                 f"embedding; got {storage.scheme!r}"
             )
-        self.padding_idx = padding_idx
+        self.padding_idx = _padding(padding_idx, self.num_embeddings)
 
     @property
     def num_embeddings(self) -> int:
@@ -108,3 +105,14 @@ class QuantEmbedding(QuantWeight):
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f"padding_idx={self.padding_idx}, "
         return f"{self.num_embeddings}, {self.embedding_dim}, {padding}{super().extra_repr()}"
+
+
+def _padding(padding_idx: int | None, N: int) -> int | None:
+    """The row that `padding_idx` means; -1 is the last."""
+    if padding_idx is None:
+        return None
+    if not isinstance(padding_idx, int) or not -N <= padding_idx < N:
+        raise ConfigError(
+            f"padding_idx: expected None, or from {-N} to {N - 1}; got {value_of(padding_idx)}"
+        )
+    return padding_idx % N

@@ -11,7 +11,7 @@ from lowrank import quant
 from lowrank.errors import ShapeError, TargetError
 from lowrank.nn.autocast import linear_dtype
 from lowrank.nn.quant_weight import QuantWeight, resolve
-from lowrank.ops.checks import check_float, check_tensors
+from lowrank.ops.checks import check_float, check_sizes, check_tensors
 from lowrank.quant import Quantizer, Storage
 
 
@@ -39,10 +39,7 @@ class QuantLinear(QuantWeight):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if in_features < 1 or out_features < 1:
-            raise ShapeError(
-                f"in_features, out_features: expected at least 1; got {in_features}, {out_features}"
-            )
+        check_sizes(in_features=in_features, out_features=out_features)
         if dtype is not None:
             check_float("dtype", dtype)
         quantizer, bound = resolve(quantizer), 1 / math.sqrt(in_features)
@@ -104,9 +101,11 @@ class QuantLinear(QuantWeight):
     def _hold(self, storage, quantizer, bias, compute_dtype) -> None:
         if compute_dtype is not None:
             check_float("compute_dtype", compute_dtype)
-        if bias is not None and bias.shape != tuple(storage.shape[:1]):
-            raise ShapeError(f"bias: expected [N={storage.shape[0]}]; got {list(bias.shape)}")
         super().__init__(storage, quantizer)
+        if bias is not None:
+            check_tensors(bias=bias)
+            if bias.shape != (self.out_features,):
+                raise ShapeError(f"bias: expected [N={self.out_features}]; got {list(bias.shape)}")
         self.bias = bias
         self.compute_dtype = compute_dtype
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lowrank import quant
 from lowrank.errors import ConfigError, DtypeError, FileFormatError, ShapeError, WeightError
 from lowrank.ops.checks import check_tensors
-from lowrank.quant import Quantizer, Storage, bitsandbytes
+from lowrank.quant import Quantizer, Storage, bitsandbytes, checks
 from lowrank.quant.description import Description, as_bits, read_description
 
 _DESCRIPTION = "_extra_state"  # torch's own key for what get_extra_state returns
@@ -39,7 +39,7 @@ class QuantWeight(nn.Module):
 
     def __init__(self, storage: Storage, quantizer: str | Quantizer) -> None:
         super().__init__()
-        self.matrix_shape = tuple(storage.shape)
+        self.matrix_shape = tuple(checks.storage(storage).shape)
         self._tensor_dtypes: dict[str, torch.dtype] = {}
         self._set(storage, resolve(quantizer))
 
@@ -61,7 +61,7 @@ class QuantWeight(nn.Module):
         self._set(storage)
 
     def _set(self, storage: Storage, quantizer: Quantizer | None = None) -> None:
-        if tuple(storage.shape) != self.matrix_shape:
+        if tuple(checks.storage(storage).shape) != self.matrix_shape:
             raise ShapeError(
                 f"storage: expected a weight of shape {list(self.matrix_shape)}; "
                 f"got {list(storage.shape)}"

@@ -81,6 +81,13 @@ def check_int(name: str, value: int, least: int = 0) -> None:
         raise ConfigError(f"{name}: expected a whole number >= {least}; got {value_of(value)}")
 
 
+def check_sizes(**sizes: int) -> None:
+    """Every one is a whole number of any kind, and at least 1."""
+    if not all(hasattr(size, "__index__") and size >= 1 for size in sizes.values()):
+        got = ", ".join(value_of(size) for size in sizes.values())
+        raise ShapeError(f"{', '.join(sizes)}: expected at least 1; got {got}")
+
+
 def check_number(name: str, value: float) -> None:
     if not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
         raise ConfigError(f"{name}: expected a number; got {value_of(value)}")

@@ -9,6 +9,8 @@ from lowrank import ops
 from lowrank.errors import ConfigError, DtypeError, ShapeError, WeightError
 from lowrank.ops.checks import WEIGHTS, check_tensors
 
+from .storage import Storage
+
 
 def matrix(weight: Tensor) -> Tensor:
     """`weight` [N, K] detached, in float32 if it was float64. Raises DtypeError, ShapeError."""
@@ -28,6 +30,16 @@ def finite(scales: Tensor, first_row: int = 0, what: str = "finite values; got N
     if not scales.is_meta and not bool(torch.isfinite(scales).all()):
         row = first_row + int((~torch.isfinite(scales)).nonzero()[0, 0])
         raise WeightError(f"weight: expected {what} in row {row}")
+
+
+def storage(value: Storage) -> Storage:
+    """`value`, if it is a Storage."""
+    if not isinstance(value, Storage):
+        raise ConfigError(
+            f"storage: expected a quant.Storage, which quantize(weight) makes; got "
+            f"{type(value).__name__}"
+        )
+    return value
 
 
 def block_size(value: int) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lowrank.errors import ConfigError
 
+from . import checks
 from .storage import Storage
 
 
@@ -26,7 +27,7 @@ def requantize_scales(storage: Storage) -> Storage:
     weight at block size 64, 4.13 to 4.24 after this. The error added is that of QLoRA's double
     quantization, once more.
     """
-    if storage.options.get("double_quant") is True:
+    if checks.storage(storage).options.get("double_quant") is True:
         return storage
     absmax = storage.tensors.get("absmax")
     if "double_quant" not in storage.options or absmax is None or absmax.dim() != 2:

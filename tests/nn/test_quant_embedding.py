@@ -178,6 +178,26 @@ def test_bad_tables_are_refused_by_name():
     assert same(model["embed"].storage, before)
 
 
+def test_bad_arguments_are_named():
+    storage = QuantEmbedding(20, 45).storage
+    for padding_idx in (20, -21, "3", 1.5):
+        match = "padding_idx: expected None, or from -20 to 19; got "
+        with pytest.raises(ConfigError, match=match):
+            QuantEmbedding(20, 45, padding_idx)
+        with pytest.raises(ConfigError, match=match):
+            QuantEmbedding.from_storage(storage, "nf4", padding_idx)
+    for layer in (
+        QuantEmbedding(20, 45, -2),
+        QuantEmbedding.from_storage(storage, "nf4", -2),
+    ):
+        assert layer.padding_idx == torch.nn.Embedding(20, 45, -2).padding_idx == 18
+    for size in ("45", 0, 2.5):
+        with pytest.raises(ShapeError, match="num_embeddings, embedding_dim: expected at least 1"):
+            QuantEmbedding(20, size)
+    with pytest.raises(ConfigError, match="storage: expected a quant.Storage.*; got NoneType"):
+        QuantEmbedding.from_storage(None, "nf4")
+
+
 def test_a_tied_linear_holds_the_very_parameters():
     layer = QuantEmbedding(20, 64, quantizer="fp4")
     head = QuantLinear(64, 20, bias=False)

@@ -172,6 +172,9 @@ def test_bad_arguments_are_named():
         ShapeError, match="in_features, out_features: expected at least 1; got 0, 8"
     ):
         QuantLinear(0, 8)
+    for size in ("64", 64.0, None):
+        with pytest.raises(ShapeError, match="in_features, out_features: expected .*; got .*, 8"):
+            QuantLinear(size, 8)
     for dtype in (torch.int8, torch.float8_e4m3fn, "bfloat16"):
         with pytest.raises(DtypeError, match="^compute_dtype: expected a floating-point dtype"):
             QuantLinear(64, 8, compute_dtype=dtype)
@@ -187,6 +190,13 @@ def test_bad_arguments_are_named():
         QuantLinear(64, 8, quantizer="nf5")
     with pytest.raises(ShapeError, match=r"bias: expected \[N=8\]"):
         QuantLinear.from_storage(layer.storage, "nf4", nn.Parameter(torch.zeros(9)))
+    with pytest.raises(DtypeError, match="bias: expected a tensor; got list"):
+        QuantLinear.from_storage(layer.storage, "nf4", [0.0] * 8)
+    for storage in (None, torch.randn(8, 100)):
+        with pytest.raises(ConfigError, match="storage: expected a quant.Storage"):
+            QuantLinear.from_storage(storage, "nf4")
+        with pytest.raises(ConfigError, match="storage: expected a quant.Storage"):
+            layer.storage = storage
 
 
 @pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16, torch.float32])

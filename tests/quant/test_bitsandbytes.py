@@ -211,6 +211,13 @@ def test_scales_can_be_quantized_anew():
             quant.requantize_scales(other.quantize(weight[:, :64]))
 
 
+@pytest.mark.parametrize("call", [quant.requantize_scales, ours.write])
+@pytest.mark.parametrize("value", [None, torch.randn(8, 64), {}])
+def test_what_is_no_storage_is_refused(call, value):
+    with pytest.raises(ConfigError, match="storage: expected a quant.Storage, .*; got "):
+        call(value)
+
+
 def test_what_bitsandbytes_cannot_hold_is_not_written():
     with pytest.raises(ConfigError, match="K: expected a multiple of the block size 64.*'flat'"):
         ours.write(quant.get("nf4").quantize(torch.randn(4, 96)))

@@ -19,6 +19,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from lowrank.errors import ConfigError, FileFormatError, ShapeError
+from lowrank.quant import checks
 from lowrank.quant.flat import Flat
 from lowrank.quant.int8 import Int8
 from lowrank.quant.storage import Storage
@@ -72,7 +73,7 @@ def write(storage: Storage) -> dict[str, Tensor]:
     Scales in 8 bits of our own become plain float32; a flat Storage is written as it was read.
     ConfigError for what bitsandbytes cannot compute with.
     """
-    if storage.scheme == Int8.name:
+    if checks.storage(storage).scheme == Int8.name:
         return int8_rows.write(storage)
     if storage.scheme == Flat.name:
         return four_bit.write(storage)
