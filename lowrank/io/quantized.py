@@ -19,6 +19,7 @@ from lowrank.nn.quant_embedding import QuantEmbedding
 from lowrank.nn.quant_linear import QuantLinear, is_conv1d
 from lowrank.nn.quant_weight import QuantWeight
 from lowrank.surgery.inject import replace_modules
+from lowrank.surgery.targets import check_model
 
 from .shards import Shards, check_names, check_shapes, write_shards
 
@@ -41,6 +42,7 @@ def save_quantized(
     A tensor that has several names, a tied one, is stored under the first. Above `max_shard_bytes`
     there are shards and an index. Raises ConfigError if the directory already holds weights.
     """
+    check_model(model)
     write_shards(directory, state_tensors(model), max_shard_bytes)
 
 
@@ -55,6 +57,7 @@ def load_quantized(
     FileFormatError for what is damaged, missing, unexpected, misshaped, of an unknown scheme or a
     newer version; the model is then as it was.
     """
+    check_model(model)
     files = Shards(directory)
     quantized = quantized_modules(files.shapes)
     modules = dict(model.named_modules(remove_duplicate=False))

@@ -20,6 +20,7 @@ from lowrank.nn.adapted import AdaptedLayer
 from lowrank.nn.quant_linear import QuantLinear
 from lowrank.nn.quant_weight import QuantWeight, quant_weights
 from lowrank.quant import bitsandbytes
+from lowrank.surgery.targets import check_model
 
 Tensors = dict[str, Tensor | Lazy]
 
@@ -41,6 +42,7 @@ def save_model(
     is stored once. Raises WeightError while adapters are in the model, ConfigError if the directory
     already holds weights, or for layers that the format does not have.
     """
+    check_model(model)
     for name, module in model.named_modules():
         if isinstance(module, AdaptedLayer):
             raise WeightError(

@@ -8,9 +8,12 @@ from torch import nn
 
 from lowrank.nn.quant_weight import QuantWeight, quant_weights
 
+from .targets import check_model
+
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters, adapters included; a quantized weight counts as N·K."""
+    check_model(model)
     codes = {
         id(parameter)
         for module in model.modules()

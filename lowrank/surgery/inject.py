@@ -26,6 +26,7 @@ from .targets import (
     CONDENSE_FROM,
     adapted_modules,
     check_each_matches,
+    check_model,
     condense,
     find_targets,
     named_bases,
@@ -69,6 +70,7 @@ def inject(
 
 def resolve(model: nn.Module, config: LoRAConfig) -> tuple[list[str], LoRAConfig]:
     """The names of the layers that `config` means in this model, and the config as it is saved."""
+    check_model(model)
     check_each_matches(model, config.target_modules, "target_modules")
     check_each_matches(model, config.exclude_modules, "exclude_modules")
     config = with_task_heads(config)

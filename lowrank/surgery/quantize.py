@@ -17,7 +17,7 @@ from lowrank.nn.quant_weight import QuantWeight, resolve
 from lowrank.quant import Quantizer, familiar
 
 from .inject import replace_modules
-from .targets import check_each_matches, matches, walk
+from .targets import check_each_matches, check_model, matches, walk
 
 # Heads and routers: small, and what an error in them costs is large.
 SKIP = ("lm_head", "gate", "router", "router.layer", "router.classifier", "shared_expert_gate")
@@ -52,11 +52,7 @@ def quantize(
     Returns the model. Raises ConfigError for what cannot be quantized and WeightError at a NaN or
     inf, naming it; the model is then as it was.
     """
-    if not isinstance(model, nn.Module):
-        raise ConfigError(
-            f"model: expected an nn.Module; got {type(model).__name__}; "
-            "lowrank.load_model reads files, and quantizes as it does"
-        )
+    check_model(model)
     words = {
         "load_in_4bit": load_in_4bit,
         "load_in_8bit": load_in_8bit,

@@ -11,7 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lowrank.adapters import checks
 from lowrank.adapters.config import LoRAConfig
-from lowrank.errors import TargetError
+from lowrank.errors import ConfigError, TargetError
 from lowrank.nn.adapted import AdaptedLayer
 from lowrank.nn.adapted_module import AdaptedModule
 from lowrank.nn.kinds import kind_of
@@ -24,6 +24,15 @@ from .presets import default_targets, strategy_targets
 
 LINEAR = (nn.Linear, QuantLinear, LoRALinear)
 CONDENSE_FROM = 20  # names, from which PEFT shortens the list
+
+
+def check_model(model: nn.Module) -> None:
+    """Raises ConfigError for what is no model."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"model: expected an nn.Module; got {type(model).__name__}; "
+            "lowrank.load_model reads files"
+        )
 
 
 def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -53,6 +62,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     """As model.named_modules(), but for the inside of adapters: thirty take no longer than one."""
+    check_model(model)
     found: dict[nn.Module, str] = {}
 
     def visit(module: nn.Module, name: str) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 
 import lowrank
 from lowrank import LoRAConfig, LoRALinear
-from lowrank.errors import LowrankError, TargetError
+from lowrank.errors import ConfigError, LowrankError, TargetError
 from tests.adapters.oracle import peft_model, tiny_llama
 from tests.surgery.models import assert_unchanged, names_of, state, two_adapters
 
@@ -209,6 +209,38 @@ def test_wrong_requests_change_nothing(act):
         act(model)
     assert "\n" not in str(caught.value)
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m: lowrank.inject(m, LoRAConfig()),
+        lambda m: lowrank.quantize(m),
+        lambda m: lowrank.set_adapter(m, "a"),
+        lambda m: lowrank.delete_adapter(m, "a"),
+        lambda m: lowrank.scale_adapter(m, "a", 2.0),
+        lambda m: lowrank.combine_adapters(m, ["a"], [1.0], into="b"),
+        lambda m: lowrank.adapter_rows(m, ["a"]).__enter__(),
+        lambda m: lowrank.extract_adapter(m, {}, LoRAConfig()),
+        lambda m: lowrank.save_adapter(m, "nowhere"),
+        lambda m: lowrank.save_quantized(m, "nowhere"),
+        lambda m: lowrank.load_quantized(m, "nowhere"),
+        lambda m: lowrank.save_model(m, "nowhere"),
+        lowrank.count_parameters,
+        lowrank.print_trainable_parameters,
+        lowrank.disable_adapters,
+        lowrank.enable_adapters,
+        lowrank.merge,
+        lowrank.unmerge,
+        lowrank.unload,
+        lowrank.merge_and_unload,
+        lowrank.merge_quantized,
+    ],
+)
+@pytest.mark.parametrize("model", [None, 3, "SmolLM2"])
+def test_what_is_no_model_is_refused(call, model):
+    with pytest.raises(ConfigError, match="model: expected an nn.Module; got .*load_model reads"):
+        call(model)
 
 
 def test_inference_mode_freezes():
