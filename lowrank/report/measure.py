@@ -70,10 +70,11 @@ def report(
         )
     quantizers, skip = resolve(schemes), names_to_skip(skip)
     window = _window(model, window)
-    _check_numbers(rows=rows, tokens=tokens, window=window, stride=stride)
+    _check_numbers(rows=rows, tokens=tokens, window=window, stride=stride, seed=seed)
     if not isinstance(model, nn.Module) and (text is not None or inputs is not None):
         raise ConfigError("text, inputs: expected a model to run them through; got tensors alone")
-    ids = None if text is None else perplexity.token_ids(text, tokenizer, tokens)
+    vocabulary = _of_config(model, "vocab_size")
+    ids = None if text is None else perplexity.token_ids(text, tokenizer, tokens, vocabulary)
     comparison = Comparison(model, skip, seed, speed)
     spans: list[perplexity.Span] = []
     if ids is not None:
@@ -111,21 +112,30 @@ def report(
     return Report(about, measured, comparison.dense_bytes, loss)
 
 
-def _check_numbers(rows: int, tokens: int, window: int, stride: int | None) -> None:
+def _check_numbers(rows: int, tokens: int, window: int, stride: int | None, seed: int) -> None:
+    # type: True is an int, but no number of rows
     for name, value, least in (("rows", rows, 1), ("tokens", tokens, 2), ("window", window, 2)):
-        if not isinstance(value, int) or value < least:
+        if type(value) is not int or value < least:
             raise ConfigError(f"{name}: expected at least {least}; got {value!r}")
-    if stride is not None and not (isinstance(stride, int) and 1 <= stride <= window):
+    if stride is not None and not (type(stride) is int and 1 <= stride <= window):
         raise ConfigError(f"stride: expected from 1 to the window of {window}; got {stride!r}")
+    if type(seed) is not int or not -(1 << 63) <= seed < 1 << 64:
+        raise ConfigError(f"seed: expected a whole number of 64 bits; got {seed!r}")
 
 
 def _window(model: object, given: int | None) -> int:
-    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if not isinstance(most, int):
+    most = _of_config(model, "max_position_embeddings")
+    if most is None:
         return _WINDOW if given is None else given
-    if given is not None and given > most:
+    if type(given) is int and given > most:
         raise ConfigError(f"window: expected at most the model's {most} positions; got {given}")
     return min(_WINDOW, most) if given is None else given
+
+
+def _of_config(model: object, name: str) -> int | None:
+    """What the model's config, if it has one, says of itself."""
+    value = getattr(getattr(model, "config", None), name, None)
+    return value if isinstance(value, int) else None
 
 
 def _kind(model: object) -> str:

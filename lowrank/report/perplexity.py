@@ -16,22 +16,43 @@ from lowrank.surgery.inject import replace_modules
 Span = tuple[int, int, int]  # start, first, stop: see `windows`
 
 
-def token_ids(text: str | Sequence[int] | Tensor, tokenizer: Any, limit: int) -> Tensor:
+def token_ids(
+    text: str | Sequence[int] | Tensor, tokenizer: Any, limit: int, vocabulary: int | None = None
+) -> Tensor:
     """The first `limit` token ids of a text, or of ids, as int64 [T]; no special tokens are added.
 
-    Raises DataError for fewer than two, of which nothing can be predicted.
+    Raises DataError for fewer than two, of which nothing can be predicted, and for ids outside the
+    `vocabulary`.
     """
     if isinstance(text, str):
         if tokenizer is None:
             raise ConfigError("tokenizer: expected one beside a text; or pass token ids as text")
+        if not hasattr(tokenizer, "encode"):
+            raise ConfigError(
+                "tokenizer: expected one with encode(text, add_special_tokens); got "
+                f"{type(tokenizer).__name__}"
+            )
         text = tokenizer.encode(text, add_special_tokens=False)
-    ids = torch.as_tensor(text)
+    try:
+        ids = torch.as_tensor(text)
+    except (TypeError, ValueError, RuntimeError) as error:  # words, or rows of several lengths
+        raise DataError(
+            f"text: expected a string or token ids; got a {type(text).__name__}: {error}"
+        ) from None
     if ids.is_floating_point() or ids.dim() != 1 or len(ids) < 2:
         raise DataError(
             f"text: expected at least two tokens, one to predict; got ids of {ids.dtype}, shape "
             f"{list(ids.shape)}"
         )
-    return ids[:limit].long()
+    ids = ids[:limit].long()
+    least, most = ids.aminmax()
+    if least < 0 or (vocabulary is not None and most >= vocabulary):
+        last = "" if vocabulary is None else f" to {vocabulary - 1}"
+        raise DataError(
+            f"text: expected token ids from 0{last}; got {int(least)} to {int(most)}; "
+            "was the text encoded with this model's tokenizer?"
+        )
+    return ids
 
 
 def windows(count: int, window: int, stride: int) -> list[Span]:

@@ -80,10 +80,16 @@ def test_schemes_as_they_are_written():
         ({"tokens": 1}, "tokens: expected at least 2; got 1"),
         ({"window": 1}, "window: expected at least 2; got 1"),
         ({"window": 2.5}, "window: expected at least 2; got 2.5"),
+        ({"rows": True}, "rows: expected at least 1; got True"),
+        ({"window": "8"}, "window: expected at least 2; got '8'"),
+        ({"stride": True}, "stride: expected from 1 to the window of 512; got True"),
+        ({"seed": "1"}, "seed: expected a whole number of 64 bits; got '1'"),
+        ({"seed": 1 << 64}, "seed: expected a whole number of 64 bits; got 18446744073709551616"),
         ({"stride": 0}, "stride: expected from 1 to the window of 512; got 0"),
         ({"window": 8, "stride": 9}, "stride: expected from 1 to the window of 8; got 9"),
         ({"skip": "0"}, "skip: expected a sequence of names; got the string '0'"),
         ({"text": "two words"}, "tokenizer: expected one beside a text"),
+        ({"text": "two words", "tokenizer": 3}, "tokenizer: expected one with encode.*; got int"),
     ],
 )
 def test_options(options, match):
@@ -95,6 +101,24 @@ def test_options(options, match):
 def test_texts_of_which_nothing_can_be_predicted(text):
     with pytest.raises(DataError, match="text: expected at least two tokens, one to predict; got"):
         report(Language(), ["nf4"], text=text, tokenizer=Words())
+
+
+@pytest.mark.parametrize("text", [["two", "words"], {"a": 1}, [[1], [2, 3]]])
+def test_texts_that_are_none(text):
+    with pytest.raises(DataError, match="text: expected a string or token ids; got a "):
+        report(Language(), ["nf4"], text=text)
+
+
+@pytest.mark.parametrize(
+    ("ids", "match"),
+    [([1, 2, 20], "text: expected token ids from 0 to 19; got 1 to 20"), ([1, -2], "got -2 to 1")],
+)
+def test_ids_outside_the_vocabulary(ids, match):
+    model = Language()
+    model.config = type("Config", (), {"vocab_size": 20})()
+    with pytest.raises(DataError, match=match):
+        report(model, ["nf4"], text=ids)
+    assert report(model, ["nf4"], text=[0, 19], speed=False).about["predicted"] == 1
 
 
 def test_a_text_shorter_than_a_window_is_one_window():
