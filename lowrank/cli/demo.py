@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 import lowrank
+from lowrank.cli.options import Reader
 from lowrank.cli.source import Source
 from lowrank.data.stdlib import instruction_set
 from lowrank.errors import ConfigError
@@ -67,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     which.add_argument(
         "--model",
+        type=Reader([str]),
         metavar="PATH",
         help="a Hugging Face directory, a .gguf file, or a name on the hub",
     )
@@ -77,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"optimizer steps (default: {MODEL_BUDGET.steps}, tiny: {TINY_BUDGET.steps})",
     )
     parser.add_argument(
-        "--output-dir", type=Path, metavar="DIR",
+        "--output-dir", type=Reader([Path]), metavar="DIR",
         help=f"refused if it holds a run (default: {OUTPUT}, where an earlier demo is replaced)",
     )  # fmt: skip
 

@@ -11,13 +11,15 @@ import argparse
 import sys
 
 import lowrank
-from lowrank.cli.options import add_fields
+from lowrank.cli.options import Reader, add_fields
 from lowrank.cli.source import Source, from_args
 from lowrank.errors import DataError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--adapter", metavar="DIR", help="an adapter to load onto the model")
+    parser.add_argument(
+        "--adapter", type=Reader([str]), metavar="DIR", help="an adapter to load onto the model"
+    )
     parser.add_argument(
         "--prompt", metavar="TEXT", help="what to continue (default: standard input)"
     )

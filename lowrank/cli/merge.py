@@ -18,7 +18,7 @@ import argparse
 from pathlib import Path
 
 import lowrank
-from lowrank.cli.options import add_fields
+from lowrank.cli.options import Reader, add_fields
 from lowrank.cli.source import Source, from_args
 from lowrank.errors import ConfigError
 from lowrank.io.atomic import new_directory
@@ -27,8 +27,12 @@ RESIDUAL = "residual"  # the folder of the adapter with what quantized weights c
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--adapter", required=True, metavar="DIR", help="the adapter to merge")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where to write")
+    parser.add_argument(
+        "--adapter", required=True, type=Reader([str]), metavar="DIR", help="the adapter to merge"
+    )
+    parser.add_argument(
+        "--output", required=True, type=Reader([Path]), metavar="DIR", help="where to write"
+    )
     parser.add_argument(
         "--quantized",
         action="store_true",

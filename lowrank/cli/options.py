@@ -54,7 +54,7 @@ def add_fields(parser: argparse.ArgumentParser, config: type, prefix: str, title
             single = str in kinds
             options |= {"nargs": "+", "action": _Collect, "single": single, "lone": lone}
             options["lists"] = lists
-        group.add_argument(flag, type=_Reader(words), metavar=metavar, **options)
+        group.add_argument(flag, type=Reader(words), metavar=metavar, **options)
 
 
 def given_fields(args: argparse.Namespace, prefix: str) -> dict[str, Any]:
@@ -149,8 +149,8 @@ def _toml(value: Any) -> str:
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-class _Reader:
-    """Reads one word as the first of `kinds` that takes it."""
+class Reader:
+    """Reads one word as the first of `kinds` that takes it; an empty one is refused."""
 
     def __init__(self, kinds: list[Any]) -> None:
         self.kinds = kinds

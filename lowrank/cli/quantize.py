@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import lowrank
-from lowrank.cli.options import add_fields
+from lowrank.cli.options import Reader, add_fields
 from lowrank.cli.source import Source, from_args
 from lowrank.errors import ConfigError
 from lowrank.io.atomic import new_directory
@@ -26,7 +26,9 @@ FORMATS = ("lowrank", "bitsandbytes")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where to write")
+    parser.add_argument(
+        "--output", required=True, type=Reader([Path]), metavar="DIR", help="where to write"
+    )
     parser.add_argument(
         "--format", choices=FORMATS, default="lowrank", help="of the files (default: lowrank)"
     )

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import lowrank
-from lowrank.cli.options import add_fields, dump_toml, given_fields, make, read_toml
+from lowrank.cli.options import Reader, add_fields, dump_toml, given_fields, make, read_toml
 from lowrank.cli.source import Source
 from lowrank.data import load_examples
 from lowrank.io.atomic import write_text
@@ -43,7 +43,9 @@ TABLES = {"run": Run, "train": TrainConfig, "lora": lowrank.LoRAConfig}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, metavar="FILE", help="a TOML file of all this")
+    parser.add_argument(
+        "--config", type=Reader([Path]), metavar="FILE", help="a TOML file of all this"
+    )
     for name, config in TABLES.items():
         add_fields(parser, config, name, f"{config.__name__}: [{name}] in a TOML file")
 

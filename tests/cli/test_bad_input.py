@@ -92,6 +92,23 @@ def test_no_command_and_no_model(run):
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", "--model", "x", "--adapter", ""],
+        ["merge", "--model", "x", "--output", "b", "--adapter", ""],
+        ["merge", "--model", "x", "--adapter", "a", "--output", ""],
+        ["quantize", "--model", "x", "--output", ""],
+        ["train", "--config", ""],
+        ["demo", "--model", ""],
+        ["demo", "--tiny", "--output-dir", ""],
+        ["report", "--model", ""],
+    ],
+)
+def test_a_variable_of_a_script_that_is_not_set(run, words):
+    refused(run(*words), f"argument {words[-2]}: expected a value; got ''")
+
+
+@pytest.mark.parametrize(
     ("lines", "expected"),
     [
         (['{"text": "a"}', '{"text": '], [":2", "JSON"]),
@@ -272,9 +289,9 @@ def test_merge_into_what_is_there(run, tiny, tmp_path):
 def test_nothing_to_generate_from(run, tiny, monkeypatch):
     refused(run("generate", "--model", tiny, "--prompt", ""), "prompt")
     refused(run("generate", "--model", tiny, "--prompt", "a", "--temperature", "-1"), "temperature")
-    for flag, value in (("--max-new-tokens", "0"), ("--seed", str(2**70)), ("--adapter", "")):
+    for flag, value in (("--max-new-tokens", "0"), ("--seed", str(2**70))):
         words = ["generate", "--model", tiny, "--prompt", "a", flag, value]
-        refused(run(*words), flag.strip("-").replace("-", "_") if value else "adapter_config.json")
+        refused(run(*words), flag.strip("-").replace("-", "_"))
     with open(os.devnull) as nothing, monkeypatch.context() as patch:
         patch.setattr(sys, "stdin", nothing)
         refused(run("generate", "--model", tiny), "prompt", "standard input")
