@@ -168,7 +168,7 @@ class QuantExperts(QuantWeight, LikeWeights):
         if not quant.decodes_rows(quantizer):
             raise ConfigError(
                 "quantizer: expected one that is row_local or has dequantize_rows for experts; "
-                f"got {quantizer!r}"
+                f"got {getattr(quantizer, 'name', type(quantizer).__name__)!r}"
             )
         super().__init__(quantizer.quantize(_matrix(weight, transposed)), quantizer)
         self.num_experts, self.transposed = weight.shape[0], transposed

@@ -226,6 +226,9 @@ def test_bad_experts_are_named():
 
         def dequantize(self, storage, dtype): ...
 
-    with pytest.raises(ConfigError, match="row_local or has dequantize_rows for experts"):
-        QuantExperts(weight, Whole())
+    named = type("Named", (Whole,), {"name": "own"})
+    for quantizer, name in ((Whole(), "Whole"), (named(), "own")):
+        match = f"row_local or has dequantize_rows for experts; got '{name}'"
+        with pytest.raises(ConfigError, match=match):
+            QuantExperts(weight, quantizer)
     assert "QuantExperts([4, 24, 40], quantizer=nf4" in repr(QuantExperts(torch.randn(E, N, K)))
