@@ -13,6 +13,7 @@ from lowrank.errors import TargetError, WeightError
 from lowrank.io.safetensors import SafetensorsFile
 from lowrank.io.shards import Shards, Tensors
 from lowrank.nn.quant_linear import is_conv1d
+from lowrank.nn.quant_weight import quant_weights
 from lowrank.quant.blocks import panels
 from lowrank.surgery.quantize import SKIP, linear_layers
 from lowrank.surgery.targets import check_each_matches, matches
@@ -30,7 +31,13 @@ def linears_of(model: nn.Module, skip: list[str]) -> dict[str, nn.Module]:
     check_each_matches(model, [name for name in skip if name not in SKIP], "skip")
     found = {name: module for module, name in linear_layers(model, skip).items()}
     if not found:
-        raise TargetError("report: the model has no dense linear layer outside skip")
+        held = ", ".join(sorted({m.storage.scheme for m in quant_weights(model).values()}))
+        cause = (
+            f": it is quantized already, {held}; compare on the model that it was made from"
+            if held
+            else ""
+        )
+        raise TargetError(f"report: the model has no dense linear layer outside skip{cause}")
     return found
 
 

@@ -167,6 +167,11 @@ def test_models_without_linears(model, match):
         report(linear(), ["nf4"], skip=["nowhere"])
 
 
+def test_a_model_that_is_quantized_already():
+    with pytest.raises(TargetError, match="outside skip: it is quantized already, nf4; compare on"):
+        report(lowrank.quantize(linear(), "nf4"), ["int8"])
+
+
 @pytest.mark.parametrize("model", [None, "model.safetensors", torch.randn(4, 4)])
 def test_what_is_no_model(model):
     with pytest.raises(ConfigError, match="model: expected an nn.Module or a mapping of tensors"):
