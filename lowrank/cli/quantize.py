@@ -20,9 +20,13 @@ from lowrank.cli.options import Reader, add_fields
 from lowrank.cli.source import Source, from_args
 from lowrank.errors import ConfigError
 from lowrank.io.atomic import new_directory
+from lowrank.io.quantized import quantized_modules
+from lowrank.models.saving import to_bitsandbytes
 from lowrank.nn.quant_weight import quant_weights
+from lowrank.surgery.targets import matches
 
 FORMATS = ("lowrank", "bitsandbytes")
+DENSE = ["lm_head", "embed_tokens"]  # what loading leaves
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
     if source.quantizer is None:
         raise ConfigError("quantizer: expected a scheme; got none: pass --quantizer nf4")
     with new_directory(args.output) as folder:
+        if args.format == "bitsandbytes":
+            _check_bitsandbytes(source)
         model, tokenizer = source.load(), source.load_tokenizer()
         lowrank.save_model(model, folder, format=args.format)
         tokenizer.save(folder)
@@ -47,6 +53,22 @@ def run(args: argparse.Namespace) -> int:
     print(_summary(model))
     print(f"{source.model} in {source.quantizer}, {_size(written)}: {args.output}")
     return 0
+
+
+def _check_bitsandbytes(source: Source) -> None:
+    """Refuse what the format cannot hold before all is quantized: by one row of each layer."""
+    if source.embeddings:
+        raise ConfigError(
+            "model.embed_tokens: expected a linear layer, as bitsandbytes quantizes; got "
+            "--embeddings; leave it out, or pass --format lowrank"
+        )
+    shapes, quantizer = lowrank.open_weights(source.model).shapes, source.make_quantizer()
+    if quantized_modules(shapes):
+        return  # loading refuses it
+    for key, shape in shapes.items():
+        layer, _, leaf = key.rpartition(".")
+        if leaf == "weight" and len(shape) == 2 and not matches(layer, DENSE):
+            to_bitsandbytes(layer, quantizer.quantize(torch.linspace(-1, 1, shape[1])[None]))
 
 
 def _summary(model: nn.Module) -> str:

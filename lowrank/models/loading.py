@@ -132,10 +132,11 @@ def load_model(
 
 def open_weights(
     source: str | Path, *, revision: str | None = None, token: str | None = None
-) -> Mapping[str, Tensor]:
+) -> Tensors:
     """The tensors of a directory, a hub repository or a .gguf file by name, each read when taken.
 
-    The directory may be of any model whose weights are safetensors; see `load_model`.
+    Their shapes are `.shapes`, of which nothing is read. The directory may be of any model whose
+    weights are safetensors; see `load_model`.
     """
     opened = _open(source, Shards, revision, token)
     return Tensors(opened.shapes, opened.read)

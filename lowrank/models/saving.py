@@ -19,7 +19,7 @@ from lowrank.models.quantization_config import bitsandbytes_config, lowrank_conf
 from lowrank.nn.adapted import AdaptedLayer
 from lowrank.nn.quant_linear import QuantLinear
 from lowrank.nn.quant_weight import QuantWeight, quant_weights
-from lowrank.quant import bitsandbytes
+from lowrank.quant import Storage, bitsandbytes
 from lowrank.surgery.targets import check_model
 
 Tensors = dict[str, Tensor | Lazy]
@@ -67,6 +67,14 @@ def save_model(
     write_shards(directory, tensors, max_shard_bytes, others)
 
 
+def to_bitsandbytes(name: str, storage: Storage) -> dict[str, Tensor]:
+    """bitsandbytes' tensors of the layer `name`. ConfigError for what it cannot compute with."""
+    try:
+        return bitsandbytes.write(storage)
+    except LowrankError as error:
+        raise ConfigError(f'{name}: {error}; format="lowrank" takes any scheme') from error
+
+
 def _dense(model: Decoder, dtype: torch.dtype | None) -> tuple[Tensors, None]:
     tensors: Tensors = {}
     for name, module in quant_weights(model).items():
@@ -93,10 +101,7 @@ def _bitsandbytes(model: Decoder, _: None) -> tuple[Tensors, dict[str, Any]]:
                 f"{name}: expected a linear layer, as bitsandbytes quantizes; got "
                 f'{type(layer).__name__}; format="lowrank" takes it'
             )
-        try:
-            written = bitsandbytes.write(layer.storage)
-        except LowrankError as error:
-            raise ConfigError(f'{name}: {error}; format="lowrank" takes any scheme') from error
+        written = to_bitsandbytes(name, layer.storage)
         keys.update(written)
         for key, tensor in written.items():
             make = partial(_bitsandbytes_tensor, layer, key)

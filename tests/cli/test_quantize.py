@@ -133,6 +133,31 @@ def test_mistakes_are_one_line_and_leave_nothing(run, tiny, tmp_path, words, say
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("int4", "--block-size", "32"), "layers.0.mlp.down_proj: scheme: expected the table of"),
+        (("fitted", "--block-size", "32"), "scheme: expected the table of nf4 or fp4"),
+        (("hqq",), "scheme: expected nf4, fp4, flat or int8 for bitsandbytes; got 'hqq'"),
+        (("nf4", "--block-size", "1024"), "K: expected a multiple of the block size 1024"),
+        (
+            ("nf4", "--block-size", "32", "--embeddings"),
+            "model.embed_tokens: expected a linear layer",
+        ),
+    ],
+)
+def test_what_bitsandbytes_cannot_hold_is_refused_before_it_is_made(
+    run, tiny, tmp_path, monkeypatch, words, says
+):
+    monkeypatch.setattr(lowrank, "load_model", lambda *args, **options: pytest.fail("it was read"))
+    outcome = run(
+        "quantize", "--model", tiny, "--quantizer", *words,
+        "--format", "bitsandbytes", "--output", tmp_path / "new" / "x",
+    )  # fmt: skip
+    assert outcome.status == 2 and outcome.err.count("\n") == 1 and says in outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_output_that_cannot_be_is_named_as_it_was_given(run, tiny, tmp_path, monkeypatch):
     words = ("quantize", "--model", tiny, "--quantizer", "nf4", "--output")
     (tmp_path / "file").write_text("a file")
