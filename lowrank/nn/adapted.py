@@ -37,7 +37,7 @@ class AdaptedLayer(RescaledLayer, InFiles):
     """
 
     takes_rows = True  # whether adapter_rows can tell apart what comes to it: x is [rows, ...]
-    has_spans = False  # whether an adapter can be for some of its outputs
+    is_linear = False  # only then is an adapter for some outputs, or starts from the weight
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -90,10 +90,11 @@ class AdaptedLayer(RescaledLayer, InFiles):
         """Raises TargetError if `base` is not what this kind is for, ConfigError for the config."""
         if not isinstance(config, LoRAConfig):
             raise ConfigError(f"config: expected a LoRAConfig; got {type(config).__name__}")
-        if config.spans(name) and not cls.has_spans:
-            raise ConfigError(
-                f"target_rows: expected linear layers; {name} is {type(base).__name__}"
-            )
+        start = f"init_lora_weights={config.init_lora_weights!r}" * config.starts_from_weight
+        field = "target_rows" if config.spans(name) else start
+        if field and not cls.is_linear:
+            kind = type(base).__name__
+            raise ConfigError(f"{field}: expected linear layers; {name or 'the layer'} is {kind}")
         if isinstance(base, AdaptedLayer):
             raise TargetError(
                 f"{name or 'wrap'}: expected a layer without adapters; got {type(base).__name__}"

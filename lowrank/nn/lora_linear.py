@@ -180,7 +180,7 @@ class LoRALinear(AdaptedLayer):
         dropout = self.lora_dropout[adapter]
         return dropout.p if dropout.training else 0.0
 
-    has_spans = True
+    is_linear = True
 
     @classmethod
     def check(cls, base: nn.Module, config: LoRAConfig, name: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import lowrank
 from lowrank import LoRAConfig
 from lowrank.errors import LowrankError
 from lowrank.nn.kinds import kind_of
@@ -176,3 +178,82 @@ def test_wrap_takes_its_own_kind_alone(kind):
     with pytest.raises(LowrankError, match="config: expected a LoRAConfig; got dict"):
         kind_of(base).wrap(base, {"r": 4})
     assert base.weight.requires_grad
+
+
+class Positions(nn.Embedding):
+    """One whose ids are no rows: OPT's, which are two further on."""
+
+    def forward(self, ids):
+        return super().forward(ids + 2)
+
+
+class Standardized(nn.Conv2d):
+    """One that computes with another weight than it has."""
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "match"),
+    [
+        (nn.Embedding(5, 4, max_norm=1.0), {}, "wrap.max_norm: expected None, it would change"),
+        (Positions(5, 4), {}, "got Positions, which computes something else"),
+        (Standardized(2, 2, 1), {}, "expected Conv2d; got Standardized, which computes something"),
+        (nn.Conv1d(4, 4, 1, groups=4), {"r": 6}, "r: expected a multiple of the 4 groups of"),
+        (
+            nn.Conv1d(4, 4, 1, groups=2),
+            {"method": "vera"},
+            "method: expected one with B, the layer",
+        ),
+        (nn.Conv1d(4, 4, 1), {"quantizer": "nf4"}, "quantizer: expected None, LoRAConv is not"),
+        (nn.Embedding(5, 4), {"init_lora_weights": "loftq"}, "init_lora_weights='loftq': "),
+    ],
+)
+def test_what_a_kind_cannot_do_is_refused_and_changes_nothing(base, options, match):
+    options = dict(options)
+    quantizer = options.pop("quantizer", None)
+    with pytest.raises(LowrankError, match=match) as caught:
+        kind_of(base).wrap(base, LoRAConfig(**{"r": 4, **options}), quantizer=quantizer)
+    assert "\n" not in str(caught.value)
+    assert base.weight.requires_grad
+
+
+def test_a_further_adapter_is_checked_as_the_first_is():
+    layer = kind_of(nn.Conv1d(4, 4, 1)).wrap(nn.Conv1d(4, 4, 1, groups=2), RANDOM)
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(LowrankError, match="r: expected a multiple of the 2 groups"):
+        layer.add_adapter("other", LoRAConfig(r=3))
+    assert layer.state_dict().keys() == before.keys() and list(layer.config) == ["default"]
+
+
+def test_other_methods():
+    pairs = ((nn.Embedding(9, 6), torch.arange(5)), (nn.Conv1d(3, 4, 2), torch.randn(2, 3, 5)))
+    for base, x in pairs:
+        layer = kind_of(base).wrap(base, LoRAConfig(r=2, method="vera"))
+        with torch.no_grad():
+            for tensor in layer.tensors("default").values():
+                tensor.normal_()
+        y = layer(x)
+        layer.merge()
+        torch.testing.assert_close(layer(x), y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_over_a_quantized_embedding(scheme, use_dora):
+    base = lowrank.QuantEmbedding.from_embedding(nn.Embedding(70, 64, padding_idx=3), scheme)
+    layer = kind_of(base).wrap(base, replace(RANDOM, use_dora=use_dora))
+    x = torch.randint(70, (3, 5))
+    y, plain = layer(x), base(x)
+    A, B = layer.factors("default")
+    if not use_dora:
+        want = plain + layer.scaling["default"] * A.T[x] @ B.T
+        torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
+    y.sum().backward()
+    assert not layer.lora_A["default"].weight.grad[:, 3].any()
+    layer.merge()
+    assert type(layer.base_layer) is nn.Embedding and layer.base_layer.padding_idx == 3
+    torch.testing.assert_close(layer(x), y, rtol=1e-4, atol=1e-5)
+    layer.unmerge()
+    assert layer.base_layer is base
