@@ -15,6 +15,7 @@ BENCHMARKS = {
     "codebook_dequantize": "NF4 with double quantization back to dense weights",
     "codebook_linear": "forward, and forward with dX, of a linear layer over an NF4 weight",
     "lora_linear": "a linear layer with a LoRA adapter, beside the same one frozen and bare",
+    "dora_linear": "the same with a DoRA adapter, whose norms each forward needs anew",
     "linear_cross_entropy": "a language model's head and its loss, forward and dX",
     "adamw8bit": "a step of AdamW with 8-bit moments, over one float32 parameter",
     "training_step": "QLoRA steps of SmolLM2-135M (its GGUF file is named by LOWRANK_SMOLLM2)",

@@ -47,8 +47,11 @@ def test_groups_are_pefts(use_dora):
     want = rates(theirs, [g for g in reference.param_groups if g["params"]])
     got = rates(model, groups)
     assert got.keys() == want.keys()
+    # PEFT takes an embedding's magnitude for no part of it, by the depth of its name
+    want.pop("model.embed_tokens.lora_magnitude_vector.default", None)
     for name in want:
-        assert got[name] == pytest.approx(want[name]), name
+        assert got[name][:2] == pytest.approx(want[name][:2]), name
+        assert got[name][2] == want[name][2]
     assert len({rate for rate, _, _ in got.values()}) == 3
 
 
