@@ -22,6 +22,7 @@ from benchmarks.lora_linear import ALPHA, BASES, RANK, SCALE, TRAINING_ROWS, Ada
 from benchmarks.probe import Probe
 from benchmarks.settings import OURS, Settings
 
+_MOST_COPIES = 16  # at 4096x4096, each of peft's over 4 bits comes to 150 MB of memory
 PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")
 
 
@@ -98,7 +99,7 @@ def _sides(
     layer = LAYERS[package](weight, dtype)
     exact = layer.exact()
     probe, whole = Probe.of(exact, dtype), Whole.of(exact, adapter)
-    count = copies_for(layer.stored_bytes, settings.working_set)
+    count = min(_MOST_COPIES, copies_for(layer.stored_bytes, settings.working_set))
     bare = f"{package}, frozen"
 
     def side(name: str, wrap: Callable[[nn.Module], nn.Module]) -> Side:
