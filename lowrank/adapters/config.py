@@ -40,7 +40,8 @@ class LoRAConfig:
       task_type "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" the heads of transformers' models too.
     trainable_token_indices: ids of tokens whose rows of the embedding train, alone of it, or
       {name of an embedding: ids}. A head tied to it follows.
-    ensure_weight_tying: a module tied to one of modules_to_save is trained with it, as one.
+    ensure_weight_tying: what is tied to a target, or to one of modules_to_save, is trained with it,
+      as one.
     layers_to_transform: indices of the blocks to adapt, counted in the ModuleList `layers_pattern`
       (None: the first one in the name).
     layers_pattern: names of such a ModuleList.

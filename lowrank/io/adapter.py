@@ -29,6 +29,7 @@ from lowrank.surgery.targets import (
     find_targets,
     named_bases,
 )
+from lowrank.surgery.tied import with_twins
 
 from .adapter_card import card
 from .adapter_config import (
@@ -152,7 +153,7 @@ def load_adapter(
     if mine:
         check_agrees(mine, config, adapter, directory)
     try:
-        names = list(mine) or find_targets(model, config)
+        names = list(mine) or with_twins(model, find_targets(model, config), config)
         replaced = find_replaced(model, config, names)
     except TargetError as error:
         raise FileFormatError(f"{directory}: made for another base model: {error}") from error

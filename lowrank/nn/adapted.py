@@ -242,7 +242,8 @@ class AdaptedLayer(RescaledLayer, InFiles):
             trains = adapter in self.active_adapters and not self.config[adapter].inference_mode
             frozen = getattr(self.method(adapter), "frozen", ())
             for part, tensor in self.tensors(adapter).items():
-                tensor.requires_grad_(trains and part not in frozen)
+                if isinstance(tensor, nn.Parameter):  # not another layer's, transposed
+                    tensor.requires_grad_(trains and part not in frozen)
 
     def scale_adapter(self, adapter: str, factor: float) -> None:
         """s = factor · alpha / R (sqrt(R) if rank-stabilized); never cumulative."""

@@ -18,6 +18,18 @@ class Held(nn.Module):
         return str(list(self.weight.shape))
 
 
+class Transposed(nn.Module):
+    """The tensor of another adapter, transposed: of a head tied to an embedding."""
+
+    def __init__(self, held: Held) -> None:
+        super().__init__()
+        self._held = [held]  # in a list: it is trained, counted and kept where it is
+
+    @property
+    def weight(self) -> Tensor:
+        return self._held[0].weight.T
+
+
 def replaced(module: nn.Module, **weights: Tensor) -> nn.Module:
     """The same layer around other weights, frozen; its other parameters are shared."""
     twin = copy.copy(module)

@@ -29,10 +29,12 @@ from .targets import (
     check_model,
     condense,
     find_targets,
+    matches,
     named_bases,
     named_modules,
     wanted_targets,
 )
+from .tied import tie_adapters, with_twins
 
 _log = logging.getLogger(__name__)
 
@@ -74,13 +76,17 @@ def resolve(model: nn.Module, config: LoRAConfig) -> tuple[list[str], LoRAConfig
     check_each_matches(model, config.target_modules, "target_modules")
     check_each_matches(model, config.exclude_modules, "exclude_modules")
     config = with_task_heads(config)
-    names = find_targets(model, config)
+    found = find_targets(model, config)
+    names = with_twins(model, found, config)
     for field in ("rank_pattern", "alpha_pattern", "target_rows"):
         for key in getattr(config, field):
             if not any(checks.pattern_matches(key, name) for name in names):
                 raise TargetError(f"{field}: {key!r} matches none of the {len(names)} targets")
     targets = wanted_targets(model, config)
     strategy = checks.strategy(targets)
+    if len(names) > len(found) and strategy is None:  # the twins by name
+        found = found if isinstance(targets, str) else targets
+        targets = [*found, *(name for name in names if not matches(name, found))]
     if strategy is not None:  # all-linear as PEFT saves it
         parameters = find_parameters(model, config.target_parameters or [])
         layers = [name for name in names if name not in parameters]
@@ -170,6 +176,8 @@ def attach(
             parent, _, leaf = name.rpartition(".")
             replace_parameter(model.get_submodule(parent), leaf, wrapped[modules[name]])
     replace_modules(model, wrapped)
+    if config.ensure_weight_tying:
+        tie_adapters(model, names, adapter)
     for layer in wrapped.values():
         layer.train(model.training)
     active = list(dict.fromkeys(a for layer in before for a in layer.active_adapters))

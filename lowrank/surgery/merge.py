@@ -14,9 +14,9 @@ from lowrank.nn.adapted_module import AdaptedModule
 from lowrank.progress import bar
 
 from .inject import replace_modules
-from .replaced import tied_modules
 from .start import check_may_go
 from .targets import adapted_modules, check_adapters
+from .tied import tie_merged, tied_modules
 
 
 def merge(
@@ -33,12 +33,15 @@ def merge(
             f"dtype: expected a floating-point dtype for the merged weights; got {dtype}"
         )
     layers, adapters = layers_to_merge(model, adapters, "merge")
+    groups = tied_modules(model)
     try:
         for name, layer in bar("merging", layers.items(), len(layers)):
             try:
                 layer.merge(adapters, dtype)
             except WeightError as error:
                 raise WeightError(f"{name}: {error}") from error
+        active = [a for layer in layers.values() for a in layer.active_adapters]
+        tie_merged(model, groups, active if adapters is None else adapters)
     except BaseException:
         unmerge(model)
         raise

@@ -10,11 +10,11 @@ from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import ConfigError, TargetError
 from lowrank.nn.adapted import AdaptedLayer
 from lowrank.nn.adapted_module import AdaptedModule
-from lowrank.nn.quant_embedding import QuantEmbedding
 from lowrank.nn.saved_module import SavedModule
 from lowrank.nn.token_rows import TiedRows, TokenRows, check_tokens
 
 from .targets import matches, nothing, walk
+from .tied import EMBEDDINGS, tied_modules, twins_of
 
 # What transformers calls the fresh heads of its models, which PEFT trains whole for these tasks.
 _TASK_HEADS = {
@@ -22,7 +22,6 @@ _TASK_HEADS = {
     "TOKEN_CLS": ["classifier", "score"],
     "QUESTION_ANS": ["qa_outputs"],
 }
-_EMBEDDINGS = (nn.Embedding, QuantEmbedding)
 
 
 @dataclass
@@ -62,12 +61,12 @@ def find_replaced(model: nn.Module, config: LoRAConfig, targets: list[str]) -> R
     groups = tied_modules(model)
     found = Replaced(saved=_saved(named, config), rows=_rows(model, named, config))
     for name in list(found.saved) if config.ensure_weight_tying else []:
-        for twin in _twins(name, groups):
+        for twin in twins_of(name, groups):
             if twin in found.saved:
                 found.saved.remove(twin)
             found.tied_saved[twin] = name
     for name in list(found.rows):
-        for twin in _twins(name, groups):
+        for twin in twins_of(name, groups):
             if found.rows.pop(twin, found.rows[name]) != found.rows[name]:
                 raise ConfigError(
                     f"trainable_token_indices: expected the same tokens for {name} and {twin}, "
@@ -106,28 +105,6 @@ def add_replaced(
     return new
 
 
-def tied_modules(model: nn.Module) -> list[list[str]]:
-    """Groups of modules, by name, that share a parameter, one of them an embedding's."""
-    holders: dict[int, list[str]] = {}
-    tables, seen = set(), set()
-    for name, module in walk(model):
-        if module in seen:
-            continue
-        seen.add(module)
-        adapted = isinstance(module, AdaptedLayer | AdaptedModule)
-        base = module.unmerged_base if adapted else module
-        for parameter in base.parameters(recurse=False):
-            holders.setdefault(id(parameter), []).append(name)
-            if isinstance(base, _EMBEDDINGS):
-                tables.add(id(parameter))
-    groups = [tuple(names) for key, names in holders.items() if len(names) > 1 and key in tables]
-    return [list(group) for group in dict.fromkeys(groups)]
-
-
-def _twins(name: str, groups: list[list[str]]) -> list[str]:
-    return [twin for group in groups if name in group for twin in group if twin != name]
-
-
 def _saved(named: dict[str, nn.Module], config: LoRAConfig) -> list[str]:
     for entry in config.modules_to_save or []:
         implied = entry in _TASK_HEADS.get(config.task_type or "", [])
@@ -161,7 +138,7 @@ def _rows(
 
 def _input_embedding(model: nn.Module, named: dict[str, nn.Module]) -> str:
     """The embedding of the tokens: what the model says it is, or the one that there is."""
-    tables = [n for n, m in named.items() if isinstance(_base(m), _EMBEDDINGS)]
+    tables = [n for n, m in named.items() if isinstance(_base(m), EMBEDDINGS)]
     if hasattr(model, "get_input_embeddings"):
         module = model.get_input_embeddings()
         said = [name for name, other in named.items() if other is module]
@@ -207,7 +184,7 @@ def _check(named: dict[str, nn.Module], found: Replaced, targets: list[str]) -> 
                 "delete those first"
             )
     for name, tokens in found.rows.items():
-        if not isinstance(_base(named[name]), _EMBEDDINGS):
+        if not isinstance(_base(named[name]), EMBEDDINGS):
             raise TargetError(
                 f"trainable_token_indices: expected {name} to be an embedding; got "
                 f"{type(_base(named[name])).__name__}"

@@ -15,6 +15,7 @@ from lowrank.io.adapter import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, save_adapte
 from lowrank.io.atomic import write_files, write_text
 from lowrank.io.safetensors import save_safetensors
 from lowrank.nn.adapted import AdaptedLayer
+from lowrank.surgery.targets import adapted_modules
 
 logger = logging.getLogger("lowrank.train")
 
@@ -85,9 +86,10 @@ class RunDirectory:
         """Save adapters in PEFT's format, other trained tensors by name; returns where they are."""
         of_adapters: set[int] = set()
         adapters = {}  # in order of appearance
-        for layer in (m for m in model.modules() if isinstance(m, AdaptedLayer)):
+        for layer in adapted_modules(model).values():
             for name in layer.config:
-                tensors = layer.tensors(name).values()
+                own = isinstance(layer, AdaptedLayer)
+                tensors = layer.tensors(name).values() if own else layer.trained(name)
                 of_adapters.update(map(id, tensors))
                 if any(p.requires_grad for p in tensors):
                     adapters[name] = True
