@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from lowrank.errors import TargetError
@@ -10,14 +12,14 @@ from lowrank.nn.lora_experts import DenseExperts, LoRAExperts
 from lowrank.nn.quant_experts import QuantExperts, is_transposed
 
 
-def expert_parameters(model: nn.Module) -> dict[str, DenseExperts]:
-    """The parameters [E, N, K] of the model by name, each in a base for adapters."""
+def expert_parameters(modules: Mapping[str, nn.Module]) -> dict[str, DenseExperts]:
+    """The parameters [E, N, K] of these modules by name, each in a base for adapters."""
     return {
         f"{name}.{leaf}" if name else leaf: DenseExperts(weight, is_transposed(module))
-        for name, module in model.named_modules()
-        if kind_of(module) is None and not isinstance(module, DenseExperts)
+        for name, module in modules.items()
         for leaf, weight in module._parameters.items()
         if weight is not None and weight.dim() == 3 and weight.is_floating_point()
+        if kind_of(module) is None and not isinstance(module, DenseExperts)
     }
 
 
@@ -30,8 +32,9 @@ def find_parameters(model: nn.Module, wanted: list[str]) -> list[str]:
     if not wanted:
         return []
     kinds = (QuantExperts, LoRAExperts)
-    there = [name for name, module in model.named_modules() if isinstance(module, kinds)]
-    there = [n for n in there if not n.endswith(".base_layer")] + list(expert_parameters(model))
+    modules = dict(model.named_modules())
+    there = [name for name, module in modules.items() if isinstance(module, kinds)]
+    there = [n for n in there if not n.endswith(".base_layer")] + list(expert_parameters(modules))
     for entry in wanted:
         if not any(_is_meant(name, entry) for name in there):
             ends = sorted({".".join(name.split(".")[-2:]) for name in there})

@@ -51,7 +51,7 @@ def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]
 
 def named_bases(model: nn.Module) -> dict[str, nn.Module]:
     """All that could have adapters by name: modules, and parameters of experts in a base."""
-    return {**expert_parameters(model), **dict(walk(model))}
+    return {**expert_parameters(named_modules(model)), **dict(walk(model))}
 
 
 def is_linear(module: nn.Module) -> bool:

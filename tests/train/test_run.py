@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import lowrank
 from lowrank.errors import ConfigError
 from lowrank.train import TrainConfig, Trainer, check_output_dir
 from lowrank.train.run import RunDirectory
@@ -212,3 +213,20 @@ def test_a_run_that_ended_before_its_first_step_is_in_nobodys_way(tmp_path, line
     (tmp_path / "metrics.jsonl").write_text(lines + '\n{"step": 1, "loss": 5.0}\n')
     with pytest.raises(ConfigError, match="already holds a run"):
         check_output_dir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"modules_to_save": ["embed"]}, {"trainable_token_indices": {"embed": [3, 7, 9]}}],
+)
+def test_what_an_adapter_replaces_is_saved_with_it(tmp_path, generator, options):
+    base = Small()
+    config = lowrank.LoRAConfig(r=2, target_modules=["head"], **options)
+    model = lowrank.inject(copy.deepcopy(base), config)
+    result = run(tmp_path, generator, model, learning_rate=1e-2)
+    assert not (result.output_dir / "trained.safetensors").exists()
+    again = lowrank.load_adapter(base, result.output_dir).eval()
+    ids = torch.randint(2, 12, (2, 9), generator=generator)
+    assert torch.equal(again(ids), model.eval()(ids))
+    with torch.no_grad(), lowrank.disable_adapters(again):
+        assert not torch.equal(again(ids), model(ids))
