@@ -56,11 +56,17 @@ def init_(A: Tensor, B: Tensor, how: bool | str = True) -> None:
     if how == "gaussian":
         nn.init.normal_(A, std=1 / A.shape[0])
     else:
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # with a = sqrt(5) the bound is 1/sqrt(K)
+        _uniform_(A)
     if how is False:
-        nn.init.kaiming_uniform_(B, a=math.sqrt(5))
+        _uniform_(B)
     else:
-        nn.init.zeros_(B)
+        B.zero_()
+
+
+def _uniform_(matrix: Tensor) -> None:
+    """Kaiming's with a = sqrt(5), as nn.Linear starts."""
+    bound = 1 / math.sqrt(matrix.shape[1])
+    matrix.uniform_(-bound, bound)
 
 
 def _orthogonal_(A: Tensor, B: Tensor) -> None:
@@ -89,12 +95,13 @@ def merged_weight(
     Raises WeightError if the result is not finite.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
-    merged = weight.to(wide, copy=True)
+    merged = weight.to(wide)
     for A, B, s in branches:
-        add = merged.addmm_ if merged.dim() == 2 else merged.baddbmm_
-        add(B.to(wide), A.to(wide), alpha=s)
-    merged = merged.to(dtype)
-    if not merged.isfinite().all():
+        add = torch.addmm if merged.dim() == 2 else torch.baddbmm
+        own = {} if merged is weight else {"out": merged}  # the first product is a new tensor
+        merged = add(merged, B.to(wide), A.to(wide), alpha=s, **own)
+    merged = merged.to(dtype, copy=merged is weight)
+    if not math.isfinite(merged.sum()) and not merged.isfinite().all():  # a sum may overflow
         raise WeightError(
             f"merged weight: expected finite values in {dtype}; got NaN or inf: damaged adapter?"
         )

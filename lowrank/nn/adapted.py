@@ -39,24 +39,28 @@ class AdaptedLayer(RescaledLayer, InFiles):
     takes_rows = True  # whether adapter_rows can tell apart what comes to it: x is [rows, ...]
     is_linear = False  # only then is an adapter for some outputs, or starts from the weight
 
+    config: dict[str, LoRAConfig]
+    r: dict[str, int]
+    lora_alpha: dict[str, float]
+    active_adapters: list[str]
+    disabled: bool
+    rows: Rows | None  # of adapter_rows, in place of what is active
+    at_hand: AtHand | None
+    spans: dict[str, list[tuple[int, int]]]  # of N, those that an adapter is for
+    _parts: dict[str, tuple[str, ...]]  # names of what the adapter's method trains
+    # in a list, so that it is no submodule: a merged layer's state is the merged weight alone
+    _aside: list[nn.Module]
+    _shared: dict[str, dict[str, Tensor]]  # what `factors` takes beside its tensors
+
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
+        vars(self).update(  # nn.Module's way to set each of them costs more than all of this
+            config={}, r={}, lora_alpha={}, active_adapters=[], disabled=False, rows=None,
+            at_hand=None, spans={}, _parts={}, _aside=[], _shared={},
+        )  # fmt: skip
         self.base_layer = base.requires_grad_(False)
-        self.lora_dropout = nn.ModuleDict()
-        self.lora_A = nn.ModuleDict()
-        self.lora_B = nn.ModuleDict()
-        self.config: dict[str, LoRAConfig] = {}
-        self.r: dict[str, int] = {}
-        self._parts: dict[str, tuple[str, ...]] = {}  # names of what the adapter's method trains
-        self.lora_alpha: dict[str, float] = {}
-        self.active_adapters: list[str] = []
-        self.disabled = False
-        self.rows: Rows | None = None  # of adapter_rows, in place of what is active
-        self.at_hand: AtHand | None = None
-        # in a list, so that it is no submodule: a merged layer's state is the merged weight alone
-        self._aside: list[nn.Module] = []
-        self.spans: dict[str, list[tuple[int, int]]] = {}  # of N, those that an adapter is for
-        self._shared: dict[str, dict[str, Tensor]] = {}  # what `factors` takes beside its tensors
+        tables = {name: nn.ModuleDict() for name in ("lora_dropout", "lora_A", "lora_B")}
+        self._modules.update(tables)
         self.register_load_state_dict_pre_hook(_take_plain_keys)
         self.register_load_state_dict_post_hook(_start_noted)
 
@@ -202,7 +206,8 @@ class AdaptedLayer(RescaledLayer, InFiles):
             if part not in self._modules:
                 self.add_module(part, nn.ModuleDict())
             self._modules[part][adapter] = Held(tensor)
-        self.lora_dropout[adapter] = nn.Dropout(config.lora_dropout).train(self.training)
+        self.lora_dropout[adapter] = nn.Dropout(config.lora_dropout)
+        self.lora_dropout[adapter].training = self.training
         self.config[adapter], self.r[adapter] = config, config.rank(name)
         self.spans[adapter] = config.spans(name)
         self._parts[adapter] = tuple(tensors)
@@ -287,7 +292,10 @@ class AdaptedLayer(RescaledLayer, InFiles):
             G, branches = self.changed(chosen)
             weight = weight if G is None else weight * G[:, None].to(weight.dtype)
         merged = self.plain(lora.merged_weight(weight, branches, dtype))
-        self._aside, self.base_layer = [self.base_layer], merged.train(self.training)
+        if merged.training != self.training:
+            merged.train(self.training)
+        self._aside.append(self.base_layer)
+        self._modules["base_layer"] = merged
 
     def unmerge(self) -> None:
         """Put the base layer back as it was before `merge`, bit for bit."""

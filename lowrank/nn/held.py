@@ -12,7 +12,7 @@ class Held(nn.Module):
 
     def __init__(self, tensor: Tensor) -> None:
         super().__init__()
-        self.weight = nn.Parameter(tensor, requires_grad=False)
+        self._parameters["weight"] = nn.Parameter(tensor, requires_grad=False)
 
     def extra_repr(self) -> str:
         return str(list(self.weight.shape))

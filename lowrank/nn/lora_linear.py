@@ -294,9 +294,11 @@ class LoRALinear(AdaptedLayer):
             return replaced(base, weight=matrix.T.contiguous())
         if type(base) is not nn.Linear and "weight" in base._parameters and not is_patched(base):
             return replaced(base, weight=matrix)  # a class of the user's own
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(matrix, requires_grad=False)
-        linear.bias = base.bias  # the same parameter: adapters do not change it
+        linear = nn.Linear.__new__(nn.Linear)  # what it does to make one is to fill a weight
+        nn.Module.__init__(linear)
+        vars(linear).update(in_features=self.in_features, out_features=self.out_features)
+        weight = nn.Parameter(matrix, requires_grad=False)
+        linear._parameters.update(weight=weight, bias=base.bias)  # adapters do not change the bias
         return linear
 
     def initialise(self, adapter: str, config: LoRAConfig, weight: Tensor) -> None:

@@ -19,13 +19,15 @@ class RescaledLayer(nn.Module):
     it is, and A Wᵀ is a product that the base has anyway.
     """
 
+    scaling: dict[str, float]  # s, what scale_adapter chose included
+    magnitudes: dict[str, str]  # of adapters that have one, the name of its tensor
+    _squares: Kept
+    _norms: dict[str, Kept]
+    _to_restart: list[str]  # adapters whose magnitude is set when loading is done
+
     def __init__(self) -> None:
         super().__init__()
-        self.scaling: dict[str, float] = {}  # s, what scale_adapter chose included
-        self.magnitudes: dict[str, str] = {}  # of adapters that have one, the name of its tensor
-        self._squares = Kept()
-        self._norms: dict[str, Kept] = {}
-        self._to_restart: list[str] = []  # adapters whose magnitude is set when loading is done
+        vars(self).update(scaling={}, magnitudes={}, _squares=Kept(), _norms={}, _to_restart=[])
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """W [N, K] of the unmerged base in `dtype`, dequantized if it is quantized."""

@@ -101,7 +101,7 @@ def merge_and_unload(
     for layer, new in merged.items():
         if isinstance(layer, AdaptedModule):  # what it trained
             new.requires_grad_(False)
-    if tied != tied_modules(model):
+    if tied and tied != tied_modules(model):
         config = getattr(model, "config", None)
         if is_dataclass(config):  # ours, frozen
             model.config = replace(config, tie_word_embeddings=False)

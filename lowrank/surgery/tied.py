@@ -30,10 +30,11 @@ def tied_modules(model: nn.Module) -> list[list[str]]:
         seen.add(module)
         adapted = isinstance(module, AdaptedLayer | AdaptedModule)
         base = module.unmerged_base if adapted else module
-        for parameter in base.parameters(recurse=False):
-            holders.setdefault(id(parameter), []).append(name)
-            if isinstance(base, EMBEDDINGS):
-                tables.add(id(parameter))
+        for parameter in base._parameters.values():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append(name)
+                if isinstance(base, EMBEDDINGS):
+                    tables.add(id(parameter))
     groups = [tuple(names) for key, names in holders.items() if len(names) > 1 and key in tables]
     return [list(group) for group in dict.fromkeys(groups)]
 
