@@ -45,6 +45,11 @@ class LoRAMultiheadAttention(AdaptedLayer):
             raise TargetError(
                 f"{name or 'wrap'}: expected nn.MultiheadAttention; got {type(base).__name__}"
             )
+        if config.bias != "none":
+            raise ConfigError(
+                f'bias: expected "none" with an attention, whose biases PEFT has no file for; '
+                f"{name or 'the layer'} is one; got {config.bias!r}"
+            )
 
     @classmethod
     def matrix_shape_of(cls, base: nn.Module) -> tuple[int, int]:
@@ -70,10 +75,6 @@ class LoRAMultiheadAttention(AdaptedLayer):
     @property
     def weight(self) -> Tensor:
         return _weights(self.base_layer)[0]
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base_layer.in_proj_bias
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -147,7 +148,8 @@ class LoRAMultiheadAttention(AdaptedLayer):
 
     def _product(self, x: Tensor, W: Tensor, rows: slice, block: int | None) -> Tensor:
         """x Wᵀ + b + Σ s·drop(x) Aᵀ Bᵀ, with `rows` of b and B, and block `block` of the blocks."""
-        bias = None if self.bias is None else self.bias[rows]
+        bias = self.base_layer.in_proj_bias
+        bias = None if bias is None else bias[rows]
         y = whole = F.linear(x, W, bias)
         for adapter in [] if self.merged or self.disabled else self.active_adapters:
             (A, B), s, g = self.factors(adapter), self.scaling[adapter], self.gain(adapter)

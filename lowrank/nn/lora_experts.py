@@ -108,7 +108,8 @@ def _grouped(
     func: Callable, mat_a: Any, mat_b: Any, *, offs: Tensor | None = None, **options: Any
 ) -> Tensor | None:
     x, weight = mat_a, mat_b
-    if not isinstance(weight, AdaptedWeights) or x.dim() != 2 or offs is None or options:
+    plain = offs is not None and x.dim() == 2 and all(o is None for o in options.values())
+    if not plain or not isinstance(weight, AdaptedWeights):
         return None
     y = func(x, weight.base, offs=offs)
     for L, R, s in weight.branches:

@@ -292,6 +292,10 @@ class LoRALinear(AdaptedLayer):
         base = self.unmerged_base
         if is_conv1d(base):
             return replaced(base, weight=matrix.T.contiguous())
+        if isinstance(base, QuantLinear) and base.conv1d:
+            plain = replaced(base.conv1d[0], weight=matrix.T.contiguous())
+            plain.register_parameter("bias", base.bias)
+            return plain
         if type(base) is not nn.Linear and "weight" in base._parameters and not is_patched(base):
             return replaced(base, weight=matrix)  # a class of the user's own
         linear = nn.Linear.__new__(nn.Linear)  # what it does to make one is to fill a weight

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lowrank import quant
 from lowrank.errors import ShapeError, TargetError
 from lowrank.nn.autocast import linear_dtype
+from lowrank.nn.held import replaced
 from lowrank.nn.quant_weight import QuantWeight, resolve
 from lowrank.ops.checks import check_float, check_sizes, check_tensors
 from lowrank.quant import Quantizer, Storage
@@ -28,6 +29,7 @@ class QuantLinear(QuantWeight):
 
     compute_dtype: torch.dtype | None = None
     fan_in_fan_out: bool = False
+    conv1d: tuple[nn.Module, ...] = ()  # what it was made of, without its tensors
 
     def __init__(
         self,
@@ -71,6 +73,10 @@ class QuantLinear(QuantWeight):
         weight = linear.weight.T.contiguous() if transposed else linear.weight
         layer = cls.from_storage(quantizer.quantize(weight), quantizer, linear.bias, compute_dtype)
         layer.fan_in_fan_out = transposed
+        if transposed:
+            empty = replaced(linear, weight=torch.empty(0, device="meta"))
+            empty.register_parameter("bias", None)
+            layer.conv1d = (empty,)
         return layer.train(linear.training)
 
     @classmethod

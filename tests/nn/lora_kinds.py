@@ -8,12 +8,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
 import lowrank
 from lowrank.nn.adapted import AdaptedLayer
 from lowrank.nn.kinds import kind_of
+
+
+class Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that an operator made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor) and "view" not in str(func):
+                shared = any(
+                    isinstance(a, torch.Tensor) and a.data_ptr() == tensor.data_ptr() for a in args
+                )
+                self.numel = max(self.numel, 0 if shared else tensor.numel())
+        return result
 
 
 @dataclass

@@ -184,6 +184,9 @@ def test_what_fails_leaves_the_model_as_it_was():
         lowrank.inject(model, LoRAConfig(target_modules=["mha", "x"]))
     assert [name for name, _ in model.named_modules()] == modules
     assert all(p.requires_grad for p in model.parameters())
+    with pytest.raises(ConfigError, match='bias: expected "none" with an attention'):
+        lowrank.inject(model, LoRAConfig(target_modules=["mha"], bias="all"))
+    assert [name for name, _ in model.named_modules()] == modules
     with pytest.raises(ConfigError, match="attn_mask: expected the mask"):
         x = torch.randn(3, 2, 8)
         lowrank.inject(model, LoRAConfig(target_modules=["mha"]))

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 import lowrank
 from lowrank import LoRAConfig
 from lowrank.errors import LowrankError
 from lowrank.nn.kinds import kind_of
-from tests.nn.lora_kinds import KINDS, Kind
+from tests.nn.lora_kinds import KINDS, Kind, Largest
 
 RANDOM = LoRAConfig(r=4, lora_alpha=6, init_lora_weights=False)
 OTHER = LoRAConfig(r=8, lora_alpha=3, init_lora_weights=False, use_rslora=True)
@@ -257,3 +258,42 @@ def test_over_a_quantized_embedding(scheme, use_dora):
     torch.testing.assert_close(layer(x), y, rtol=1e-4, atol=1e-5)
     layer.unmerge()
     assert layer.base_layer is base
+
+
+def test_a_magnitude_among_several(kind):
+    layer, x = kind.wrap(replace(RANDOM, use_dora=True)), kind.x()
+    layer.add_adapter("lora", OTHER)
+    layer.add_adapter("dora", replace(OTHER, use_dora=True))
+    with torch.no_grad():
+        for adapter in ("default", "dora"):
+            layer.lora_magnitude_vector[adapter].weight.mul_(1 + torch.rand(layer.matrix_shape[0]))
+    for active in (["default", "lora"], ["default", "dora", "lora"]):
+        layer.set_adapter(active)
+        y = layer(x)
+        layer.merge()
+        torch.testing.assert_close(layer(x), y, rtol=1e-4, atol=1e-4)
+        layer.unmerge()
+
+
+def test_a_quantized_conv1d_is_one_again_when_merged():
+    plain = nn.ModuleDict({"fc": Conv1D(32, 64)})
+    model = lowrank.quantize(copy.deepcopy(plain), "int8")
+    lowrank.inject(model, replace(RANDOM, target_modules=["fc"]))
+    x = torch.randn(5, 64)
+    y = model["fc"](x)
+    again = copy.deepcopy(model)
+    for one in (model, again):
+        assert {n: p.shape for n, p in one.state_dict().items() if n.endswith("base_layer.bias")}
+        lowrank.merge_and_unload(one)
+        assert type(one["fc"]) is Conv1D
+        assert {n: p.shape for n, p in one.named_parameters()} == {
+            n: p.shape for n, p in plain.named_parameters()
+        }
+        torch.testing.assert_close(one["fc"](x), y, rtol=1e-4, atol=1e-5)
+
+
+def test_an_embeddings_step_makes_nothing_of_the_tables_size():
+    layer = kind_of(nn.Embedding(1, 1)).wrap(nn.Embedding(5000, 64), RANDOM)
+    with Largest() as largest:
+        layer(torch.randint(5000, (2, 9))).square().sum().backward()
+    assert 4 * 5000 <= largest.numel < 64 * 5000 / 4  # A's gradient, not the table's

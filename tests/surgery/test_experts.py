@@ -12,6 +12,7 @@ import lowrank
 from lowrank import LoRAConfig
 from lowrank.errors import ConfigError, LowrankError, TargetError
 from tests.adapters.oracle import peft, peft_model, quiet, transformers
+from tests.nn.lora_kinds import Largest
 from tests.surgery.models import assert_unchanged, state
 
 SIZES = {
@@ -184,6 +185,56 @@ def test_compiled(generator):
     run = torch.compile(model, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(run(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+class Fused(nn.Module):
+    """Experts by all the products that models make with them."""
+
+    def __init__(self, transposed: bool) -> None:
+        super().__init__()
+        self.is_transposed = transposed
+        self.w = nn.Parameter(torch.randn(6, *((32, 48) if transposed else (48, 32))))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        whole = self.w if self.is_transposed else self.w.mT  # [6, 32, 48]
+        groups = torch.tensor([1, 1, 3, 4, 4, 5], dtype=torch.int32)
+        chosen = self.w[torch.tensor([5, 0])] if self.is_transposed else self.w[[5, 0]].mT
+        return [
+            x @ whole[4],
+            nn.functional.linear(x, whole.mT[torch.tensor(2)]),
+            torch.bmm(x.expand(6, 5, 32), whole),
+            torch.bmm(whole.mT[1:3], x.mT.expand(2, 32, 5)).mT,
+            nn.functional.grouped_mm(x, whole, offs=groups),
+            torch.matmul(x, chosen),
+        ]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_with_them_make_no_delta_of_their_size(transposed):
+    model = nn.ModuleDict({"experts": Fused(transposed)})
+    lowrank.inject(
+        model, LoRAConfig(**{**PARAMETERS, "target_modules": [], "target_parameters": ["w"]})
+    )
+    x = torch.randn(5, 32, requires_grad=True)
+    with Largest() as largest:
+        y = model["experts"](x)
+        sum((part * part.detach().cos()).sum() for part in y).backward()
+    assert largest.numel < 48 * 32 * 2 + 1  # the two experts of an index at most
+    grads = [x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
+    x.grad, whole = None, model["experts"].w.dequantize()
+    for parameter in model.parameters():
+        parameter.grad = None
+    dense = Fused(transposed)
+    del dense.w
+    dense.w = model["experts"].w.dequantize()
+    want = dense(x)
+    for part, other in zip(y, want, strict=True):
+        torch.testing.assert_close(part, other, rtol=1e-4, atol=1e-4)
+    sum((part * part.detach().cos()).sum() for part in want).backward()
+    others = [x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
+    for grad, other in zip(grads, others, strict=True):
+        torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-3)
+    assert whole.shape == model["experts"].w.shape
 
 
 @pytest.mark.parametrize(
