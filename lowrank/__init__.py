@@ -8,6 +8,7 @@ from .adapters.config import LoRAConfig as LoRAConfig
 from .io.adapter import load_adapter as load_adapter
 from .io.adapter import push_adapter as push_adapter
 from .io.adapter import save_adapter as save_adapter
+from .io.hotswap import hotswap_adapter as hotswap_adapter
 from .io.quantized import load_quantized as load_quantized
 from .io.quantized import save_quantized as save_quantized
 from .models.generate import generate as generate

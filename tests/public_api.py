@@ -41,6 +41,7 @@ def editing(model: nn.Module, cfg: lowrank.LoRAConfig) -> None:
         model(torch.zeros(3, 4))
     lowrank.combine_adapters(model, ["task_a", "task_b"], [0.7, 0.3], into="both")
     lowrank.combine_adapters(model, ["task_a"], [-1.0], "less", "ties", svd_rank=8, density=0.5)
+    lowrank.hotswap_adapter(model, "adapter", "task_a")
     lowrank.delete_adapter(model, "task_a")
     with lowrank.disable_adapters(model):
         lowrank.merge(model)

@@ -143,7 +143,7 @@ def load_adapter(
     an adapter of another base: keys missing or left over, shapes that do not fit, or a base that
     is not the one it was trained over.
     """
-    directory = _directory(path_or_repo, subfolder, revision, token)
+    directory = adapter_directory(path_or_repo, subfolder, revision, token)
     config = replace(read_config(directory / CONFIG_FILE), inference_mode=not is_trainable)
     tensors = read_tensors(directory)
     layers = adapted_layers(model)
@@ -192,9 +192,10 @@ def load_adapter(
     return model
 
 
-def _directory(
+def adapter_directory(
     path_or_repo: str | Path, subfolder: str | None, revision: str | None, token: str | None
 ) -> Path:
+    """The directory that an adapter is in, fetched if it is on the hub. Raises FileFormatError."""
     path = Path(path_or_repo)
     if path.is_dir():
         path = path / (subfolder or "")
