@@ -72,16 +72,20 @@ def _uniform_(matrix: Tensor) -> None:
 def _orthogonal_(A: Tensor, B: Tensor) -> None:
     """A = Q₁ᵀ X / 10 and B = Y Q₂ / 10, the rows of Q₁ and Q₂ [R / 2, R] orthonormal together.
 
-    X [R / 2, K] and Y [N, R / 2] are normal.   datta0.github.io/posts/rethink-lora-init
+    X [R / 2, K] and Y [N, R / 2] are normal. Where B has G times fewer columns than A has rows, as
+    in a convolution of G groups, this is done for each.   datta0.github.io/posts/rethink-lora-init
     """
-    (R, K), N = A.shape, B.shape[0]
+    R = B.shape[1]
     if R % 2:
-        raise ConfigError(f"r: expected an even one for init_lora_weights='orthogonal'; got {R}")
-    wide = torch.promote_types(A.dtype, torch.float32)
-    options = {"dtype": wide, "device": A.device}
-    Q = torch.linalg.qr(torch.randn(R, R, **options)).Q
-    A.copy_(Q[0::2].T @ torch.randn(R // 2, K, **options) / 10)
-    B.copy_(torch.randn(N, R // 2, **options) @ Q[1::2] / 10)
+        raise ConfigError(
+            f"r: expected an even one in each group for init_lora_weights='orthogonal'; got {R}"
+        )
+    wide = {"dtype": torch.promote_types(A.dtype, torch.float32), "device": A.device}
+    parts = A.split(R)
+    for some_A, some_B in zip(parts, B.chunk(len(parts)), strict=True):
+        Q = torch.linalg.qr(torch.randn(R, R, **wide)).Q
+        some_A.copy_(Q[0::2].T @ torch.randn(R // 2, A.shape[1], **wide) / 10)
+        some_B.copy_(torch.randn(len(some_B), R // 2, **wide) @ Q[1::2] / 10)
 
 
 @torch.no_grad()

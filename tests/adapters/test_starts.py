@@ -94,7 +94,7 @@ def test_orthogonal():
             )
     A, A0, B, B0 = torch.tensor(stds).mean(0)
     assert abs(A / A0 - 1) < 0.1 and abs(B / B0 - 1) < 0.1
-    with pytest.raises(ConfigError, match="r: expected an even one .* got 3"):
+    with pytest.raises(ConfigError, match="r: expected an even one .*; got 3"):
         LoRALinear(K, N, config=LoRAConfig(r=3, init_lora_weights="orthogonal"))
 
 

@@ -157,6 +157,29 @@ def test_several_add_up_each_to_the_same_base(quantizer, rows):
         layer.unmerge()
 
 
+def test_the_order_does_not_count_as_it_does_in_peft():
+    linear, x = nn.Linear(K, N), torch.randn(5, K)
+    config = peft.LoraConfig(r=4, use_dora=True, init_lora_weights=False, target_modules=["0"])
+    with quiet():
+        model = peft.get_peft_model(nn.Sequential(copy.deepcopy(linear)), config)
+        model.add_adapter("other", config)
+    ours = LoRALinear.wrap(linear, LoRAConfig(r=4, use_dora=True))
+    ours.add_adapter("other", LoRAConfig(r=4, use_dora=True))
+    theirs = model.base_model.model[0]
+    ours.load_state_dict(theirs.state_dict())
+    outputs = {}
+    with torch.no_grad():
+        for layer in (ours, theirs):
+            for adapter in ("default", "other"):
+                m = layer.lora_magnitude_vector[adapter].weight
+                m.mul_(torch.linspace(0.5, 1.5, N))
+            for order in (("default", "other"), ("other", "default")):
+                layer.set_adapter(list(order))
+                outputs[layer is ours, order[0]] = layer(x)
+    torch.testing.assert_close(outputs[True, "default"], outputs[True, "other"])
+    assert (outputs[False, "default"] - outputs[False, "other"]).abs().max() > 1e-3
+
+
 def test_it_starts_at_the_base():
     linear = nn.Linear(K, N)
     x = torch.randn(5, K)
