@@ -91,7 +91,8 @@ def eva(value: Any, init: bool | str) -> dict[str, Any] | None:
     value = {**EVA, **value}
     for key, default in EVA.items():
         if isinstance(default, bool):
-            choice(key, value[key], (True, False))
+            choice(key, value[key], (True, False, 1, 0))  # numbers, on a command line
+            value[key] = bool(value[key])
         else:
             number(key, value[key])
     if value["rho"] < 1 or not 0 <= value["tau"] <= 1:

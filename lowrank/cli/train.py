@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 import lowrank
 from lowrank.cli.options import Reader, add_fields, dump_toml, given_fields, make, read_toml
 from lowrank.cli.source import Source
-from lowrank.data import load_examples
+from lowrank.data import TokenizedExamples, collate, load_examples, tokenize_all
 from lowrank.io.atomic import write_text
 from lowrank.train import TrainConfig, Trainer
 from lowrank.train.run import check_output_dir
@@ -60,6 +62,12 @@ def run(args: argparse.Namespace) -> int:
     torch.manual_seed(config.seed)  # of the adapter's first values; the Trainer seeds the rest
     weights = lowrank.open_weights(settings.model) if lora.starts_from_weight else None
     lowrank.print_trainable_parameters(lowrank.inject(model, lora, weights=weights))
+    if lora.init_lora_weights == "eva":
+        vocab_size = model.config.vocab_size
+        train_data = tokenize_all(
+            train_data, tokenizer, config.max_length, config.completion_only_loss, vocab_size
+        )
+        lowrank.initialize_eva(model, padded(train_data, config.per_device_train_batch_size, model))
     trainer = Trainer(model, config, train_data, eval_data, tokenizer=tokenizer)
     output = Path(config.output_dir)
     tables = {"run": settings, "train": config, "lora": lora}
@@ -71,6 +79,16 @@ def run(args: argparse.Namespace) -> int:
         raise KeyboardInterrupt(f"interrupted after {done}; see {output}")
     print(report(result))
     return 0
+
+
+def padded(data: TokenizedExamples, size: int, model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """All examples once, `size` at a time, as `initialize_eva` takes them."""
+    device = next(model.parameters()).device
+    for start in range(0, len(data), size):
+        indices = range(start, min(start + size, len(data)))
+        batch = collate(data, indices, packed=False).to(device)
+        names = ("input_ids", "attention_mask", "labels")
+        yield {name: getattr(batch, name) for name in names}
 
 
 def resolve(args: argparse.Namespace) -> tuple[Run, TrainConfig, lowrank.LoRAConfig]:

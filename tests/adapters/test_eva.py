@@ -146,7 +146,7 @@ def test_what_is_wrong_changes_nothing(generator):
 
 
 @pytest.mark.parametrize(
-    "options", [{"rho": 0.5}, {"tau": 2.0}, {"whiten": 1}, {"rho": "2"}, {"rha": 2}, 3]
+    "options", [{"rho": 0.5}, {"tau": 2.0}, {"whiten": 2}, {"rho": "2"}, {"rha": 2}, 3]
 )
 def test_wrong_options(options):
     with pytest.raises(ConfigError):

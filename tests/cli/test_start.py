@@ -1,4 +1,4 @@
-"""Adapters that start with a part of the weights, from the command line."""
+"""Adapters that start with a part of the weights, or from data, from the command line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ import lowrank
 
 
 @pytest.mark.parametrize(
-    "start", [("loftq", "--loftq-config", "loftq_iter=3"), ("pissa_niter_4",)], ids=lambda s: s[0]
+    "start",
+    [
+        ("loftq", "--loftq-config", "loftq_iter=3"),
+        ("pissa_niter_4",),
+        ("olora", "--loraplus-lr-ratio", 8),
+        ("eva", "--eva-config", "rho=1.5", "use_label_mask=0"),
+    ],
+    ids=lambda s: s[0],
 )
 def test_train_generate_and_merge(start, run, tiny, data, tmp_path):
     words = ("--model", tiny, "--quantizer", "nf4")
