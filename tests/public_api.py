@@ -56,6 +56,16 @@ def editing(model: nn.Module, cfg: lowrank.LoRAConfig) -> None:
     assert_type(lowrank.unload(model), nn.Module)
 
 
+def methods(model: nn.Module) -> None:
+    assert_type(lowrank.adapters.names(), list[str])
+    assert_type(lowrank.adapters.get("vera"), lowrank.adapters.Method)
+    lowrank.LoRAConfig(method="lora_fa", init_lora_weights="eva", eva_config={"rho": 2.0})
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    assert_type(lowrank.initialize_eva(model, [{"input_ids": ids}, ids]), nn.Module)
+    assert_type(lowrank.convert_to_lora(model, lowrank.open_weights("path")), nn.Module)
+    torch.optim.AdamW(lowrank.lora_plus_groups(model, lr=1e-4, ratio=16))
+
+
 def quantizing(w: Tensor) -> None:
     q = quant.get("nf4", block_size=64, double_quant=True)
     storage = q.quantize(w)
