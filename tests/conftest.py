@@ -1,22 +1,17 @@
-"""What every test has: data beside the checkout, fresh random input, poisoned memory, honest skips.
-
-A test that cannot run here skips with a reason, and the end of the run lists every reason. With
-CI=true the run fails unless each reason begins with one of `CI_MAY_SKIP`: in CI all else can run.
-"""
+"""What every test has: data beside the checkout, fresh random input, poisoned memory."""
 
 from __future__ import annotations
 
 import os
 import random
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.quant import schemes
-
-CI_MAY_SKIP = ("needs a GPU", "needs a CPU with")
+from tests.skips import pytest_sessionfinish as pytest_sessionfinish
+from tests.skips import pytest_terminal_summary as pytest_terminal_summary
 
 # Directories whose code allocates outputs for kernels to fill.
 POISONED = {"ops", "nn", "quant"}
@@ -111,33 +106,3 @@ def pytest_runtest_makereport(item):
         values = [f"{name}={value}" for name, value in item.user_properties]
         report.sections.append(("to repeat", " ".join(values)))
     return report
-
-
-def skip_reasons(config) -> Counter[str]:
-    reporter = config.pluginmanager.get_plugin("terminalreporter")
-    reports = reporter.stats.get("skipped", []) if reporter else []
-    return Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in reports)
-
-
-def not_allowed(reasons: Counter[str]) -> list[str]:
-    return [reason for reason in reasons if not reason.startswith(CI_MAY_SKIP)]
-
-
-def pytest_sessionfinish(session, exitstatus):
-    if (
-        os.environ.get("CI") == "true"
-        and exitstatus == 0
-        and not_allowed(skip_reasons(session.config))
-    ):
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    reasons = skip_reasons(config)
-    if reasons:
-        terminalreporter.section("skipped, by reason")
-        for reason, count in sorted(reasons.items()):
-            terminalreporter.line(f"{count:5}  {reason}")
-    if os.environ.get("CI") == "true":
-        for reason in not_allowed(reasons):
-            terminalreporter.line(f"FAILED: in CI a test may not skip because: {reason}", red=True)

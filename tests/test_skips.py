@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-CONFTEST = Path(__file__).with_name("conftest.py")
+SKIPS = Path(__file__).with_name("skips.py")
 
 
 def run(folder: Path, reason: str, ci: str) -> subprocess.CompletedProcess[str]:
-    """A session of one passing and one skipping test under this project's conftest."""
+    """A session of one passing and one skipping test under this project's rule."""
     (folder / "tests").mkdir()
-    shutil.copy(CONFTEST, folder / "tests")
+    shutil.copy(SKIPS, folder / "tests" / "conftest.py")
     body = f"import pytest\ndef test_a(): pass\ndef test_b(): pytest.skip({reason!r})\n"
     (folder / "tests" / "test_it.py").write_text(body)
     return subprocess.run(

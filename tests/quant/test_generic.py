@@ -102,7 +102,7 @@ def test_register_gives_the_name_and_refuses_a_second_owner():
         with pytest.raises(ConfigError, match="'test-wrong': expected a class with quantize and"):
             quant.register("test-wrong")(wrong)
     for name in (None, "", 3):
-        with pytest.raises(ConfigError, match="register: expected the name of a scheme; got"):
+        with pytest.raises(ConfigError, match="register: expected the name of a quantizer; got"):
             quant.register(name)
     for name in (None, "test-wrong", ["nf4"], {}):
         with pytest.raises(ConfigError, match="quantizer: expected one of .*; got "):
