@@ -137,7 +137,7 @@ def test_damaged_configs_are_refused(saved, text):
 
 
 @pytest.mark.parametrize(
-    "change", [{"use_dora": 3}, {"r": 0}, {"lora_bias": True}, {"init_lora_weights": "pissa"}]
+    "change", [{"use_dora": 3}, {"r": 0}, {"lora_bias": True}, {"init_lora_weights": "lora_ga"}]
 )
 def test_configs_we_cannot_honour_are_refused(saved, change):
     directory, base = saved
