@@ -135,9 +135,10 @@ def load_adapter(
     active if it is the first, frozen unless `is_trainable`. If it has, its weights are replaced,
     and its config must agree.
 
-    An adapter that started with a part of the weights (LoftQ, PiSSA) belongs to the base that was
-    left. Unless the model has that base, it is made again from the original weights, which takes
-    what `inject` took: a `quantizer` for an unquantized model, `weights` for a quantized one.
+    An adapter that started with a part of the weights (LoftQ, PiSSA, OLoRA) belongs to the base
+    that was left. Unless the model has that base, it is made again from the original weights, which
+    takes what `inject` took: the unquantized model, with a `quantizer` if there was one, or
+    `weights` for a quantized model.
 
     Returns the model. Raises FileFormatError, with the model as it was, for damaged files and for
     an adapter of another base: keys missing or left over, shapes that do not fit, or a base that

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank.adapters import Method
+from lowrank.adapters import Method, get
 from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import ConfigError, TargetError
 from lowrank.nn.adapted import AdaptedLayer
@@ -79,7 +79,8 @@ class LoRAEmbedding(AdaptedLayer):
     @torch.no_grad()
     def init_(self, tensors: dict[str, Tensor], config: LoRAConfig) -> None:
         super().init_(tensors, config)
-        if {"lora_A", "lora_B"} <= tensors.keys():
+        frozen = getattr(get(config.method), "frozen", ())  # a zero that is frozen stays one
+        if {"lora_A", "lora_B"} <= tensors.keys() and "lora_A" not in frozen:
             start = nn.init.normal_ if config.init_lora_weights is False else nn.init.zeros_
             start(tensors["lora_A"])
             nn.init.normal_(tensors["lora_B"])

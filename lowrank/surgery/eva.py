@@ -121,9 +121,11 @@ class Inputs:
         if self._mask is not None and self._mask.shape == x.shape[:-1]:
             x = x[self._mask.to(x.device)]
         x = x.reshape(-1, x.shape[-1])
+        if not len(x):
+            return
         if name not in self._first:
             self._first[name] = self._seen.setdefault(_fingerprint(x), name)
-        if self._first[name] == name and len(x):
+        if self._first[name] == name:
             if name not in self.components:
                 most = round(self.options["rho"] * max(self._rank.values()))
                 self.components[name] = Components(min(most, x.shape[1]))
@@ -131,6 +133,8 @@ class Inputs:
 
     def are_settled(self) -> bool:
         """After a batch: whether it has hardly turned the components that are to be used."""
+        if not self.components:
+            return False
         ranks, settled = self.ranks(), True
         for first, found in self.components.items():
             used = max(ranks[name] for name, of in self._first.items() if of == first)

@@ -51,10 +51,10 @@ def inject(
     The first adapter is active; a further one stays idle and frozen until `set_adapter`, and
     what trains already goes on training. Targets that are not quantized yet are, by `quantizer`.
 
-    With init_lora_weights "loftq" or "pissa" the adapters start with a part of the weights, and the
-    quantized base is what they leave. `weights` has the original ones of targets that are quantized
-    already, by their names in the model's unquantized state dict; each is taken when its turn
-    comes, so that a mapping such as `open_weights` makes need not hold them.
+    With init_lora_weights "loftq", "pissa" or "olora" the adapters start with a part of the
+    weights, and the base is what they leave. `weights` has the original ones of targets that are
+    quantized already, by their names in the model's unquantized state dict; each is taken when its
+    turn comes, so that a mapping such as `open_weights` makes need not hold them.
 
     Returns the model. Raises TargetError for targets that match nothing, ConfigError for a name
     already taken, WeightError for a NaN; the model is then as it was. Only where `weights` fails

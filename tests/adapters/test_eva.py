@@ -99,7 +99,8 @@ def test_it_trains_saves_and_loads(tmp_path, generator):
     base, data = spread(tiny_llama()), batch(generator)
     config = LoRAConfig(r=3, target_modules=TARGETS, init_lora_weights="eva", use_dora=True)
     model = lowrank.inject(copy.deepcopy(base), config).train()
-    lowrank.initialize_eva(model, [data["input_ids"]])
+    nothing = {**data, "labels": torch.full_like(data["labels"], -100)}  # no token counts
+    lowrank.initialize_eva(model, [nothing, data])
     assert model.training and all(m.training for m in model.modules())
     trained = {n.split(".")[-3] for n, p in model.named_parameters() if p.requires_grad}
     assert trained == {"lora_A", "lora_B", "lora_magnitude_vector"}

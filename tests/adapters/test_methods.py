@@ -54,6 +54,18 @@ def test_lora_fa_trains_b_alone_and_is_saved_as_lora(tmp_path):
     torch.testing.assert_close(again(x), model(x))
 
 
+def test_lora_fa_learns_on_an_embedding_too():
+    model = nn.Sequential(nn.Embedding(9, K))
+    lowrank.inject(model, LoRAConfig(method="lora_fa", r=4, target_modules=["0"]))
+    ids = torch.randint(9, (5,))
+    before = model(ids)
+    assert torch.equal(before, model[0].base_layer(ids))
+    model(ids).square().sum().backward()
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    assert [n for n, _ in trained] == ["0.lora_B.default.weight"]
+    assert trained[0][1].grad.abs().max() > 0
+
+
 def test_vera_is_pefts():
     base, x = square(), torch.randn(5, K)
     config = LoRAConfig(method="vera", r=6, lora_alpha=6, target_modules=["0", "2"])
