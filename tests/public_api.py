@@ -14,6 +14,8 @@ from lowrank.train import TrainConfig, Trainer
 
 def layers() -> None:
     cfg = lowrank.LoRAConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"])
+    lowrank.LoRAConfig(target_parameters=["experts.down_proj"], target_rows={"qkv": [(0, 64)]})
+    lowrank.register_layer(nn.Bilinear, lowrank.LoRALinear)
     layer = lowrank.LoRALinear(512, 512, bias=True, config=cfg)
     assert_type(lowrank.LoRALinear.wrap(nn.Linear(4, 4), cfg), lowrank.LoRALinear)
     lowrank.LoRALinear.wrap(nn.Linear(4, 4), cfg, quantizer="nf4")

@@ -49,7 +49,7 @@ def add_fields(parser: argparse.ArgumentParser, config: type, prefix: str, title
         metavar = "|".join(_metavar(kind) for kind in words)
         if many:
             lone = [word for word in words if isinstance(word, str)]  # one of these is no list
-            parts = get_args(hints[field.name])
+            parts = (hints[field.name], *get_args(hints[field.name]))
             lists = any(list in map(get_origin, get_args(part)) for part in parts)
             single = str in kinds
             options |= {"nargs": "+", "action": _Collect, "single": single, "lone": lone}
@@ -195,10 +195,13 @@ class _Collect(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def _pair(word: str) -> tuple[str, int | float]:
+def _pair(word: str) -> tuple[str, int | float | tuple[int, int]]:
     name, equals, value = word.partition("=")
     if not equals:
         raise ValueError
+    if ":" in value:  # a range
+        start, stop = value.split(":")
+        return name, (int(start), int(stop))
     try:
         return name, int(value)
     except ValueError:

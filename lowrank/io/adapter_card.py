@@ -10,13 +10,11 @@ from lowrank.adapters.config import LoRAConfig
 def card(config: LoRAConfig) -> str:
     """A model card in Markdown: what the adapter is, and how to load it."""
     base = config.base_model_name_or_path
-    targets = (
-        config.target_modules
-        if isinstance(config.target_modules, str)
-        else ", ".join(config.target_modules)
-    )
+    named = config.target_modules
+    targets = [named] if isinstance(named, str) else [*named]
+    targets += config.target_parameters or []
     stabilized = ", rank-stabilized" if config.use_rslora else ""
-    text = [f"Rank {config.r}, alpha {config.lora_alpha:g}{stabilized}, on {targets}."]
+    text = [f"Rank {config.r}, alpha {config.lora_alpha:g}{stabilized}, on {', '.join(targets)}."]
     if config.modules_to_save:
         text.append(f"Trained whole: {', '.join(config.modules_to_save)}.")
     if config.trainable_token_indices:

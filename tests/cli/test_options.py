@@ -149,3 +149,15 @@ def test_toml_that_is_wrong(tmp_path, text, message):
     assert message in str(error.value)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_rows_of_a_fused_projection():
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_fields(parser, LoRAConfig, "lora", "LoRA")
+    words = ["--target-rows", "c_attn=0:64", "c_attn=128:192", "qkv=3:4"]
+    given = given_fields(parser.parse_args(words), "lora")
+    assert given == {"target_rows": {"c_attn": [(0, 64), (128, 192)], "qkv": [(3, 4)]}}
+    assert LoRAConfig(**given).spans("h.0.c_attn") == [(0, 64), (128, 192)]
+    for wrong in ("c_attn=0:", "c_attn=0:1:2", "c_attn"):
+        with pytest.raises(argparse.ArgumentError):
+            parser.parse_args(["--target-rows", wrong])
