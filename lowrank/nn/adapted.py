@@ -282,20 +282,26 @@ class AdaptedLayer(RescaledLayer, InFiles):
         `dtype` of the merged weight: None means the base's, which for a quantized base is the dtype
         its weight had before quantization. Quantizing again would round the adapter away.
         """
-        self._refuse_if_merged("merge")
-        chosen = [
-            a for a in (self.active_adapters if adapters is None else adapters) if a in self.config
-        ]
-        dtype = dtype or self.weight_dtype
-        weight = self.matrix(torch.promote_types(dtype, torch.float32))
-        with torch.no_grad():
-            G, branches = self.changed(chosen)
-            weight = weight if G is None else weight * G[:, None].to(weight.dtype)
-        merged = self.plain(lora.merged_weight(weight, branches, dtype))
+        merged = self.plain(self.merged_matrix(adapters, dtype or self.weight_dtype))
         if merged.training != self.training:
             merged.train(self.training)
         self._aside.append(self.base_layer)
         self._modules["base_layer"] = merged
+
+    @torch.no_grad()
+    def merged_matrix(self, adapters: Iterable[str] | None, dtype: torch.dtype) -> Tensor:
+        """W + ΣΔW [N, K] of the adapters (None: the active ones), rounded once to `dtype`.
+
+        Raises WeightError if it is not finite.
+        """
+        self._refuse_if_merged("merge")
+        chosen = [
+            a for a in (self.active_adapters if adapters is None else adapters) if a in self.config
+        ]
+        weight = self.matrix(torch.promote_types(dtype, torch.float32))
+        G, branches = self.changed(chosen)
+        weight = weight if G is None else weight * G[:, None].to(weight.dtype)
+        return lora.merged_weight(weight, branches, dtype)
 
     def unmerge(self) -> None:
         """Put the base layer back as it was before `merge`, bit for bit."""

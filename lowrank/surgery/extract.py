@@ -74,6 +74,10 @@ def extract_adapter(
             "config: expected method 'lora' with a start of its own, which is replaced; got "
             f"{config.method!r}, init_lora_weights={config.init_lora_weights!r}"
         )
+    if config.target_rows:
+        raise ConfigError(
+            f"target_rows: expected none, whole weights differ; got {config.target_rows}"
+        )
     names, config = resolve(model, config)
     modules = dict(walk(model))
     for name in names:

@@ -22,6 +22,7 @@ from lowrank.quant import refit
 from .inject import activate, replace_modules
 from .merge import layers_to_merge, merge_and_unload
 from .targets import adapted_modules
+from .tied import tied_modules, twins_of
 
 _NITER = 4  # power iterations of the SVD of what the codes could not take
 
@@ -116,12 +117,23 @@ def merge_quantized(
     check_name(into)
     layers, adapters = layers_to_merge(model, adapters, "merge_quantized")
     layers = {n: m for n, m in layers.items() if isinstance(m, AdaptedLayer)}
-    quantized = {n: m for n, m in layers.items() if isinstance(m.base_layer, QuantLinear)}
+    quantized = {
+        name: layer
+        for name, layer in layers.items()
+        if isinstance(layer, LoRALinear) and isinstance(layer.base_layer, QuantLinear)
+    }
     if not quantized:
         raise ConfigError(
             "merge_quantized: expected adapters over quantized linear layers; the model has none: "
             "merge_and_unload is for dense ones"
         )
+    groups = tied_modules(model)
+    for name in quantized:
+        if twins := twins_of(name, groups):
+            raise ConfigError(
+                f"{name}: shares its codes with {twins[0]}, which would change too; "
+                "merge_and_unload, or train it with the head among exclude_modules"
+            )
     for name, layer in bar("checking", quantized.items(), len(quantized)):
         _merged(name, layer, adapters)
     rows, factors = [], {}
@@ -141,12 +153,9 @@ def merge_quantized(
 def _merged(name: str, layer: AdaptedLayer, adapters: list[str] | None) -> Tensor:
     """W + ΔW [N, K] in float32. Raises WeightError with the layer's name."""
     try:
-        layer.merge(adapters, torch.float32)
+        return layer.merged_matrix(adapters, torch.float32)
     except WeightError as error:
         raise WeightError(f"{name}: {error}") from error
-    weight = layer.base_layer.weight
-    layer.unmerge()
-    return weight
 
 
 def _rank(layer: AdaptedLayer, adapters: list[str] | None) -> int:

@@ -121,6 +121,7 @@ def test_refusals_leave_the_model_as_it_was():
         ({**good, "1.weight": torch.zeros(4, 6).int()}, plain, DtypeError, "1.weight: expected"),
         (good, LoRAConfig(target_modules=["2"]), TargetError, "2"),
         (good, LoRAConfig(target_modules=["nothing"]), TargetError, "matches nothing"),
+        (good, LoRAConfig(**CONFIG, target_rows={"1": [(0, 2)]}), ConfigError, "target_rows"),
         (good, LoRAConfig(**CONFIG, init_lora_weights="pissa"), ConfigError, "a start of its own"),
     ]:
         with pytest.raises(error, match=message):

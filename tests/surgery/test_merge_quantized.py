@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import lowrank
 from lowrank import LoRAConfig, QuantLinear, quant
@@ -128,6 +129,43 @@ def test_layers_that_are_dense_or_without_adapters():
     assert type(model[0]) is nn.Linear and torch.equal(model[0].weight, wanted[0].weight)
     assert model[1].r == {"default": 1}
     assert_unchanged(model[2], other)
+
+
+def test_conv1d_and_modules_that_train_whole():
+    model = nn.Sequential(Conv1D(40, 64), nn.Linear(40, 6))
+    with torch.no_grad():
+        model[0].weight.normal_()
+    lowrank.quantize(model, "nf4", skip=["1"])
+    config = LoRAConfig(r=4, target_modules=["0"], modules_to_save=["1"], init_lora_weights=False)
+    lowrank.inject(model, config)
+    with torch.no_grad():
+        for parameter in model[0].lora_B.parameters():
+            parameter.mul_(0.1)
+        for parameter in model[1].parameters():
+            parameter.add_(0.5)
+    x = torch.randn(7, 64)
+    with torch.no_grad():
+        expected = model(x)
+        report = lowrank.merge_quantized(model, residual_rank=4)
+        got = model(x)
+    assert report.kept.share > 0.99 and report.kept.error < 0.02
+    assert (got - expected).norm() < 0.02 * expected.norm()
+    assert type(model[1]) is nn.Linear
+
+
+def test_a_head_that_shares_its_codes_is_refused():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(32, 64), nn.Linear(64, 32, bias=False)
+            self.head.weight = self.table.weight
+
+    model = lowrank.quantize(Tied(), "nf4", skip=[], embeddings=True)
+    lowrank.inject(model, LoRAConfig(r=2, target_modules=["head"]))
+    before = state(model)
+    with pytest.raises(ConfigError, match="head: shares its codes with table"):
+        lowrank.merge_quantized(model)
+    assert_unchanged(model, before)
 
 
 def test_an_adapter_that_changes_nothing_leaves_every_bit():
