@@ -105,10 +105,13 @@ class Decoder(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
         """A tied head is stored once, as the embedding."""
         if self.config.tie_word_embeddings:
-            embedding = f"{prefix}model.embed_tokens."
-            for key in [key for key in state_dict if key.startswith(embedding)]:
-                head = f"{prefix}lm_head.{key[len(embedding) :]}"
-                state_dict.setdefault(head, state_dict[key])
+            start, head = f"{prefix}model.embed_tokens.", f"{prefix}lm_head."
+            of_adapters = set(self.model.embed_tokens._modules) - {"base_layer"}
+            for key in [key for key in state_dict if key.startswith(start)]:
+                leaf = key[len(start) :].removeprefix("base_layer.")
+                stored = f"{head}base_layer.{leaf}" in state_dict
+                if not stored and leaf.split(".")[0] not in of_adapters:
+                    state_dict.setdefault(head + leaf, state_dict[key])
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(
@@ -198,7 +201,9 @@ class Decoder(nn.Module):
 
 def _tie_again(model: Decoder, _: object) -> None:
     """After loading: what is quantized in another way by then is no longer the same parameters."""
-    head, embedding = getattr(model.lm_head, "base_layer", model.lm_head), model.model.embed_tokens
+    head, embedding = (
+        getattr(m, "base_layer", m) for m in (model.lm_head, model.model.embed_tokens)
+    )
     both = isinstance(head, QuantLinear) and isinstance(embedding, QuantEmbedding)
     if both and model.config.tie_word_embeddings:
         head.tie(embedding)

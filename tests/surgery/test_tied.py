@@ -11,6 +11,8 @@ from torch import nn
 import lowrank
 from lowrank import LoRAConfig
 from lowrank.errors import ConfigError
+from lowrank.models.config import DecoderConfig
+from lowrank.models.decoder import Decoder
 from tests.adapters.oracle import peft, peft_model, quiet, tiny_llama, words
 from tests.io.adapters import adapted, shake
 from tests.surgery.models import assert_unchanged, state
@@ -88,6 +90,34 @@ def test_switched_merged_and_copied(quantized, generator):
     torch.testing.assert_close(merged(ids).logits, said, rtol=1e-4, atol=1e-5)
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
     assert merged.config.tie_word_embeddings
+
+
+STATES = {
+    "rows": {"target_modules": ["q_proj"], "trainable_token_indices": [3]},
+    "the embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "the head": {"target_modules": ["lm_head"]},
+    "a head of its own": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "both as one": {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+}
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("options", STATES.values(), ids=STATES)
+@torch.no_grad()
+def test_states_of_our_decoder_load_whole_and_plain(options, quantized, generator):
+    base, ids = Decoder(DecoderConfig.from_hf(tied_llama().config.to_dict())), words(generator)
+    if quantized:
+        lowrank.quantize(base, "nf4", embeddings=True)
+    model, other = (adapted(base, **options) for _ in range(2))
+    assert not torch.equal(model(ids), other(ids))
+    other.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
+    assert torch.equal(model(ids), other(ids))
+    plain = Decoder(base.config)
+    if quantized:
+        lowrank.quantize(plain, "nf4", embeddings=True)
+    other.load_state_dict(plain.state_dict())
+    with lowrank.disable_adapters(other):
+        assert torch.equal(other(ids), plain(ids))
 
 
 def test_a_method_whose_adapters_are_not_one_is_refused():
