@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from types import TracebackType
 
 from torch import nn
 
+from lowrank.adapters import checks
 from lowrank.errors import ConfigError
 from lowrank.nn.adapted import AdaptedLayer
 
@@ -39,8 +39,7 @@ def delete_adapter(model: nn.Module, adapter: str) -> None:
 
 def scale_adapter(model: nn.Module, adapter: str, factor: float) -> None:
     """Scale an adapter to `factor` times what its config says; never cumulative, 1.0 undoes it."""
-    if not math.isfinite(factor):
-        raise ConfigError(f"factor: expected a finite number; got {factor!r}")
+    checks.number("factor", factor)
     check_adapters(model, [adapter])
     for layer in _unmerged_layers(model, "scale_adapter"):
         if adapter in layer.scaling:
