@@ -19,7 +19,7 @@ from lowrank.adapters import initial, lora
 from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import FileFormatError
 from lowrank.nn.adapted import AdaptedLayer
-from lowrank.nn.quant_linear import is_conv1d, is_dense_linear
+from lowrank.nn.quant_linear import dense_matrix, is_dense_linear
 from lowrank.nn.quant_weight import resolve
 from lowrank.quant import Quantizer
 from lowrank.surgery.start import check_start
@@ -87,7 +87,7 @@ def is_base_to_be_made(
     if numbers is not None:
         name, module = next(iter(targets.items()))
         if is_dense_linear(module):
-            weight, by = _dense(module), None if quantizer is None else resolve(quantizer)
+            weight, by = dense_matrix(module), None if quantizer is None else resolve(quantizer)
         else:
             weight, by = module.matrix(weights[f"{name}.weight"]), module.quantizer
         s = lora.scaling(config.rank(name), config.alpha(name), config.use_rslora)
@@ -111,11 +111,11 @@ def check_made(
 def _weight(module: nn.Module) -> Tensor:
     if isinstance(module, AdaptedLayer):
         return module.matrix(torch.float32).detach()
-    return _dense(module).float() if is_dense_linear(module) else module.dequantize(torch.float32)
-
-
-def _dense(linear: nn.Module) -> Tensor:
-    return (linear.weight.T if is_conv1d(linear) else linear.weight).detach()
+    return (
+        dense_matrix(module).float()
+        if is_dense_linear(module)
+        else module.dequantize(torch.float32)
+    )
 
 
 def _agrees(weight: Tensor, numbers: Mapping[str, float], name: str) -> bool:

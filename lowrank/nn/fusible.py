@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from lowrank.nn.autocast import is_autocast_on, linear_dtype
 from lowrank.nn.quant_linear import QuantLinear
+from lowrank.ops.cpu.matrix_units import multiplies_bfloat16
 
 # (weight, absmax, absmax_scale, codebook), bias, block size
 Base = tuple[tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None], Tensor | None, int]
@@ -55,3 +57,12 @@ def is_patched(base: nn.Module) -> bool:
         or state["_backward_pre_hooks"]
         or "forward" in state
     )
+
+
+def quick_dtype(base: nn.Module, dtype: torch.dtype) -> torch.dtype | None:
+    """`dtype`, if a few float32 rows are multiplied faster in it; they are rounded to it then."""
+    weight = next(base.parameters())
+    same = isinstance(base, QuantLinear) or weight.dtype == dtype
+    if torch.compiler.is_compiling() or not same or dtype.itemsize != 2:
+        return None
+    return dtype if weight.device.type != "cpu" or multiplies_bfloat16(dtype) else None

@@ -15,9 +15,9 @@ from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import ConfigError, FileFormatError, ShapeError, TargetError, WeightError
 from lowrank.nn.adapted import AdaptedLayer
 from lowrank.nn.autocast import linear_dtype
-from lowrank.nn.fusible import NO_BASE, Base, fusible_base, is_patched
+from lowrank.nn.fusible import NO_BASE, Base, fusible_base, is_patched, quick_dtype
 from lowrank.nn.held import replaced
-from lowrank.nn.quant_linear import QuantLinear, is_conv1d, is_dense_linear
+from lowrank.nn.quant_linear import QuantLinear, dense_matrix, is_conv1d, is_dense_linear
 from lowrank.nn.rows import stacked
 from lowrank.nn.small import small_product
 from lowrank.quant import Quantizer, Storage
@@ -148,8 +148,11 @@ class LoRALinear(AdaptedLayer):
             A, B, s = *self.factors(first), self.scaling[first]
             weight, bias, block_size = fused
             z = _lora_linear(x.to(dtype), (weight, None, block_size), p, A[None], B[None], s)
-            g = self.gain(first)
-            return (z * g if bias is None else torch.addcmul(bias, z, g)).to(dtype)
+            g = self.gain(first, quick_dtype(self.base_layer, dtype))
+            if bias is not None and z.dtype == g.dtype == bias.dtype:
+                return torch.addcmul(bias, z, g)
+            y = z * g  # of two dtypes, addcmul takes four times as long as this and adding
+            return (y if bias is None else y + bias).to(dtype)
         y = whole = self.base_layer(x)
         for branch in self._branches([a for a in active if a not in self.magnitudes]):
             y = (y + _lora_linear(x.to(dtype), NO_BASE, *branch)).to(y.dtype)
@@ -248,19 +251,17 @@ class LoRALinear(AdaptedLayer):
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         base = self.unmerged_base
-        return base.dequantize(dtype) if isinstance(base, QuantLinear) else self._dense.to(dtype)
-
-    @property
-    def _dense(self) -> Tensor:
-        """W [N, K] of a base that is not quantized."""
-        base = self.unmerged_base
-        return (base.weight.T if is_conv1d(base) else base.weight).detach()
+        return (
+            base.dequantize(dtype)
+            if isinstance(base, QuantLinear)
+            else dense_matrix(base).to(dtype)
+        )
 
     def products(self, rows: Tensor) -> Tensor:
         base = self.unmerged_base
         if isinstance(base, QuantLinear):
             return quant.linear(base.quantizer, rows, base.storage)
-        weight = self._dense
+        weight = dense_matrix(base)
         if weight.dtype == rows.dtype:
             return F.linear(rows, weight)
         if weight.device.type != "cpu":
@@ -279,7 +280,7 @@ class LoRALinear(AdaptedLayer):
                 for some in self._some_rows()
             )
         else:
-            parts = (self._dense[some].to(dtype) for some in self._some_rows())
+            parts = (dense_matrix(base)[some].to(dtype) for some in self._some_rows())
         return torch.cat([part.square().sum(1) for part in parts])
 
     def _some_rows(self) -> Iterator[slice]:

@@ -168,6 +168,11 @@ def is_dense_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
+def dense_matrix(linear: nn.Module) -> Tensor:
+    """W [N, K] of a linear layer that is not quantized, apart from autograd."""
+    return (linear.weight.T if is_conv1d(linear) else linear.weight).detach()
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether this is GPT-2's linear layer, whoever wrote it: y = x W + b with W [K, N = nf]."""
     weight = getattr(module, "weight", None)

@@ -54,30 +54,35 @@ class RescaledLayer(nn.Module):
         """||W||² of each row [N], summed in `dtype`."""
         return self.matrix(dtype).square().sum(1)
 
-    def gain(self, adapter: str) -> Tensor | None:
-        """g = m / ||W + s·B A|| [N], the norms as constants; None without a magnitude m."""
+    def gain(self, adapter: str, dtype: torch.dtype | None = None) -> Tensor | None:
+        """g = m / ||W + s·B A|| [N], the norms as constants; None without a magnitude m.
+
+        `dtype` is that of `norms`.
+        """
         if adapter not in self.magnitudes:
             return None
-        return self._modules[self.magnitudes[adapter]][adapter].weight / self.norms(adapter)
+        return self._modules[self.magnitudes[adapter]][adapter].weight / self.norms(adapter, dtype)
 
-    def norms(self, adapter: str) -> Tensor:
+    def norms(self, adapter: str, dtype: torch.dtype | None = None) -> Tensor:
         """||W + s·B A|| of each row [N] of the unmerged base, a constant for the gradient.
 
-        Without gradients, as when generating, they are kept until W, A, B or s change.
+        Without gradients, as when generating, they are kept until W, A, B or s change. With them,
+        A Wᵀ may be rounded to `dtype`, for speed; it is a small part of the norms.
         """
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             self._norms.pop(adapter, None)  # what trains may be written to unseen
-            return self._compute_norms(adapter)
+            return self._compute_norms(adapter, dtype)
         sources = [*self._weights(), *self.tensors(adapter).values()]
         kept = self._norms.setdefault(adapter, Kept())
         return kept.get(sources, lambda: self._compute_norms(adapter))
 
     @torch.no_grad()
-    def _compute_norms(self, adapter: str) -> Tensor:
+    def _compute_norms(self, adapter: str, dtype: torch.dtype | None = None) -> Tensor:
         A, B = self.factors(adapter)
         with no_autocast(A.device):
             squares = self._squares.get(self._weights(), lambda: self.squares(A.dtype)).to(A)
-            return dora.norms(squares, self.products(A), A, B, self.scaling[adapter])
+            products = self.products(A if dtype is None else A.to(dtype)).to(A)
+            return dora.norms(squares, products, A, B, self.scaling[adapter])
 
     def _weights(self) -> list[nn.Parameter]:
         """What W is made of."""
