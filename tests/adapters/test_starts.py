@@ -41,6 +41,14 @@ def product(layer: nn.Module) -> torch.Tensor:
     return layer.lora_B["default"].weight @ layer.lora_A["default"].weight
 
 
+def near(
+    got: torch.Tensor, expected: torch.Tensor, tolerance: float, of: torch.Tensor | None = None
+) -> None:
+    """As a whole, in parts of `of`: a sum and its parts are as exact as what they are parts of."""
+    whole = (expected if of is None else of).double().norm()
+    assert (got.double() - expected.double()).norm() <= tolerance * whole
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("init", [*MUTATING, "pissa_niter_16"])
@@ -52,15 +60,17 @@ def test_base_and_adapter_are_pefts(init, use_rslora, dtype):
         config = peft.LoraConfig(**options, target_modules=["0", "1"])
         theirs = peft.get_peft_model(copy.deepcopy(base), config).base_model.model
     ours = lowrank.inject(copy.deepcopy(base), LoRAConfig(**options, target_modules=["0", "1"]))
-    tolerance = 3e-6 if dtype == torch.float32 else 8e-3
+    tolerance = 1e-5 if dtype == torch.float32 else 8e-3  # PEFT's factors are float32's
     for i in (0, 1):
         # PEFT rounds A and B to the base's dtype on their way to float32, and we do not
-        torch.testing.assert_close(product(ours[i]), product(theirs[i]), rtol=0, atol=tolerance)
+        weight = before[f"{i}.weight"]
+        near(product(ours[i]), product(theirs[i]), tolerance)
         got, want = ours[i].base_layer.weight, theirs[i].base_layer.weight
-        assert got.dtype == dtype and not torch.equal(got, before[f"{i}.weight"])
-        torch.testing.assert_close(got, want, rtol=0, atol=tolerance)
+        assert got.dtype == dtype and not torch.equal(got, weight)
+        largest = max(weight, want, key=torch.linalg.norm)  # with OLoRA's s, the base
+        near(got, want, tolerance, largest)
         whole = got.float() + ours[i].scaling["default"] * product(ours[i])
-        torch.testing.assert_close(whole, before[f"{i}.weight"].float(), rtol=0, atol=tolerance)
+        near(whole, weight, tolerance, largest)
     if dtype == torch.float32:
         results = []
         for model in (ours, theirs):
@@ -139,14 +149,14 @@ def test_files_of_ours_and_pefts(tmp_path, generator, init):
     shake(theirs)
     theirs.save_pretrained(tmp_path / "theirs")
     model = lowrank.load_adapter(copy.deepcopy(base), tmp_path / "theirs")
-    torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+    near(model(ids).logits, theirs(ids).logits, 1e-5)
 
     ours = lowrank.inject(copy.deepcopy(base), LoRAConfig(**options))
     shake(ours)
     lowrank.save_adapter(ours, tmp_path / "ours")
     with quiet():
         read = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours"))
-    torch.testing.assert_close(read(ids).logits, ours(ids).logits, rtol=1e-5, atol=1e-5)
+    near(read(ids).logits, ours(ids).logits, 1e-5)
     again = lowrank.load_adapter(copy.deepcopy(base), tmp_path / "ours")
     assert torch.equal(again(ids).logits, ours(ids).logits)
     lowrank.load_adapter(again, tmp_path / "ours")  # over its own base, once more
