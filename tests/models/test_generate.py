@@ -27,7 +27,10 @@ def test_greedy_equals_transformers(saved):
     model, oracle, _ = saved
     for S in (1, 7, 40):
         prompt = tokens(1, S, 599)
-        expected = oracle.generate(prompt, max_new_tokens=30, do_sample=False, eos_token_id=599)
+        expected = oracle.generate(  # without a mask it would leave out its pad token, 0
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=30, do_sample=False,
+            eos_token_id=599,
+        )  # fmt: skip
         (written,) = generate_ids(model, prompt.tolist(), 30, ends={599})
         want = expected[0, S:].tolist()
         assert_same_greedy(oracle, prompt[0].tolist(), written, [i for i in want if i != 599])
