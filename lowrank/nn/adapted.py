@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.adapters import lora, registry
@@ -31,9 +32,8 @@ class AdaptedLayer(RescaledLayer, InFiles):
     active add up, each with its own ΔW to the same base: s·B A, or for one with a magnitude (DoRA)
     g ∘ (W + s·B A) - W with a gain g [N] for each row.
 
-    While merged, `base_layer` is a plain layer with the merged weight, and the one that was there
-    is kept aside, so that unmerging gives back its very bits. A state dict of the plain layer
-    (`weight`, `bias`, or a quantized layer's tensors) loads into `base_layer`, strict too.
+    A state dict of the plain layer (`weight`, `bias`, or a quantized layer's tensors) loads into
+    `base_layer`, strict too.
     """
 
     takes_rows = True  # whether adapter_rows can tell apart what comes to it: x is [rows, ...]
@@ -42,21 +42,17 @@ class AdaptedLayer(RescaledLayer, InFiles):
     config: dict[str, LoRAConfig]
     r: dict[str, int]
     lora_alpha: dict[str, float]
-    active_adapters: list[str]
-    disabled: bool
     rows: Rows | None  # of adapter_rows, in place of what is active
     at_hand: AtHand | None
     spans: dict[str, list[tuple[int, int]]]  # of N, those that an adapter is for
     _parts: dict[str, tuple[str, ...]]  # names of what the adapter's method trains
-    # in a list, so that it is no submodule: a merged layer's state is the merged weight alone
-    _aside: list[nn.Module]
     _shared: dict[str, dict[str, Tensor]]  # what `factors` takes beside its tensors
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         vars(self).update(  # nn.Module's way to set each of them costs more than all of this
             config={}, r={}, lora_alpha={}, active_adapters=[], disabled=False, rows=None,
-            at_hand=None, spans={}, _parts={}, _aside=[], _shared={},
+            at_hand=None, spans={}, _parts={}, _shared={},
         )  # fmt: skip
         self.base_layer = base.requires_grad_(False)
         tables = {name: nn.ModuleDict() for name in ("lora_dropout", "lora_A", "lora_B")}
@@ -115,16 +111,6 @@ class AdaptedLayer(RescaledLayer, InFiles):
         return base.weight_dtype if isinstance(base, QuantWeight) else base.weight.dtype
 
     @property
-    def merged(self) -> bool:
-        """Whether `base_layer` holds the merged weight."""
-        return bool(self._aside)
-
-    @property
-    def unmerged_base(self) -> nn.Module:
-        """The base layer as it is without any adapter, merged or not."""
-        return self._aside[0] if self._aside else self.base_layer
-
-    @property
     def weight(self) -> Tensor:
         """The weight of a dense base layer, as code written for that layer expects it."""
         return self.base_layer.weight
@@ -136,7 +122,7 @@ class AdaptedLayer(RescaledLayer, InFiles):
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """What the layer would give for x if its matrix were B A, and it had no bias."""
-        raise NotImplementedError
+        return F.linear(F.linear(x.to(A.dtype), A), B)
 
     def over_rows(self, values: Tensor) -> Tensor:
         """Values [N], one for each row of W, in a shape to multiply what the layer returns by."""
@@ -282,11 +268,7 @@ class AdaptedLayer(RescaledLayer, InFiles):
         `dtype` of the merged weight: None means the base's, which for a quantized base is the dtype
         its weight had before quantization. Quantizing again would round the adapter away.
         """
-        merged = self.plain(self.merged_matrix(adapters, dtype or self.weight_dtype))
-        if merged.training != self.training:
-            merged.train(self.training)
-        self._aside.append(self.base_layer)
-        self._modules["base_layer"] = merged
+        self.stand_in(self.plain(self.merged_matrix(adapters, dtype or self.weight_dtype)))
 
     @torch.no_grad()
     def merged_matrix(self, adapters: Iterable[str] | None, dtype: torch.dtype) -> Tensor:
@@ -303,17 +285,12 @@ class AdaptedLayer(RescaledLayer, InFiles):
         weight = weight if G is None else weight * G[:, None].to(weight.dtype)
         return lora.merged_weight(weight, branches, dtype)
 
-    def unmerge(self) -> None:
-        """Put the base layer back as it was before `merge`, bit for bit."""
-        if self._aside:
-            self.base_layer, self._aside = self._aside[0], []
+    def started_again(self, plain: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        """What a plain layer's tensors become, by the names of this layer's state dict.
 
-    def start_again(self, adapter: str, plain: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-        """What the base and an adapter that starts from the weight are, given a plain layer's keys.
-
-        `plain` and the result have the names of this layer's state dict.
+        Where an adapter starts from the weight, `plain` is made into its base and itself anew.
         """
-        raise NotImplementedError
+        return plain
 
     def _refuse_if_merged(self, what: str) -> None:
         if self.merged:
@@ -322,17 +299,11 @@ class AdaptedLayer(RescaledLayer, InFiles):
             )
 
     def _apply(self, fn: Callable, recurse: bool = True) -> AdaptedLayer:
-        for base in self._aside:
-            base._apply(fn)
         self.forget_base()
         super()._apply(fn, recurse)
         for adapter in self.config:
             self._share(adapter)
         return self
-
-    def extra_repr(self) -> str:
-        state = "merged" if self.merged else "disabled" if self.disabled else "active"
-        return f"{state}={self.active_adapters}"
 
 
 def check_name(adapter: str) -> None:
@@ -357,10 +328,7 @@ def _take_plain_keys(layer: AdaptedLayer, state_dict: dict, prefix: str, *_: obj
     if plain - {"bias"}:
         keys = {a: f"{prefix}{part}.{a}.weight" for a, part in layer.magnitudes.items()}
         layer.note_starts([adapter for adapter, key in keys.items() if key in state_dict])
-        for adapter, config in layer.config.items():
-            if config.starts_from_weight:
-                made = layer.start_again(adapter, moved, prefix)
-                moved = {n: t for n, t in moved.items() if n != "base_layer.weight"} | made
+        moved = layer.started_again(moved, prefix)
     if plain:
         own = layer.state_dict()
         moved = {name: own[name] for name in own if not name.startswith("base_layer.")} | moved

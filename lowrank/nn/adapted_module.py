@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import ConfigError
+from lowrank.nn.with_base import WithBase
 
 
-class AdaptedModule(nn.Module):
+class AdaptedModule(WithBase):
     """A frozen `base_layer`, and for each of its adapters what is said in its place.
 
     It is switched, disabled, merged and unmerged as layers with adapters are (AdaptedLayer). Of
     the active adapters one at most may speak: two replacements have no sum. While merged,
-    `base_layer` is plain and says what that one says; the one that was there is kept aside.
+    `base_layer` is plain and says what that one says.
     """
 
     def __init__(self, base: nn.Module) -> None:
@@ -26,8 +27,6 @@ class AdaptedModule(nn.Module):
         self.config: dict[str, LoRAConfig] = {}
         self.active_adapters: list[str] = []
         self.disabled = False
-        # in a list, so that it is no submodule: a merged module's state is the merged one alone
-        self._aside: list[nn.Module] = []
         self.register_load_state_dict_pre_hook(_take_plain_keys)
 
     def to_file(self, adapter: str) -> dict[str, Tensor]:
@@ -51,16 +50,6 @@ class AdaptedModule(nn.Module):
     def forget(self, adapter: str) -> None:
         """Drop what the adapter has here."""
         raise NotImplementedError
-
-    @property
-    def merged(self) -> bool:
-        """Whether `base_layer` is what an adapter put in its place."""
-        return bool(self._aside)
-
-    @property
-    def unmerged_base(self) -> nn.Module:
-        """The module as it is without any adapter, merged or not."""
-        return self._aside[0] if self._aside else self.base_layer
 
     @property
     def speaker(self) -> str | None:
@@ -105,13 +94,8 @@ class AdaptedModule(nn.Module):
         """
         chosen = list(self.active_adapters if adapters is None else adapters)
         self.check_active(chosen)
-        new = next((self.replaced(a) for a in chosen if a in self.config), self.base_layer)
-        self._aside, self.base_layer = [self.base_layer], new.train(self.training)
-
-    def unmerge(self) -> None:
-        """Put the module back as it was before `merge`."""
-        if self._aside:
-            self.base_layer, self._aside = self._aside[0], []
+        new = (self.replaced(adapter) for adapter in chosen if adapter in self.config)
+        self.stand_in(next(new, self.base_layer))
 
     def check_new(self, adapter: str) -> None:
         """Raises ConfigError unless an adapter of that name can be added."""
@@ -120,11 +104,6 @@ class AdaptedModule(nn.Module):
                 f"adapter: {adapter!r} is already there; delete it first or choose another name"
             )
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> AdaptedModule:
-        for base in self._aside:
-            base._apply(fn)
-        return super()._apply(fn, recurse)
-
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -132,10 +111,6 @@ class AdaptedModule(nn.Module):
             if "base_layer" not in self.__dict__.get("_modules", ()):
                 raise
             return getattr(self.base_layer, name)
-
-    def extra_repr(self) -> str:
-        state = "merged" if self.merged else "disabled" if self.disabled else "active"
-        return f"{state}={self.active_adapters}"
 
 
 def _take_plain_keys(module: AdaptedModule, state_dict: dict, prefix: str, *_: object) -> None:

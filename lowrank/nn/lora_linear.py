@@ -10,24 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank import ops, quant
-from lowrank.adapters import initial, lora
+from lowrank.adapters import lora
 from lowrank.adapters.config import LoRAConfig
-from lowrank.errors import ConfigError, FileFormatError, ShapeError, TargetError, WeightError
-from lowrank.nn.adapted import AdaptedLayer
+from lowrank.errors import ConfigError, FileFormatError, TargetError
 from lowrank.nn.autocast import linear_dtype
 from lowrank.nn.fusible import NO_BASE, Base, fusible_base, is_patched, quick_dtype
 from lowrank.nn.held import replaced
 from lowrank.nn.quant_linear import QuantLinear, dense_matrix, is_conv1d, is_dense_linear
 from lowrank.nn.rows import stacked
 from lowrank.nn.small import small_product
-from lowrank.quant import Quantizer, Storage
+from lowrank.nn.started import StartedLayer
+from lowrank.quant import Quantizer
 from lowrank.quant.blocks import panels
 
 # p, A [E, R, K], B [E, N, R], s, and which rows have which of the E; None: all have the only one
 Branch = tuple[float, Tensor, Tensor, float, tuple[Tensor, Tensor] | None]
 
 
-class LoRALinear(AdaptedLayer):
+class LoRALinear(StartedLayer):
     """y = x Wᵀ + b + Σ s·drop(x) Aᵀ Bᵀ over the active adapters.   Hu et al., arXiv:2106.09685.
 
     x: [..., K], y: [..., N]. `base_layer` holds W [N, K] and b [N], frozen, dense or quantized;
@@ -77,7 +77,7 @@ class LoRALinear(AdaptedLayer):
     def bare(cls, linear: nn.Linear) -> LoRALinear:
         """The layer around `linear`, which has no adapter yet."""
         layer = cls.__new__(cls)
-        AdaptedLayer.__init__(layer, linear)
+        StartedLayer.__init__(layer, linear)
         layer.out_features, layer.in_features = layer.matrix_shape
         return layer
 
@@ -305,74 +305,6 @@ class LoRALinear(AdaptedLayer):
         weight = nn.Parameter(matrix, requires_grad=False)
         linear._parameters.update(weight=weight, bias=base.bias)  # adapters do not change the bias
         return linear
-
-    def initialise(self, adapter: str, config: LoRAConfig, weight: Tensor) -> None:
-        """Start `adapter` from the original plain `weight` as config.init_lora_weights says.
-
-        The base is made anew, so that base + s·B A is near the weight: a quantized one in its own
-        memory, a dense one as another layer. On the meta device nothing is computed; there, loading
-        a plain `weight` does the same.
-        """
-        A, B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        rest, *factors = self.split(adapter, config, weight.to(A.device))
-        with torch.no_grad():
-            self.replace_base(rest)
-            for parameter, factor in zip((A, B), factors, strict=True):
-                parameter.copy_(factor)
-        self.config[adapter] = config
-        self.start_magnitude(adapter)
-
-    def replace_base(self, rest: Storage | Tensor) -> None:
-        """Let W be another: a Storage of the base's quantizer, or dense [N, K]."""
-        base = self.base_layer
-        if isinstance(base, QuantLinear):
-            base.refill(rest)
-        else:
-            weight = rest.T.contiguous() if is_conv1d(base) else rest
-            self.base_layer = replaced(base, weight=weight)
-        self.forget_base()
-
-    def split(
-        self, adapter: str, config: LoRAConfig, weight: Tensor
-    ) -> tuple[Storage | Tensor, Tensor, Tensor]:
-        """What `adapters.initial.split` makes of a plain `weight` for the base and the adapter."""
-        self._refuse_if_merged("initialise")
-        base, r = self.base_layer, self.r[adapter]
-        quantizer = base.quantizer if isinstance(base, QuantLinear) else None
-        expected = base.weight.shape if quantizer is None else base.plain_shape
-        if weight.shape != expected:
-            raise ShapeError(f"weight: expected {list(expected)}; got {list(weight.shape)}")
-        if quantizer is not None:
-            weight = base.matrix(weight)
-        elif is_conv1d(base):
-            weight = weight.T
-        if weight.is_meta:
-            N, K = weight.shape
-            rest = weight if quantizer is None else quantizer.quantize(weight)
-            return rest, weight.new_empty(r, K), weight.new_empty(N, r)
-        s = lora.scaling(r, self.lora_alpha[adapter], config.use_rslora)
-        return initial.split(config, weight, quantizer, r, s)
-
-    def start_again(self, adapter: str, plain: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-        config = self.config[adapter]
-        weight = plain.get("base_layer.weight")
-        if weight is None or not weight.is_floating_point():
-            raise FileFormatError(
-                f"{prefix}weight: expected the original in floats, as adapter {adapter!r} starts "
-                f"with a part of it ({config.init_lora_weights!r}); got a quantized one; load the "
-                "whole layer's state dict, or the original"
-            )
-        try:
-            rest, A, B = self.split(adapter, config, weight)
-        except (ShapeError, WeightError) as error:
-            raise type(error)(f"{prefix}{error}") from error
-        base = self.base_layer
-        if isinstance(base, QuantLinear):
-            made = QuantLinear.from_storage(rest, base.quantizer).state_dict()
-        else:
-            made = {"weight": rest.T if is_conv1d(base) else rest}
-        tensors = {f"base_layer.{name}": value for name, value in made.items()}
-        return tensors | {f"lora_A.{adapter}.weight": A, f"lora_B.{adapter}.weight": B}
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}"

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from lowrank.adapters import dora
 from lowrank.nn.autocast import no_autocast
 from lowrank.nn.kept import Kept
+from lowrank.nn.with_base import WithBase
 
 
-class RescaledLayer(nn.Module):
+class RescaledLayer(WithBase):
     """What AdaptedLayer knows of magnitudes m: W + s·B A is rescaled to them by a gain g, DoRA's.
 
     The norms of rows are found without W + s·B A: ||W||² is kept for as long as the base stays as
@@ -39,11 +40,6 @@ class RescaledLayer(nn.Module):
 
     def tensors(self, adapter: str) -> dict[str, nn.Parameter]:
         """What the adapter has here, by the names of its method: lora_A, lora_B."""
-        raise NotImplementedError
-
-    @property
-    def unmerged_base(self) -> nn.Module:
-        """The base layer as it is without any adapter, merged or not."""
         raise NotImplementedError
 
     def products(self, rows: Tensor) -> Tensor:

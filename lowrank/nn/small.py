@@ -38,7 +38,7 @@ def small_product(layer: AdaptedLayer, x: Tensor) -> Tensor | None:
     """
     state = layer.__dict__
     names, at_hand = state["active_adapters"], state["at_hand"]
-    if len(names) != 1 or state["disabled"] or state["_aside"] or state["rows"] is not None:
+    if len(names) != 1 or state["disabled"] or state.get("_aside") or state["rows"] is not None:
         return None
     base = state["_modules"]["base_layer"]
     if at_hand is None or at_hand[0] is not names[0] or at_hand[1] is not base:
