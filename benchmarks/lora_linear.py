@@ -40,28 +40,46 @@ class Adapter:
         A, B = torch.randn(RANK, K, device=device), torch.randn(N, RANK, device=device)
         return cls(A * K**-0.5, B * 0.1)
 
+    def gradients(self, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+        """dA = s (dy B)ᵀ x and dB = s dyᵀ (x Aᵀ), over all rows, in float64."""
+        x, dy, A, B = x.double(), dy.double(), self.A.double(), self.B.double()
+        return {"lora_A": SCALE * (dy @ B).T @ x, "lora_B": SCALE * dy.T @ (x @ A.T)}
+
 
 @dataclass
 class Side:
-    """Copies of a layer, and the bare one of its package: itself, where it has no adapter."""
+    """Copies of a layer, the bare one of its package (itself, where it has no adapter), and the
+    exact gradients of an adapter's parts by x and dy.
+    """
 
     name: str
     modules: list[nn.Module]
     layer: Layer
     probe: Probe
     bare: str
+    gradients: Callable[[Tensor, Tensor], dict[str, Tensor]] | None = None
 
     @property
     def adapted(self) -> bool:
-        return self.name != self.bare
+        return self.gradients is not None
 
 
 def run(settings: Settings) -> list[dict]:
     """Cases of every shape, base, dtype, M and direction."""
+    return compare(settings, "lora_linear", _sides, _contender)
+
+
+def compare(
+    settings: Settings,
+    benchmark: str,
+    sides_of: Callable[[Settings, str, Tensor, torch.dtype, Adapter], list[Side]],
+    contender_of: Callable[[Side, int, bool], Contender],
+) -> list[dict]:
+    """Cases of every shape, base, dtype, M and direction, of the sides of each base's packages."""
     rows = []
     wanted = [M for M in sorted(settings.rows_of_x) if M >= TRAINING_ROWS]
     for label, N, K in settings.shapes if wanted else ():
-        if not settings.fits("lora_linear", label, N, K, 4):
+        if not settings.fits(benchmark, label, N, K, 4):
             continue
         weight = torch.randn(N, K, device=settings.device) * 0.02
         adapter = Adapter.of(N, K, settings.device)
@@ -69,15 +87,13 @@ def run(settings: Settings) -> list[dict]:
             for short, dtype in settings.dtypes.items():
                 sides = []
                 for package in packages:
-                    sides += _sides(settings, package, weight, dtype, adapter)
+                    sides += sides_of(settings, package, weight, dtype, adapter)
                 for M in wanted:
                     for backward in (False, True) if sides else ():
                         direction = "forward + backward" if backward else "forward"
                         case = f"{label} M={M} over {base} {short}, {direction}"
-                        contenders = [_contender(side, adapter, M, backward) for side in sides]
-                        rows += settings.compare(
-                            "lora_linear", case, contenders, sides[0].name, "read"
-                        )
+                        contenders = [contender_of(side, M, backward) for side in sides]
+                        rows += settings.compare(benchmark, case, contenders, sides[0].name, "read")
     return rows
 
 
@@ -90,17 +106,15 @@ def _sides(
     layer = LAYERS[package](weight, dtype)
     probe = Probe.of(layer.exact(), dtype)
     count = copies_for(layer.stored_bytes, settings.working_set)
-
-    def side(name: str, wrap: Callable[[nn.Module], nn.Module] | None) -> Side:
-        modules = [copy.deepcopy(layer.module) for _ in range(count)]
-        if wrap is not None:
-            modules = [wrap(module) for module in modules]
-            for module in modules:
-                fill(module, adapter)
-        return Side(name, modules, layer, probe, bare)
-
     bare = f"{package}, frozen"
-    made = [side(bare, None)]
+
+    def side(name: str, wrap: Callable[[nn.Module], nn.Module]) -> Side:
+        modules = [wrap(copy.deepcopy(layer.module)) for _ in range(count)]
+        for module in modules:
+            fill(module, adapter)
+        return Side(name, modules, layer, _adapted(probe, adapter), bare, adapter.gradients)
+
+    made = [Side(bare, [copy.deepcopy(layer.module) for _ in range(count)], layer, probe, bare)]
     if package in ("torch", "lowrank"):
         made.append(side("lowrank", with_lowrank))
     if "peft" in settings.against and package in ("torch", "bitsandbytes"):
@@ -110,15 +124,15 @@ def _sides(
     return made
 
 
-def with_lowrank(base: nn.Module) -> nn.Module:
+def with_lowrank(base: nn.Module, use_dora: bool = False) -> nn.Module:
     """lowrank's LoRALinear around a layer."""
     import lowrank
 
-    config = lowrank.LoRAConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0)
+    config = lowrank.LoRAConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, use_dora=use_dora)
     return lowrank.LoRALinear.wrap(base, config)
 
 
-def with_peft(base: nn.Module) -> nn.Module:
+def with_peft(base: nn.Module, use_dora: bool = False) -> nn.Module:
     """The layer that peft puts in the place of `base` in a model."""
     if peers.missing("bitsandbytes") is None:
         peers.bitsandbytes()  # peft would import it, from the wrong place
@@ -126,7 +140,11 @@ def with_peft(base: nn.Module) -> nn.Module:
         import peft
 
     config = peft.LoraConfig(
-        r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=["projection"]
+        r=RANK,
+        lora_alpha=ALPHA,
+        lora_dropout=0.0,
+        use_dora=use_dora,
+        target_modules=["projection"],
     )
     model = peft.get_peft_model(nn.ModuleDict({"projection": base}), config)
     return model.base_model.model["projection"]
@@ -161,10 +179,10 @@ def fill(module: nn.Module, adapter: Adapter) -> None:
     module.lora_B["default"].weight.copy_(adapter.B)
 
 
-def _contender(side: Side, adapter: Adapter, M: int, backward: bool) -> Contender:
+def contender(side: Side, M: int, backward: bool) -> Contender:
+    """The forward, or with dX and an adapter's gradients, and what a LoRA's moves and computes."""
     x, dy = side.probe.inputs(M)
-    exact_dA, exact_dB = _exact_gradients(x, dy, adapter) if side.adapted else (None, None)
-    probe = _adapted(side.probe, adapter) if side.adapted else side.probe
+    exact = side.gradients(x, dy) if side.gradients and backward else {}
 
     def call(i: int) -> tuple[Tensor, ...]:
         leaf, module = x.detach().requires_grad_(), side.modules[i]
@@ -172,19 +190,16 @@ def _contender(side: Side, adapter: Adapter, M: int, backward: bool) -> Contende
         if not backward:
             return (y.detach(),)
         y.backward(dy)
-        outputs = (y.detach(), leaf.grad)
-        if side.adapted:
-            factors = (module.lora_A["default"].weight, module.lora_B["default"].weight)
-            outputs += tuple(factor.grad for factor in factors)
-            for factor in factors:
-                factor.grad = None
-        return outputs
+        outputs = [y.detach(), leaf.grad]
+        for part in exact:
+            weight = getattr(module, part)["default"].weight
+            outputs.append(weight.grad)
+            weight.grad = None
+        return tuple(outputs)
 
     def error(outputs: tuple[Tensor, ...]) -> float:
-        errors = [probe.error(*outputs[:2])]
-        if len(outputs) == 4:
-            errors.append(relative_error(outputs[2], exact_dA))
-            errors.append(relative_error(outputs[3], exact_dB))
+        errors = [side.probe.error(*outputs[:2])]
+        errors += map(relative_error, outputs[2:], exact.values())
         return math.nan if any(map(math.isnan, errors)) else max(errors)
 
     for module in side.modules:
@@ -203,10 +218,14 @@ def _contender(side: Side, adapter: Adapter, M: int, backward: bool) -> Contende
         LIMITS[x.dtype] if side.name.startswith(OURS) else None,
         moved=moved,
         flops=passes * 2 * M * N * K + (6 if backward else 2) * M * rank * (N + K),
-        path=_path(side, x) if side.name.startswith(OURS) else "",
         dtype=str(x.dtype).removeprefix("torch."),
         bare=side.bare if side.adapted else "",
     )
+
+
+def _contender(side: Side, M: int, backward: bool) -> Contender:
+    made = contender(side, M, backward)
+    return replace(made, path=_path(side, M)) if side.name.startswith(OURS) else made
 
 
 def _adapted(probe: Probe, adapter: Adapter) -> Probe:
@@ -219,14 +238,8 @@ def _adapted(probe: Probe, adapter: Adapter) -> Probe:
     )
 
 
-def _exact_gradients(x: Tensor, dy: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor]:
-    """dA = s (dy B)ᵀ x and dB = s dyᵀ (x Aᵀ), over all rows, in float64."""
-    x, dy, A, B = x.double(), dy.double(), adapter.A.double(), adapter.B.double()
-    return SCALE * (dy @ B).T @ x, SCALE * dy.T @ (x @ A.T)
-
-
-def _path(side: Side, x: Tensor) -> str:
-    module = side.modules[0]
+def _path(side: Side, M: int) -> str:
+    x, module = side.probe.x.new_zeros(M, side.layer.shape[1]), side.modules[0]
     base = module.base_layer if side.adapted else module
     if isinstance(base, nn.Linear):
         weight = (base.weight, None, None, None)
