@@ -13,7 +13,7 @@ from lowrank import LoRAConfig
 from lowrank.adapters.combine import METHODS, WITH_DENSITY, WITH_RANK
 from lowrank.errors import ConfigError, TargetError, WeightError
 from tests.adapters.oracle import peft, peft_model, quiet, tiny_llama, words
-from tests.surgery.models import assert_unchanged, state
+from tests.surgery.models import Mixed, assert_unchanged, state
 
 ATTENTION = ["q_proj", "k_proj", "v_proj"]
 
@@ -223,19 +223,6 @@ def test_dare_repeats_by_its_seed_and_keeps_the_mean(method):
         draws = torch.stack([drawn(seed) for seed in range(60)])
         error = (draws.mean(0) - wanted).abs()
         assert bool((error <= 6 * draws.std(0) / 60**0.5 + 1e-5).all())
-
-
-class Mixed(nn.Module):
-    """A layer of each kind."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(11, 6)
-        self.conv = nn.Conv1d(6, 8, 3, padding=1, groups=2)
-        self.linear = nn.Linear(8, 5)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.linear(self.conv(self.table(ids).mT).mT)
 
 
 @pytest.mark.parametrize("method", METHODS)

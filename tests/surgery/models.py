@@ -1,4 +1,4 @@
-"""What the tests of model editing share: names, states, a model with two adapters."""
+"""What the tests of model editing share: names, states, models."""
 
 from __future__ import annotations
 
@@ -36,3 +36,16 @@ def two_adapters(**options) -> nn.Module:
         model, LoRAConfig(**{**config, "target_modules": ["v_proj", "up_proj"]}), adapter="b"
     )
     return model
+
+
+class Mixed(nn.Module):
+    """A layer of each kind: an embedding, a convolution, a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 6)
+        self.conv = nn.Conv1d(6, 8, 3, padding=1, groups=2)
+        self.linear = nn.Linear(8, 5)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.conv(self.table(ids).mT).mT)

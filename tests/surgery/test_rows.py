@@ -11,6 +11,7 @@ import lowrank
 from lowrank import LoRAConfig
 from lowrank.errors import ConfigError, ShapeError, TargetError
 from tests.adapters.oracle import peft, peft_model, quiet, tiny_llama, words
+from tests.surgery.models import Mixed
 
 ROWS = ["first", None, "second", "first", "__base__", "third"]
 
@@ -147,19 +148,6 @@ def test_different_dropouts_in_a_batch(generator):
     assert (y[:, 1:3].std(0) > 0).all() and torch.equal(y[0, 3], expected[3, 0])
     error = (y.mean(0) - expected[:, 0]).abs()
     assert (error <= 6 * y.std(0) / 1000**0.5 + 1e-4).all()
-
-
-class Mixed(nn.Module):
-    """An embedding, a convolution, a linear layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(11, 6)
-        self.conv = nn.Conv1d(6, 8, 3, padding=1, groups=2)
-        self.linear = nn.Linear(8, 5)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.linear(self.conv(self.table(ids).mT).mT)
 
 
 @torch.no_grad()
