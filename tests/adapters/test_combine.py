@@ -13,7 +13,7 @@ from lowrank import LoRAConfig
 from lowrank.adapters.combine import METHODS, WITH_DENSITY, WITH_RANK
 from lowrank.errors import ConfigError, TargetError, WeightError
 from tests.adapters.oracle import peft, peft_model, quiet, tiny_llama, words
-from tests.surgery.models import Mixed, assert_unchanged, state
+from tests.surgery.models import Mixed, refused
 
 ATTENTION = ["q_proj", "k_proj", "v_proj"]
 
@@ -266,11 +266,8 @@ def test_other_kinds_of_layers(generator, method):
 ], ids=str)  # fmt: skip
 def test_refusals_leave_the_model_as_it_was(arguments, options, error, words):
     model = three_adapters()
-    before = state(model)
-    with pytest.raises(error, match=words) as caught:
+    with refused(model, error, words):
         lowrank.combine_adapters(model, *arguments, **options)
-    assert "\n" not in str(caught.value)
-    assert_unchanged(model, before)
 
 
 def test_a_damaged_adapter_is_refused_by_name():

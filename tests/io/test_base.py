@@ -15,7 +15,7 @@ from lowrank.errors import ConfigError, FileFormatError, LowrankError
 from lowrank.io.safetensors import SafetensorsFile, load_safetensors, write_safetensors
 from tests.adapters.oracle import peft, peft_model, quiet, tiny_llama, words
 from tests.io.adapters import shake
-from tests.surgery.models import assert_unchanged, state
+from tests.surgery.models import assert_unchanged, refused, state
 
 STARTS = ["loftq", "pissa", "pissa_niter_3"]
 FILE = "adapter_model.safetensors"
@@ -105,11 +105,8 @@ def test_another_base_is_refused_and_nothing_changes(init, dense, tmp_path):
         (quantized(dense, "fp4"), {"weights": weights}, remade),
         (quantized(dense), {"weights": other}, remade),
     ):
-        before = state(model)
-        with pytest.raises(FileFormatError, match=match) as caught:
+        with refused(model, FileFormatError, match):
             lowrank.load_adapter(model, tmp_path, **arguments)
-        assert "\n" not in str(caught.value)
-        assert_unchanged(model, before)
     for model, arguments in ((dense, {"weights": weights}), (quantized(dense), {"weights": {}})):
         before = state(model)
         with pytest.raises(LowrankError):

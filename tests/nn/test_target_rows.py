@@ -12,7 +12,7 @@ import lowrank
 from lowrank import LoRAConfig
 from lowrank.errors import LowrankError
 from tests.adapters.oracle import peft, quiet, transformers
-from tests.surgery.models import assert_unchanged, state
+from tests.surgery.models import refused
 
 SPANS = [(0, 4), (8, 12)]
 OPTIONS = {"r": 3, "lora_alpha": 5, "target_modules": ["qkv"], "init_lora_weights": False}
@@ -86,8 +86,5 @@ def test_files_are_whole_for_others_and_come_back(tmp_path, generator):
 )
 def test_wrong_requests_change_nothing(options, match):
     plain = model()
-    before = state(plain)
-    with pytest.raises(LowrankError, match=match) as caught:
+    with refused(plain, LowrankError, match):
         lowrank.inject(plain, LoRAConfig(**{**OPTIONS, **options}))
-    assert "\n" not in str(caught.value)
-    assert_unchanged(plain, before)

@@ -1,7 +1,11 @@
-"""What the tests of model editing share: names, states, models."""
+"""What the tests of model editing share: names, states, refusals, models."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
 import torch
 from torch import nn
 
@@ -26,6 +30,16 @@ def assert_unchanged(model: nn.Module, before: dict) -> None:
         assert torch.equal(after[name][0], before[name][0]) and after[name][1] == before[name][1], (
             name
         )
+
+
+@contextmanager
+def refused(model: nn.Module, error: type[Exception], says: str | None = None) -> Iterator[None]:
+    """What is done within raises `error`, in one line, and leaves the model as it was."""
+    before = state(model)
+    with pytest.raises(error, match=says) as caught:
+        yield
+    assert "\n" not in str(caught.value)
+    assert_unchanged(model, before)
 
 
 def two_adapters(**options) -> nn.Module:

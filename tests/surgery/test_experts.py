@@ -13,7 +13,7 @@ from lowrank import LoRAConfig
 from lowrank.errors import ConfigError, LowrankError, TargetError
 from tests.adapters.oracle import peft, peft_model, quiet, transformers
 from tests.nn.lora_kinds import Largest
-from tests.surgery.models import assert_unchanged, state
+from tests.surgery.models import refused
 
 SIZES = {
     "vocab_size": 48,
@@ -253,8 +253,6 @@ def test_products_with_them_make_no_delta_of_their_size(transposed):
 )
 def test_wrong_requests_change_nothing(options, error, match):
     model = mixtral()
-    before = state(model)
-    with pytest.raises(error, match=match) as caught:
+    with refused(model, error, match):
         lowrank.inject(model, LoRAConfig(**{**PARAMETERS, **options}))
-    assert issubclass(error, LowrankError) and "\n" not in str(caught.value)
-    assert_unchanged(model, before)
+    assert issubclass(error, LowrankError)

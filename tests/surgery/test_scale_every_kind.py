@@ -11,7 +11,7 @@ from lowrank import LoRAConfig
 from lowrank.adapters import names
 from lowrank.errors import ConfigError, TargetError
 from lowrank.surgery.targets import adapted_layers
-from tests.surgery.models import assert_unchanged, state
+from tests.surgery.models import refused
 
 
 class Every(nn.Module):
@@ -84,7 +84,6 @@ def test_several_names_sum_and_refusals_leave_all_as_it_was():
     for adapter in ("first", "second"):
         lowrank.inject(model, LoRAConfig(r=2, target_modules=["linear", "conv"]), adapter=adapter)
     lowrank.set_adapter(model, ["first", "second"])
-    before = state(model)
     for call, error in (
         (lambda: lowrank.set_adapter(model, ["first", "third"]), TargetError),
         (lambda: lowrank.delete_adapter(model, "third"), TargetError),
@@ -97,10 +96,8 @@ def test_several_names_sum_and_refusals_leave_all_as_it_was():
             ConfigError,
         ),
     ):
-        with pytest.raises(error) as caught:
+        with refused(model, error):
             call()
-        assert "\n" not in str(caught.value)
-        assert_unchanged(model, before)
     assert model.linear.active_adapters == ["first", "second"]
     lowrank.delete_adapter(model, "first")
     assert model.linear.active_adapters == ["second"]

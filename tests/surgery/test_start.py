@@ -18,7 +18,7 @@ from lowrank import LoRAConfig, LoRALinear, QuantLinear
 from lowrank.errors import ConfigError, DtypeError, LowrankError, ShapeError, WeightError
 from tests.adapters.oracle import peft_model, spread_singular_values_, tiny_llama, words
 from tests.quant.schemes import same
-from tests.surgery.models import assert_unchanged, names_of, state
+from tests.surgery.models import assert_unchanged, names_of, refused, state
 
 
 def config(init="loftq", **options) -> LoRAConfig:
@@ -245,7 +245,6 @@ def test_weights_that_are_not_the_originals_change_nothing():
     model = lowrank.quantize(copy.deepcopy(dense), "nf4")
     name = "model.layers.1.mlp.up_proj.weight"
     good = dense.state_dict()[name]
-    before = state(model)
     for weight, kind, match in (
         (None, ConfigError, "expected .*up_proj.weight among them; it is missing"),
         (good[:-1], ShapeError, r"up_proj.weight: expected \[40, 24\]; got \[39, 24\]"),
@@ -253,10 +252,8 @@ def test_weights_that_are_not_the_originals_change_nothing():
         (good / 0, WeightError, "up_proj.weight: expected finite values"),
         (good.flip(0), WeightError, "up_proj.weight: expected the weight that the layer was"),
     ):
-        with pytest.raises(kind, match=match) as caught:
+        with refused(model, kind, match):
             lowrank.inject(model, config(), weights=changed(dense, name, weight))
-        assert "\n" not in str(caught.value)
-        assert_unchanged(model, before)
 
 
 def test_wrong_requests_change_nothing():
@@ -288,11 +285,8 @@ def test_wrong_requests_change_nothing():
         (tied, {"target_modules": ["lm_head"]}, {"quantizer": "nf4"}, "is also .*embed_tokens"),
         (both, {"target_modules": ["lm_head"]}, {"weights": weights}, "is also .*embed_tokens"),
     ):
-        before = state(model)
-        with pytest.raises(LowrankError, match=match) as caught:
+        with refused(model, LowrankError, match):
             lowrank.inject(model, config(**options), adapter="b", **arguments)
-        assert "\n" not in str(caught.value)
-        assert_unchanged(model, before)
     before = state(started)
     with pytest.raises(ConfigError, match="principal part .* merge_and_unload gives it back"):
         lowrank.delete_adapter(started, "default")
