@@ -46,7 +46,8 @@ def add_fields(parser: argparse.ArgumentParser, config: type, prefix: str, title
             continue
         words = _word_kinds(hints[field.name])
         many = list in kinds or dict in kinds
-        metavar = "|".join(_metavar(kind) for kind in words)
+        pair = "NAME=START:STOP" if "tuple[" in str(hints[field.name]) else "NAME=N"
+        metavar = "|".join(pair if kind is dict else _metavar(kind) for kind in words)
         if many:
             lone = [word for word in words if isinstance(word, str)]  # one of these is no list
             parts = (hints[field.name], *get_args(hints[field.name]))
@@ -54,7 +55,7 @@ def add_fields(parser: argparse.ArgumentParser, config: type, prefix: str, title
             single = str in kinds
             options |= {"nargs": "+", "action": _Collect, "single": single, "lone": lone}
             options["lists"] = lists
-        group.add_argument(flag, type=Reader(words), metavar=metavar, **options)
+        group.add_argument(flag, type=Reader(words, pair), metavar=metavar, **options)
 
 
 def given_fields(args: argparse.Namespace, prefix: str) -> dict[str, Any]:
@@ -152,8 +153,8 @@ def _toml(value: Any) -> str:
 class Reader:
     """Reads one word as the first of `kinds` that takes it; an empty one is refused."""
 
-    def __init__(self, kinds: list[Any]) -> None:
-        self.kinds = kinds
+    def __init__(self, kinds: list[Any], pair: str = "NAME=N") -> None:
+        self.kinds, self.pair = kinds, pair
 
     def __call__(self, word: str) -> Any:
         if not word:  # an unset variable of a script; as a path it would be the current directory
@@ -163,9 +164,8 @@ class Reader:
                 return _READ[kind](word) if kind in _READ else _choice(kind, word)
             except ValueError:
                 continue
-        raise argparse.ArgumentTypeError(
-            f"expected {' or '.join(map(_metavar, self.kinds))}; got {word!r}"
-        )
+        expected = " or ".join(self.pair if k is dict else _metavar(k) for k in self.kinds)
+        raise argparse.ArgumentTypeError(f"expected {expected}; got {word!r}")
 
 
 class _Collect(argparse.Action):

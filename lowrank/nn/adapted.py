@@ -310,6 +310,8 @@ def check_name(adapter: str) -> None:
     """Raises ConfigError for what cannot be the name of an adapter."""
     if not isinstance(adapter, str) or not adapter or "." in adapter:
         raise ConfigError(f"adapter: expected a name without dots; got {adapter!r}")
+    if "/" in adapter or "\\" in adapter:  # save_adapter makes a folder of that name
+        raise ConfigError(f"adapter: expected a name without slashes; got {adapter!r}")
 
 
 def _take_plain_keys(layer: AdaptedLayer, state_dict: dict, prefix: str, *_: object) -> None:

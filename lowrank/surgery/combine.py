@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import replace
 
 import torch
@@ -171,7 +171,8 @@ def _check(
     if isinstance(adapters, str) or not adapters or len(set(adapters)) != len(adapters):
         raise ConfigError(f"adapters: expected names, each once; got {adapters!r}")
     check_adapters(model, adapters)
-    if isinstance(weights, str) or len(weights) != len(adapters):
+    sized = isinstance(weights, Sized) and not isinstance(weights, str)
+    if not sized or len(weights) != len(adapters):
         raise ConfigError(
             f"weights: expected one for each of {len(adapters)} adapters; got {weights!r}"
         )

@@ -68,6 +68,8 @@ def initialize_eva(
         if layer.merged or "lora_A" not in layer.tensors(adapter):
             what = "merged" if layer.merged else f"a {layer.config[adapter].method} adapter"
             raise ConfigError(f"initialize_eva: expected unmerged LoRA layers; {name} is {what}")
+    if not isinstance(batches, Iterable):
+        raise DataError(f"batches: expected some, in a list or a loader; got {batches!r}")
     inputs = Inputs(layers, adapter, config.eva_config)
     training = [(module, module.training) for module in model.modules()]
     hooks = [layer.register_forward_pre_hook(inputs.look) for layer in layers.values()]

@@ -69,6 +69,13 @@ def extract_adapter(
     not fit or is not finite, TargetError for targets that are not linear; the model is then as it
     was.
     """
+    if not isinstance(weights, Mapping):
+        raise ConfigError(
+            "weights: expected tensors by their names, as model.state_dict() has them; got "
+            f"{type(weights).__name__}"
+        )
+    if not isinstance(config, LoRAConfig):
+        raise ConfigError(f"config: expected a LoRAConfig; got {type(config).__name__}")
     if config.starts_from_weight or config.method != "lora":
         raise ConfigError(
             "config: expected method 'lora' with a start of its own, which is replaced; got "

@@ -109,7 +109,8 @@ def _saved(named: dict[str, nn.Module], config: LoRAConfig) -> list[str]:
     for entry in config.modules_to_save or []:
         implied = entry in _TASK_HEADS.get(config.task_type or "", [])
         if not implied and not any(matches(name, [entry]) for name in named):
-            raise TargetError(nothing(f"modules_to_save: {entry!r}", [entry], list(named)))
+            what = f"modules_to_save: {entry!r}"
+            raise TargetError(nothing(what, [entry], list(named), "modules"))
     found: list[str] = []
     for name in named:
         inside = any(name.startswith(f"{outer}.") for outer in found)
@@ -131,7 +132,7 @@ def _rows(
         names = [name for name in named if matches(name, [entry])]
         if not names:
             what = f"trainable_token_indices: {entry!r}"
-            raise TargetError(nothing(what, [entry], list(named)))
+            raise TargetError(nothing(what, [entry], list(named), "modules"))
         rows.update(dict.fromkeys(names, tokens))
     return rows
 

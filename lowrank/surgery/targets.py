@@ -225,19 +225,21 @@ def _in_layers(name: str, config: LoRAConfig) -> bool:
     return False
 
 
-def nothing(what: str, wanted: list[str] | str, linears: list[str]) -> str:
-    """The message that `wanted` matches nothing, with the nearest of the names `linears`."""
-    ends = sorted({name.split(".")[-1] for name in linears})
+def nothing(
+    what: str, wanted: list[str] | str, names: list[str], kind: str = "linear layers"
+) -> str:
+    """The message that `wanted` matches nothing, with the nearest of `names`, those of a `kind`."""
+    ends = sorted({name.split(".")[-1] for name in names})
     words = [wanted] if isinstance(wanted, str) else wanted
     near = list(
         dict.fromkeys(
-            m for w in words for m in difflib.get_close_matches(w, [*ends, *linears], n=3)
+            m for w in words for m in difflib.get_close_matches(w, [*ends, *names], n=3)
         )
     )
     hint = (
         f"nearest: {', '.join(near)}"
         if near
-        else f"its linear layers are {', '.join(ends) or 'none'}"
+        else f"its {kind} are {', '.join(ends) or 'none'}"
     )
     return f"{what} matches nothing in the model; {hint}"
 

@@ -248,6 +248,7 @@ def test_other_kinds_of_layers(generator, method):
 @pytest.mark.parametrize(("arguments", "options", "error", "words"), [
     ((["a", "x"], [1, 1], "d"), {}, TargetError, "'x'"),
     ((["a", "b"], [1], "d"), {}, ConfigError, "one for each of 2"),
+    ((["a", "b"], 1.0, "d"), {}, ConfigError, "one for each of 2 adapters; got 1.0"),
     ((["a", "a"], [1, 1], "d"), {}, ConfigError, "each once"),
     (([], [], "d"), {}, ConfigError, "expected names"),
     (("a", [1], "d"), {}, ConfigError, "expected names"),

@@ -130,6 +130,7 @@ def test_what_is_wrong_changes_nothing(generator):
 
     for error, batches, forward in (
         (DataError, [], None),
+        (DataError, None, None),
         (RuntimeError, [torch.zeros(1, 2, dtype=torch.long)], fails),
     ):
         options = {} if forward is None else {"forward": forward}

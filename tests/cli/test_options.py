@@ -159,5 +159,5 @@ def test_rows_of_a_fused_projection():
     assert given == {"target_rows": {"c_attn": [(0, 64), (128, 192)], "qkv": [(3, 4)]}}
     assert LoRAConfig(**given).spans("h.0.c_attn") == [(0, 64), (128, 192)]
     for wrong in ("c_attn=0:", "c_attn=0:1:2", "c_attn"):
-        with pytest.raises(argparse.ArgumentError):
+        with pytest.raises(argparse.ArgumentError, match=f"NAME=START:STOP; got '{wrong}'"):
             parser.parse_args(["--target-rows", wrong])

@@ -251,7 +251,7 @@ def test_wraps_linears_only(module):
         LoRALinear.wrap(module, RANDOM)
 
 
-@pytest.mark.parametrize("name", ["", "a.b", "default"])
+@pytest.mark.parametrize("name", ["", "a.b", "default", "/tmp/a", "a\\b"])
 def test_refuses_adapter_names(name):
     one = layer()
     with pytest.raises(LowrankError, match="adapter"):

@@ -119,6 +119,8 @@ def test_refusals_leave_the_model_as_it_was():
             r"1.weight: expected \[4, 6\]",
         ),
         ({**good, "1.weight": torch.zeros(4, 6).int()}, plain, DtypeError, "1.weight: expected"),
+        (model, plain, ConfigError, "weights: expected tensors by their names.*got Sequential"),
+        (good, 4, ConfigError, "config: expected a LoRAConfig; got int"),
         (good, LoRAConfig(target_modules=["2"]), TargetError, "2"),
         (good, LoRAConfig(target_modules=["nothing"]), TargetError, "matches nothing"),
         (good, LoRAConfig(**CONFIG, target_rows={"1": [(0, 2)]}), ConfigError, "target_rows"),

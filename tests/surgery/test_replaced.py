@@ -245,6 +245,7 @@ def test_heads_of_tasks_train_whole(kind, task, head, targets, generator, tmp_pa
     ("options", "error", "says"),
     [
         ({"modules_to_save": ["lm_heda"]}, TargetError, "'lm_heda' matches nothing.*lm_head"),
+        ({"modules_to_save": ["zzz"]}, TargetError, "'zzz' matches nothing.*its modules are"),
         ({"modules_to_save": ["self_attn"]}, TargetError, "has all of what target_modules"),
         ({"modules_to_save": ["q_proj"]}, ConfigError, "expected none of target_modules"),
         ({"trainable_token_indices": [48]}, ConfigError, "below 48.*got 48"),
