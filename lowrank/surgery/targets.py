@@ -232,15 +232,9 @@ def nothing(
     ends = sorted({name.split(".")[-1] for name in names})
     words = [wanted] if isinstance(wanted, str) else wanted
     near = list(
-        dict.fromkeys(
-            m for w in words for m in difflib.get_close_matches(w, [*ends, *names], n=3)
-        )
+        dict.fromkeys(m for w in words for m in difflib.get_close_matches(w, [*ends, *names], n=3))
     )
-    hint = (
-        f"nearest: {', '.join(near)}"
-        if near
-        else f"its {kind} are {', '.join(ends) or 'none'}"
-    )
+    hint = f"nearest: {', '.join(near)}" if near else f"its {kind} are {', '.join(ends) or 'none'}"
     return f"{what} matches nothing in the model; {hint}"
 
 
