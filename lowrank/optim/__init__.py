@@ -1,0 +1,1 @@
+"""Optimizers whose state is small, or lies elsewhere."""
