@@ -1,5 +1,6 @@
 """Training: `Trainer(model, TrainConfig(...), train_data, eval_data, tokenizer=tok).train()`."""
 
+from lowrank.train.callbacks import Callback as Callback
 from lowrank.train.config import TrainConfig as TrainConfig
 from lowrank.train.record import TrainResult as TrainResult
 from lowrank.train.run import check_output_dir as check_output_dir

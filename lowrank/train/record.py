@@ -1,4 +1,4 @@
-"""What a run has done so far: every step counted, written to metrics.jsonl and shown."""
+"""What a run shows of its steps: a line of metrics.jsonl each, the screen, and the result."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lowrank.data import Batch
+from lowrank.train.history import History
 from lowrank.train.progress import Progress, peak_memory
 from lowrank.train.run import RunDirectory
 
@@ -36,43 +37,34 @@ class TrainResult:
 
 
 class Record:
-    """Counts the steps of a run; each is in metrics.jsonl and on the screen when `step` returns."""
+    """Writes each step of a run's `history` to metrics.jsonl and to the screen, as it comes."""
 
     def __init__(
-        self, run: RunDirectory, total_steps: int, examples: int, log_every: int, quiet: bool
+        self,
+        run: RunDirectory,
+        history: History,
+        total_steps: int,
+        examples: int,
+        log_every: int,
+        quiet: bool,
     ) -> None:
         self._run, self._total_steps, self._examples = run, total_steps, examples
+        self._history = history
         self._progress = Progress(total_steps, log_every, quiet)
         self._begin = time.perf_counter()
-        self._losses: list[float] = []
-        self._eval_losses: list[tuple[int, float]] = []
-        self._tokens = self._labelled = 0
-        self._seconds = 0.0
-        self.samples = 0
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps done."""
-        return len(self._losses)
 
     def step(
         self, batches: list[Batch], loss: float, grad_norm: float, lr: float, seconds: float
     ) -> None:
-        """Count a finished step over `batches`."""
-        tokens = sum(batch.tokens for batch in batches)
-        labelled = sum(batch.labelled for batch in batches)
-        self.samples += sum(batch.examples for batch in batches)
-        self._tokens, self._labelled = self._tokens + tokens, self._labelled + labelled
-        self._seconds += seconds
-        self._losses.append(loss)
+        """Show the step over `batches`, which the history has counted."""
         line = {
-            "step": self.steps,
-            "epoch": round(self.samples / self._examples, 6),
+            "step": self._history.steps,
+            "epoch": round(self._history.samples / self._examples, 6),
             "loss": loss,
             "learning_rate": lr,
             "grad_norm": grad_norm,
-            "tokens": tokens,
-            "labelled_tokens": labelled,
+            "tokens": sum(batch.tokens for batch in batches),
+            "labelled_tokens": sum(batch.labelled for batch in batches),
             "seconds": round(seconds, 6),
             "peak_memory_bytes": peak_memory(),
         }
@@ -80,33 +72,36 @@ class Record:
         self._progress.step(line)
 
     def evaluation(self, loss: float) -> None:
-        """Note the held-out loss after the steps done so far."""
-        self._eval_losses.append((self.steps, loss))
-        self._run.log({"step": self.steps, "eval_loss": loss})
-        self._progress.line(f"step {self.steps}/{self._total_steps}: held-out loss {loss:.4f}")
+        """Show the held-out loss after the steps done so far."""
+        steps = self._history.steps
+        self._run.log({"step": steps, "eval_loss": loss})
+        self._progress.line(f"step {steps}/{self._total_steps}: held-out loss {loss:.4f}")
 
     def result(
         self, trained: Iterable[nn.Parameter], device: torch.device, interrupted: bool
     ) -> TrainResult:
         """The run's result, with its metrics."""
-        metrics: dict[str, Any] = {"steps": self.steps, "interrupted": interrupted}
-        if self.steps:
-            metrics["train_loss"] = sum(self._losses) / self.steps
-            metrics["tokens_per_second"] = self._tokens / self._seconds
-            metrics["steps_per_second"] = self.steps / self._seconds
-        if self._eval_losses:
-            metrics["eval_loss_before"] = self._eval_losses[0][1]
-            if self._eval_losses[-1][0] == self.steps:
-                metrics["eval_loss_after"] = self._eval_losses[-1][1]
-        metrics["epochs"] = self.samples / self._examples
-        metrics["tokens"], metrics["labelled_tokens"] = self._tokens, self._labelled
-        metrics["train_seconds"] = self._seconds
+        history = self._history
+        metrics: dict[str, Any] = {"steps": history.steps, "interrupted": interrupted}
+        if history.steps:
+            metrics["train_loss"] = sum(history.losses) / history.steps
+            metrics["tokens_per_second"] = history.tokens / history.seconds
+            metrics["steps_per_second"] = history.steps / history.seconds
+        if history.eval_losses:
+            metrics["eval_loss_before"] = history.eval_losses[0][1]
+            if history.eval_losses[-1][0] == history.steps:
+                metrics["eval_loss_after"] = history.eval_losses[-1][1]
+        metrics["epochs"] = history.samples / self._examples
+        metrics["tokens"], metrics["labelled_tokens"] = history.tokens, history.labelled
+        metrics["train_seconds"] = history.seconds
         metrics["wall_seconds"] = time.perf_counter() - self._begin
         metrics["trainable_parameters"] = sum(p.numel() for p in trained)
         metrics["peak_memory_bytes"] = peak_memory()
         if device.type == "cuda":
             metrics["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated(device)
-        return TrainResult(self._run.path, self._losses, self._eval_losses, metrics, interrupted)
+        return TrainResult(
+            self._run.path, history.losses, history.eval_losses, metrics, interrupted
+        )
 
     def close(self) -> None:
         self._progress.close()

@@ -1,45 +1,34 @@
-"""The training loop, for any module that predicts the next token."""
+"""The trainer: all that can be known of a run before its first step, and how it ends."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lowrank.data import (
-    Batch,
-    TokenizedExamples,
-    collate,
-    load_examples,
-    step_batches,
-    steps_per_epoch,
-    tokenize_all,
-)
+from lowrank.data import TokenizedExamples, load_examples, tokenize_all
 from lowrank.data.tokens import Tokenizer
-from lowrank.errors import ConfigError, TrainingError
+from lowrank.errors import ConfigError
 from lowrank.io.versions import versions
 from lowrank.surgery.checkpointing import can_checkpoint
+from lowrank.train.callbacks import Callback, Callbacks
 from lowrank.train.config import TrainConfig
-from lowrank.train.gradients import (
-    check_gradients,
-    check_values,
-    clip,
-    gradient_checkpointing,
-    trainable_parameters,
-)
+from lowrank.train.evaluation import Evaluation
+from lowrank.train.feed import Feed
+from lowrank.train.gradients import check_values, gradient_checkpointing, trainable_parameters
+from lowrank.train.history import History
 from lowrank.train.interrupt import Interrupt
+from lowrank.train.loop import Loop
 from lowrank.train.loss import batch_loss, packs
-from lowrank.train.optimizer import OPTIMIZERS, Optimizer, parameter_groups
+from lowrank.train.precision import Precision
 from lowrank.train.record import Record, TrainResult
 from lowrank.train.run import CONFIG, RESULTS, RunDirectory, check_output_dir
-from lowrank.train.schedule import lr_multiplier, warmup_steps
+from lowrank.train.update import Update
 
 logger = logging.getLogger("lowrank.train")
 
@@ -49,10 +38,9 @@ Data = str | Path | Sequence[Mapping[str, Any]] | TokenizedExamples
 class Trainer:
     """Trains the parameters of `model` that require a gradient, on next-token prediction.
 
-    The loss of a step is the sum over the labelled tokens of all its micro-batches, divided by
-    their number: accumulation over unequal batches equals one large batch. `train_data` and
-    `eval_data`: a path, a sequence of dicts (see `lowrank.data.load_examples`), or what
-    `lowrank.data.tokenize_all` returned. The model is called as `lowrank.train.loss` says.
+    `train_data` and `eval_data`: a path, a sequence of dicts (see `lowrank.data.load_examples`), or
+    what `lowrank.data.tokenize_all` returned. The model is called as `lowrank.train.loss` says,
+    `callbacks` as `lowrank.train.Callback` does.
     Raises ConfigError or DataError for all that can be known before the first step.
     """
 
@@ -63,6 +51,7 @@ class Trainer:
         train_data: Data,
         eval_data: Data | None = None,
         tokenizer: Tokenizer | None = None,
+        callbacks: Iterable[Callback] = (),
     ) -> None:
         check_output_dir(config.output_dir, config.overwrite_output_dir)
         if config.gradient_checkpointing and not can_checkpoint(model):
@@ -71,17 +60,22 @@ class Trainer:
                 "of that name to set: turn it off, or give the model one"
             )
         self.model, self.config, self.tokenizer = model, config, tokenizer
+        self.callbacks = list(callbacks)
         self.parameters = trainable_parameters(model)
         self.device = next(iter(self.parameters.values())).device
         self.train_data = self._tokenize(train_data, "training")
         self.eval_data = None if eval_data is None else self._tokenize(eval_data, "held-out")
+        self._packed = config.padding_free and packs(model)
+        self._batch_loss = batch_loss(model)
+        self._precision = Precision(config, self.device)
+        self._feed = self._feed_of(self.train_data, config.per_device_train_batch_size)
         self.total_steps = config.max_steps
         if config.max_steps < 0:
-            samples = config.per_device_train_batch_size * config.gradient_accumulation_steps
-            an_epoch = steps_per_epoch(len(self.train_data), samples)
-            self.total_steps = math.ceil(config.num_train_epochs * an_epoch)
-        self._packed = config.padding_free and packs(model)
-        self._loss = batch_loss(model)
+            self.total_steps = math.ceil(config.num_train_epochs * self._feed.steps_per_epoch)
+        self._evaluation = None
+        if self.eval_data is not None:
+            feed = self._feed_of(self.eval_data, config.per_device_eval_batch_size)
+            self._evaluation = Evaluation(model, self._batch_loss, feed, self._precision)
 
     def train(self) -> TrainResult:
         """Run all steps, evaluating before and after; save; return losses and metrics.
@@ -109,100 +103,36 @@ class Trainer:
 
     def evaluate(self) -> float:
         """Mean loss per labelled token of eval_data, in eval mode."""
-        if self.eval_data is None:
+        if self._evaluation is None:
             raise ConfigError("evaluate() needs held-out data; got none: pass Trainer(eval_data=)")
-        loss = self._held_out_loss(self.eval_data, stop=lambda: False)
+        loss = self._evaluation.loss()
         assert loss is not None
         return loss
 
     def _run(self, run: RunDirectory, interrupt: Interrupt) -> TrainResult:
-        """Take the steps, until the last or until interrupted."""
-        config, total = self.config, self.total_steps
-        groups = parameter_groups(self.model, self.parameters.values(), config)
-        optimizer = OPTIMIZERS[config.optim](groups, config)
-        rates = [group["lr"] for group in optimizer.param_groups]
-        optimizer.zero_grad()  # a gradient that was there before is not this run's
-        warmup = warmup_steps(total, config.warmup_steps, config.warmup_ratio)
-        record = Record(run, total, len(self.train_data), config.logging_steps, config.disable_tqdm)
+        """Put the parts of the run together, and run it."""
+        config, history = self.config, History()
+        quiet, examples = config.disable_tqdm, len(self.train_data)
+        record = Record(run, history, self.total_steps, examples, config.logging_steps, quiet)
+        loop = Loop(
+            config=config,
+            model=self.model,
+            batch_loss=self._batch_loss,
+            feed=self._feed,
+            precision=self._precision,
+            update=Update(self.model, self.parameters, config, self.total_steps),
+            history=history,
+            record=record,
+            interrupt=interrupt,
+            callbacks=Callbacks(self.callbacks),
+            total_steps=self.total_steps,
+            evaluation=self._evaluation,
+        )
         try:
-            self._evaluate(record, interrupt)
-            for step in range(total):
-                start = time.perf_counter()
-                multiplier = lr_multiplier(config.lr_scheduler_type, step, total, warmup)
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * multiplier
-                batches = self._step_batches(record.samples)
-                loss = self._backward(batches, interrupt)
-                if loss is None:
-                    break
-                loss_value, norm = self._update(optimizer, loss, record)
-                seconds = time.perf_counter() - start
-                record.step(batches, loss_value, norm, config.learning_rate * multiplier, seconds)
-                due = config.eval_steps and (step + 1) % config.eval_steps == 0
-                if due or step + 1 == total:
-                    self._evaluate(record, interrupt)
+            loop.run()
         finally:
             record.close()
         return record.result(self.parameters.values(), self.device, interrupt.requested)
-
-    def _backward(self, batches: list[Batch], interrupt: Interrupt) -> Tensor | None:
-        """Add the gradient of the step's mean loss to .grad, return the loss; None: interrupted."""
-        scale = 1.0 / sum(batch.labelled for batch in batches)
-        total = None
-        for batch in batches:
-            if interrupt.requested:
-                return None
-            with self._autocast():
-                loss = self._loss(batch) * scale
-            loss.backward()
-            total = loss.detach() if total is None else total + loss.detach()
-        return total
-
-    def _update(self, optimizer: Optimizer, loss: Tensor, record: Record) -> tuple[float, float]:
-        """Clip and step; returns the loss and the gradient's norm before clipping."""
-        step = record.steps + 1
-        if step == 1:
-            check_gradients(self.parameters)
-        norm = clip(self.parameters.values(), self.config.max_grad_norm)
-        # the step's only wait for the device
-        loss_value, norm_value = torch.stack([loss, norm.to(loss)]).tolist()
-        for what, value in (("loss", loss_value), ("norm of the gradient", norm_value)):
-            if not math.isfinite(value):
-                raise TrainingError(
-                    f"step {step}: the {what} is {value}; the model stays as step {step - 1} left "
-                    "it and nothing is saved: lower learning_rate, or look at data and weights"
-                )
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss_value, norm_value
-
-    def _evaluate(self, record: Record, interrupt: Interrupt) -> None:
-        """Record the held-out loss, if there is such data and no interrupt."""
-        if self.eval_data is None:
-            return
-        loss = self._held_out_loss(self.eval_data, stop=lambda: interrupt.requested)
-        if loss is None:
-            return
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"step {record.steps}: the held-out loss is {loss}: look at data and weights"
-            )
-        record.evaluation(loss)
-
-    def _held_out_loss(self, data: TokenizedExamples, stop: Callable[[], bool]) -> float | None:
-        size, total = self.config.per_device_eval_batch_size, 0.0
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with torch.no_grad(), self._autocast():
-                for start in range(0, len(data), size):
-                    if stop():
-                        return None
-                    indices = range(start, min(start + size, len(data)))
-                    total += self._loss(self._batch(data, indices)).item()
-        finally:
-            self.model.train(was_training)
-        return total / sum(data.labelled)
 
     def _save(self, run: RunDirectory, result: TrainResult) -> None:
         """Save what was trained, the tokenizer, the plot and the results; say where they lie."""
@@ -251,17 +181,14 @@ class Trainer:
             logger.warning("%s data: %s", name, note)
         return tokenized
 
-    def _step_batches(self, consumed: int) -> list[Batch]:
-        config = self.config
-        size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
-        parts = step_batches(len(self.train_data), size, accumulation, config.seed, consumed)
-        return [self._batch(self.train_data, part) for part in parts]
-
-    def _batch(self, data: TokenizedExamples, indices: Sequence[int]) -> Batch:
+    def _feed_of(self, data: TokenizedExamples, batch_size: int) -> Feed:
         pad = getattr(self.tokenizer, "pad_token_id", None)
-        return collate(data, indices, self._packed, 0 if pad is None else pad).to(self.device)
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if not self.config.bf16:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+        return Feed(
+            data,
+            self.device,
+            batch_size,
+            self.config.gradient_accumulation_steps,
+            self.config.seed,
+            self._packed,
+            0 if pad is None else pad,
+        )

@@ -1,0 +1,109 @@
+"""The steps of a run, from where its history stands to the last."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lowrank.data import Batch
+from lowrank.errors import TrainingError
+from lowrank.train.callbacks import Callback
+from lowrank.train.config import TrainConfig
+from lowrank.train.evaluation import Evaluation
+from lowrank.train.feed import Feed
+from lowrank.train.history import History
+from lowrank.train.interrupt import Interrupt
+from lowrank.train.loss import BatchLoss
+from lowrank.train.precision import Precision
+from lowrank.train.record import Record
+from lowrank.train.update import Update
+
+
+@dataclass
+class Loop:
+    """What a run consists of, and its steps.
+
+    The loss of a step is the sum over the labelled tokens of all its batches, divided by their
+    number: accumulation over unequal batches equals one large batch.
+    """
+
+    config: TrainConfig
+    model: nn.Module
+    batch_loss: BatchLoss
+    feed: Feed
+    precision: Precision
+    update: Update
+    history: History
+    record: Record
+    interrupt: Interrupt
+    callbacks: Callback
+    total_steps: int
+    evaluation: Evaluation | None = None
+    stopped: bool = False
+
+    def run(self) -> None:
+        """Take the steps, until the last, until stopped or until interrupted."""
+        self.callbacks.on_train_begin(self)
+        if not self.history.steps:
+            self._evaluate()
+        while self.history.steps < self.total_steps and not self.stopped:
+            if not self._step():
+                break
+            if self._evaluation_is_due():
+                self._evaluate()
+            self.callbacks.on_step_end(self)
+        self.callbacks.on_train_end(self)
+
+    def stop(self) -> None:
+        """End the run after this step."""
+        self.stopped = True
+
+    def _step(self) -> bool:
+        """One optimizer step; False: interrupted before it was whole, and nothing has changed."""
+        start, step = time.perf_counter(), self.history.steps
+        rate = self.update.set_rate(step)
+        batches = self.feed.of_step(self.history.samples)
+        loss = self._backward(batches)
+        if loss is None:
+            return False
+        loss_value, norm = self.update.apply(loss, step + 1)
+        seconds = time.perf_counter() - start
+        self.history.add(batches, loss_value, seconds)
+        self.record.step(batches, loss_value, norm, rate, seconds)
+        return True
+
+    def _backward(self, batches: list[Batch]) -> Tensor | None:
+        """Add the gradient of the step's mean loss to .grad, return the loss; None: interrupted."""
+        scale = 1.0 / sum(batch.labelled for batch in batches)
+        total = None
+        for batch in batches:
+            if self.interrupt.requested:
+                return None
+            with self.precision.autocast():
+                loss = self.batch_loss(batch) * scale
+            self.update.backward(loss)
+            total = loss.detach() if total is None else total + loss.detach()
+        return total
+
+    def _evaluation_is_due(self) -> bool:
+        steps, every = self.history.steps, self.config.eval_steps
+        return steps == self.total_steps or bool(every and steps % every == 0)
+
+    def _evaluate(self) -> None:
+        """Record the held-out loss, if there is such data and no interrupt."""
+        if self.evaluation is None:
+            return
+        loss = self.evaluation.loss(stop=lambda: self.interrupt.requested)
+        if loss is None:
+            return
+        steps = self.history.steps
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"step {steps}: the held-out loss is {loss}: look at data and weights"
+            )
+        self.history.eval_losses.append((steps, loss))
+        self.record.evaluation(loss)
+        self.callbacks.on_evaluate(self)
