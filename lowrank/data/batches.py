@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from lowrank.data.sampler import epoch_order
 from lowrank.data.tokens import IGNORED, TokenizedExamples
 
 
@@ -40,13 +40,6 @@ class Batch:
         return replace(
             self, **{name: tensor.to(device, non_blocking=True) for name, tensor in there.items()}
         )
-
-
-@lru_cache(maxsize=4)
-def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
-    """The order of `count` examples in an epoch: a permutation that (seed, epoch) alone decide."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + epoch) % 2**63  # neighbouring seeds and epochs do not meet
-    return torch.randperm(count, generator=torch.Generator().manual_seed(mixed)).tolist()
 
 
 def steps_per_epoch(count: int, samples_per_step: int) -> int:
