@@ -30,14 +30,14 @@ def write_files(directory: str | Path, writers: Mapping[str, Callable[[Path], No
                 try:
                     write(aside[name])
                     os.chmod(path, 0o666 & ~_umask())  # mkstemp's files are private, these are not
-                    _sync(path)
+                    sync(path)
                 except (
                     OSError
                 ) as error:  # a full disk: say which file, not what it was called aside
                     raise OSError(error.errno, error.strerror, str(directory / name)) from error
             for name, path in aside.items():
                 os.replace(path, directory / name)
-            _sync(directory)
+            sync(directory)
         finally:
             for path in aside.values():
                 with suppress(FileNotFoundError):
@@ -71,6 +71,15 @@ def write_text(path: str | Path, text: str) -> None:
     write_files(path.parent, {path.name: lambda aside: _write(aside, text)})
 
 
+def sync(path: str | Path) -> None:
+    """Force a file's bytes, or a directory's names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def _made(folder: Path) -> Iterator[None]:
     """`folder` is there in the block; what was made for it goes again if that fails."""
@@ -98,12 +107,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _sync(path: str | Path) -> None:
-    """Force a file's bytes, or a directory's names, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,0 +1,128 @@
+"""What training holds beside the weights, as JSON and tensors: nothing that could run code.
+
+A value is a tree of dicts, lists, tuples, numbers, text, None and tensors. `split` gives what JSON
+can hold of it, exactly, and the tensors by name for a safetensors file; `join` puts both together.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.errors import FileFormatError, TrainingError
+
+# keys of JSON objects that stand for what JSON does not have
+_TENSOR, _TUPLE, _PAIRS, _FLOAT = "$tensor", "$tuple", "$pairs", "$float"
+
+
+def split(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """The part of `value` for JSON. Its tensors, detached copies in main memory, go into `tensors`,
+    `name`d by where they stand, as in `optimizer//head.weight//exp_avg`.
+
+    Raises TrainingError for a type that would need pickle.
+    """
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().to("cpu", copy=True)
+        return {_TENSOR: name}
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {_FLOAT: repr(value)}
+    if isinstance(value, tuple):
+        return {_TUPLE: [split(v, f"{name}//{i}", tensors) for i, v in enumerate(value)]}
+    if isinstance(value, list):
+        return [split(v, f"{name}//{i}", tensors) for i, v in enumerate(value)]
+    if isinstance(value, Mapping):
+        parts = [(key, split(v, f"{name}//{key}", tensors)) for key, v in value.items()]
+        if all(isinstance(key, str) and not key.startswith("$") for key, _ in parts):
+            return dict(parts)
+        return {_PAIRS: [[split(key, f"{name}//key", tensors), part] for key, part in parts]}
+    raise TrainingError(
+        f"{name.replace('//', '.')}: expected numbers, text, lists, dicts or tensors, which a "
+        f"checkpoint can hold; got {type(value).__name__}"
+    )
+
+
+def join(part: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """What `split` took apart. Raises FileFormatError if a tensor is missing."""
+    if isinstance(part, list):
+        return [join(p, tensors) for p in part]
+    if not isinstance(part, dict):
+        return part
+    if _TENSOR in part:
+        if part[_TENSOR] not in tensors:
+            raise FileFormatError(f"the checkpoint has no tensor {part[_TENSOR]!r}")
+        return tensors[part[_TENSOR]]
+    if _FLOAT in part:
+        return float(part[_FLOAT])
+    if _TUPLE in part:
+        return tuple(join(p, tensors) for p in part[_TUPLE])
+    if _PAIRS in part:
+        return {join(key, tensors): join(p, tensors) for key, p in part[_PAIRS]}
+    return {key: join(p, tensors) for key, p in part.items()}
+
+
+def rng_state(devices: Iterable[torch.device]) -> dict[str, Any]:
+    """The random numbers to come: of torch, on these GPUs too, `random`, and numpy if used."""
+    version, numbers, gauss = random.getstate()
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "cuda": {str(d): torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"},
+        "python": {"version": version, "numbers": torch.tensor(numbers), "gauss": gauss},
+    }
+    if "numpy" in sys.modules:
+        import numpy as np
+
+        state["numpy"] = _map(np.random.get_state(legacy=False), np.ndarray, torch.from_numpy)
+    return state
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Make the random numbers to come those of `rng_state`; of GPUs that are here."""
+    torch.set_rng_state(state["torch"])
+    for device, numbers in state["cuda"].items():
+        if (torch.device(device).index or 0) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(numbers, device)
+    python = state["python"]
+    random.setstate((python["version"], tuple(python["numbers"].tolist()), python["gauss"]))
+    if "numpy" in state:
+        import numpy as np
+
+        np.random.set_state(_map(state["numpy"], Tensor, Tensor.numpy))
+
+
+def optimizer_state(optimizer: Any, names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
+    """{parameter's name: {name: tensor or number}} of what the optimizer keeps of each.
+
+    By name, so that neither the order nor the grouping of the parameters is part of a file.
+    """
+    order = _order(optimizer, names)
+    return {order[i]: state for i, state in optimizer.state_dict()["state"].items()}
+
+
+def set_optimizer_state(
+    optimizer: Any, names: Mapping[nn.Parameter, str], state: Mapping[str, Any]
+) -> None:
+    """Give the optimizer what `optimizer_state` had; rates and decay stay those it has."""
+    places = {name: i for i, name in enumerate(_order(optimizer, names))}
+    groups = optimizer.state_dict()["param_groups"]
+    numbered = {places[name]: of_one for name, of_one in state.items()}
+    optimizer.load_state_dict({"state": numbered, "param_groups": groups})
+
+
+def _order(optimizer: Any, names: Mapping[nn.Parameter, str]) -> list[str]:
+    """The names of the parameters as an optimizer's state_dict numbers them."""
+    return [names[p] for group in optimizer.param_groups for p in group["params"]]
+
+
+def _map(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """`value`, of nested dicts, with what is of `kind` changed."""
+    if isinstance(value, dict):
+        return {key: _map(v, kind, change) for key, v in value.items()}
+    return change(value) if isinstance(value, kind) else value
