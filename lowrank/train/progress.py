@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections import deque
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger("lowrank.train")
+
+_RECENT = 20  # steps that speed and time left are taken from
 
 
 def peak_memory() -> int:
@@ -24,39 +28,57 @@ def peak_memory() -> int:
 
 
 class Progress:
-    """A tqdm bar if stderr is a terminal and tqdm is there; else a log line every `every` steps."""
+    """A tqdm bar if stderr is a terminal and tqdm is there; else a log line every `every` steps.
 
-    def __init__(self, total: int, every: int, disable: bool) -> None:
+    `done`: steps that were taken before, by a run that this one goes on with.
+    """
+
+    def __init__(self, total: int, every: int, disable: bool, done: int = 0) -> None:
         self._total, self._every, self._bar = total, every, None
+        self._recent: deque[tuple[int, float]] = deque(maxlen=_RECENT)  # tokens, seconds
         if disable or not sys.stderr.isatty():
             return
         try:
             from tqdm import tqdm
         except ImportError:
             return
-        self._bar = tqdm(total=total, desc="training", unit="step", dynamic_ncols=True)
+        self._bar = tqdm(
+            total=total, initial=done, desc="training", unit="step", dynamic_ncols=True
+        )
 
-    def step(self, line: dict[str, float]) -> None:
+    def step(self, line: dict[str, Any]) -> None:
         """Show a finished step from its line of metrics.jsonl."""
-        step, speed = line["step"], line["tokens"] / line["seconds"]
+        step, memory = line["step"], line.get("peak_device_memory_bytes")
+        self._recent.append((line["tokens"], line["seconds"]))
+        tokens, seconds = (sum(values) for values in zip(*self._recent, strict=True))
         shown = (
             f"loss {line['loss']:.4f}, lr {line['learning_rate']:.2e}, "
-            f"grad norm {line['grad_norm']:.3f}, "
-            f"{speed:.0f} tokens/s, {line['peak_memory_bytes'] / 2**30:.2f} GiB"
+            f"grad norm {line['grad_norm']:.3f}, {tokens / seconds:.0f} tokens/s, "
+            f"{(line['peak_memory_bytes'] if memory is None else memory) / 2**30:.2f} GiB"
         )
         if self._bar is not None:
             self._bar.set_postfix_str(shown, refresh=False)
             self._bar.update()
         elif step % self._every == 0 or step in (1, self._total):
-            logger.info("step %d/%d: %s", step, self._total, shown)
+            left = seconds / len(self._recent) * (self._total - step)
+            more = f", {duration(left)} left" if step < self._total else ""
+            logger.info("step %d/%d: %s%s", step, self._total, shown, more)
 
-    def line(self, text: str) -> None:
+    def line(self, text: str, level: int = logging.INFO) -> None:
         """Say something without breaking the bar."""
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         else:
-            logger.info(text)
+            logger.log(level, text)
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: 45 s, 12 min, 3 h 20 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from lowrank.data import Batch
 from lowrank.train.history import History
 from lowrank.train.progress import Progress, peak_memory
 from lowrank.train.run import RunDirectory
+from lowrank.train.trackers import Trackers
 
 
 @dataclass
@@ -47,10 +49,13 @@ class Record:
         examples: int,
         log_every: int,
         quiet: bool,
+        device: torch.device,
+        trackers: Trackers | None = None,
     ) -> None:
         self._run, self._total_steps, self._examples = run, total_steps, examples
-        self._history = history
-        self._progress = Progress(total_steps, log_every, quiet)
+        self._history, self._device = history, device
+        self._trackers = trackers or Trackers([])
+        self._progress = Progress(total_steps, log_every, quiet, done=history.steps)
         self._begin = time.perf_counter()
 
     def step(
@@ -66,20 +71,25 @@ class Record:
             "tokens": sum(batch.tokens for batch in batches),
             "labelled_tokens": sum(batch.labelled for batch in batches),
             "seconds": round(seconds, 6),
-            "peak_memory_bytes": peak_memory(),
+            **self._memory(),
         }
         self._run.log(line)
+        self._trackers.step(line)
         self._progress.step(line)
 
     def evaluation(self, loss: float) -> None:
         """Show the held-out loss after the steps done so far."""
         steps = self._history.steps
-        self._run.log({"step": steps, "eval_loss": loss})
-        self._progress.line(f"step {steps}/{self._total_steps}: held-out loss {loss:.4f}")
+        line = {"step": steps, "eval_loss": loss}
+        self._run.log(line)
+        self._trackers.evaluation(line)
+        self.say(f"step {steps}/{self._total_steps}: held-out loss {loss:.4f}")
 
-    def result(
-        self, trained: Iterable[nn.Parameter], device: torch.device, interrupted: bool
-    ) -> TrainResult:
+    def say(self, text: str, level: int = logging.INFO) -> None:
+        """Show a line of text, without breaking a bar."""
+        self._progress.line(text, level)
+
+    def result(self, trained: Iterable[nn.Parameter], interrupted: bool) -> TrainResult:
         """The run's result, with its metrics."""
         history = self._history
         metrics: dict[str, Any] = {"steps": history.steps, "interrupted": interrupted}
@@ -96,12 +106,19 @@ class Record:
         metrics["train_seconds"] = history.seconds
         metrics["wall_seconds"] = time.perf_counter() - self._begin
         metrics["trainable_parameters"] = sum(p.numel() for p in trained)
-        metrics["peak_memory_bytes"] = peak_memory()
-        if device.type == "cuda":
-            metrics["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+        metrics |= self._memory()
         return TrainResult(
             self._run.path, history.losses, history.eval_losses, metrics, interrupted
         )
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
+        """Take the bar away, and end what was reported to; `failed`: the run raised an error."""
         self._progress.close()
+        self._trackers.close(failed)
+
+    def _memory(self) -> dict[str, int]:
+        """The most that was used so far, of the process and of the GPU if that is the device."""
+        used = {"peak_memory_bytes": peak_memory()}
+        if self._device.type == "cuda":
+            used["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated(self._device)
+        return used

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lowrank.io.atomic import write_files, write_text
 from lowrank.io.safetensors import save_safetensors
 from lowrank.nn.adapted import AdaptedLayer
 from lowrank.surgery.targets import adapted_modules
+from lowrank.train.plots import run_figure
 
 logger = logging.getLogger("lowrank.train")
 
@@ -56,16 +58,41 @@ def _has_steps(metrics: Path) -> bool:
         return any(line.strip() and '"step": 0,' not in line for line in lines)
 
 
-class RunDirectory:
-    """Writes a run's files into `path`; each is whole at every moment, the metrics line by line."""
+def metrics_lines(directory: str | Path, last: int | None = None) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, as far as step `last`; none where there is no such file.
 
-    def __init__(self, path: str | Path, overwrite: bool) -> None:
-        check_output_dir(path, overwrite)
+    A line that is not whole is left out: it was being written when a run was killed.
+    """
+    lines = []
+    with contextlib.suppress(FileNotFoundError):
+        for text in (Path(directory) / METRICS).read_text("utf-8", "replace").splitlines():
+            with contextlib.suppress(ValueError):
+                line = json.loads(text)
+                if isinstance(line, dict) and (last is None or line.get("step", 0) <= last):
+                    lines.append(line)
+    return lines
+
+
+class RunDirectory:
+    """Writes a run's files into `path`; each is whole at every moment, the metrics line by line.
+
+    `lines`: what metrics.jsonl begins with, if this goes on with an earlier run; `path` may hold
+    that run then.
+    """
+
+    def __init__(
+        self, path: str | Path, overwrite: bool, lines: Sequence[Mapping[str, Any]] | None = None
+    ) -> None:
+        check_output_dir(path, overwrite or lines is not None)
         self.path = Path(path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for name in (CONFIG, METRICS, RESULTS, PLOT, TRAINED, WEIGHTS_FILE, CONFIG_FILE):
-                (self.path / name).unlink(missing_ok=True)
+            if lines is None:  # else what was saved stays until something newer takes its place
+                for name in (CONFIG, RESULTS, PLOT, TRAINED, WEIGHTS_FILE, CONFIG_FILE):
+                    (self.path / name).unlink(missing_ok=True)
+            # renamed into place: a crash here leaves the old lines or these
+            text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines or ())
+            write_text(self.path / METRICS, text)
             self._metrics = open(self.path / METRICS, "a", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             raise ConfigError(f"output_dir {path} cannot be written: {error.strerror}") from None
@@ -101,20 +128,13 @@ class RunDirectory:
             save_safetensors(self.path / TRAINED, others)
         return self.path
 
-    def plot(self, losses: list[float], eval_losses: list[tuple[int, float]]) -> Path | None:
+    def plot(self) -> Path | None:
         """Draw loss.png; without matplotlib say what to install, and go on."""
         try:
-            from matplotlib.figure import Figure
+            figure = run_figure(metrics_lines(self.path))
         except ImportError:
             logger.warning("no loss plot: it needs matplotlib: pip install 'lowrank-torch[plots]'")
             return None
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
-        axes = figure.add_subplot(xlabel="step", ylabel="loss per token (nats)")
-        axes.plot(range(1, len(losses) + 1), losses, color="tab:blue", linewidth=1, label="train")
-        if eval_losses:
-            axes.plot(*zip(*eval_losses, strict=True), "o-", color="tab:orange", label="held out")
-        axes.grid(alpha=0.3)
-        axes.legend(loc="upper right")  # a loss falls; "best" tries every point
         write_files(self.path, {PLOT: lambda aside: figure.savefig(aside, format="png", dpi=120)})
         return self.path / PLOT
 

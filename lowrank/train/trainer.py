@@ -113,7 +113,9 @@ class Trainer:
         """Put the parts of the run together, and run it."""
         config, history = self.config, History()
         quiet, examples = config.disable_tqdm, len(self.train_data)
-        record = Record(run, history, self.total_steps, examples, config.logging_steps, quiet)
+        record = Record(
+            run, history, self.total_steps, examples, config.logging_steps, quiet, self.device
+        )
         loop = Loop(
             config=config,
             model=self.model,
@@ -130,9 +132,11 @@ class Trainer:
         )
         try:
             loop.run()
-        finally:
-            record.close()
-        return record.result(self.parameters.values(), self.device, interrupt.requested)
+        except BaseException:
+            record.close(failed=True)
+            raise
+        record.close()
+        return record.result(self.parameters.values(), interrupt.requested)
 
     def _save(self, run: RunDirectory, result: TrainResult) -> None:
         """Save what was trained, the tokenizer, the plot and the results; say where they lie."""
@@ -144,7 +148,7 @@ class Trainer:
         saved = run.save_model(self.model)
         if self.tokenizer is not None and hasattr(self.tokenizer, "save"):
             self.tokenizer.save(run.path)
-        run.plot(result.losses, result.eval_losses)
+        run.plot()
         run.write_json(RESULTS, result.metrics)
         if result.interrupted:
             logger.warning("interrupted after %s: their outcome is saved in %s", steps, saved)
