@@ -2,54 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lowrank.errors import ConfigError
-from lowrank.train.optimizer import OPTIMIZERS
-from lowrank.train.schedule import SCHEDULES
-
-# what a number is expected to be, its types, and the test of its value
-Rule = tuple[str, type | tuple[type, ...], Callable[[Any], bool]]
-WHOLE: Rule = ("a whole number of at least 1", int, lambda v: v >= 1)
-NOT_NEGATIVE: Rule = ("a number of at least 0", (int, float), lambda v: 0 <= v < math.inf)
-BELOW_ONE: Rule = ("a number from 0 to below 1", (int, float), lambda v: 0 <= v < 1)
-NUMBERS: dict[str, Rule] = {
-    "learning_rate": NOT_NEGATIVE,
-    "warmup_ratio": ("a number from 0 to 1", (int, float), lambda v: 0 <= v <= 1),
-    "warmup_steps": (
-        "a whole number of steps, or a share below 1",
-        (int, float),
-        lambda v: 0 <= v < math.inf and (v < 1 or v == int(v)),
-    ),
-    "num_train_epochs": ("a number above 0 and below 2**31", (int, float), lambda v: 0 < v < 2**31),
-    "max_steps": ("-1, or a whole number of at least 1", int, lambda v: v == -1 or v >= 1),
-    "per_device_train_batch_size": WHOLE,
-    "per_device_eval_batch_size": WHOLE,
-    "gradient_accumulation_steps": WHOLE,
-    "weight_decay": NOT_NEGATIVE,
-    "adam_beta1": BELOW_ONE,
-    "adam_beta2": BELOW_ONE,
-    "adam_epsilon": NOT_NEGATIVE,
-    "loraplus_lr_ratio": (
-        "None or a number above 0",
-        (int, float, type(None)),
-        lambda v: v is None or 0 < v < math.inf,
-    ),
-    "loraplus_lr_embedding": ("a number above 0", (int, float), lambda v: 0 < v < math.inf),
-    "max_grad_norm": NOT_NEGATIVE,
-    "max_length": WHOLE,
-    "eval_steps": (
-        "None or a whole number of at least 1",
-        (int, type(None)),
-        lambda v: v is None or v >= 1,
-    ),
-    "logging_steps": WHOLE,
-    "seed": ("a whole number from 0 to below 2**63", int, lambda v: 0 <= v < 2**63),
-}
+from lowrank.train.rules import check_fields
 
 
 @dataclass
@@ -115,20 +72,7 @@ class TrainConfig:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        if not isinstance(self.output_dir, str | Path) or not str(self.output_dir):
-            raise ConfigError(f"output_dir must be a path; got {self.output_dir!r}")
-        for name, known in (("lr_scheduler_type", SCHEDULES), ("optim", OPTIMIZERS)):
-            value = getattr(self, name)
-            if not isinstance(value, str) or value not in known:
-                raise ConfigError(f"{name} must be one of {', '.join(known)}; got {value!r}")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(field.default, bool) and not isinstance(value, bool):
-                raise ConfigError(f"{field.name} must be true or false; got {value!r}")
-            if field.name in NUMBERS:
-                expected, kind, allowed = NUMBERS[field.name]
-                if isinstance(value, bool) or not isinstance(value, kind) or not allowed(value):
-                    raise ConfigError(f"{field.name} must be {expected}; got {value!r}")
+        check_fields(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Names and values, ready for JSON or TOML."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import pytest
 
+from lowrank.cli.options import field_help
 from lowrank.errors import ConfigError
 from lowrank.train import TrainConfig
 
@@ -36,3 +40,16 @@ def test_every_setting_is_described():
     doc = TrainConfig.__doc__
     for name in TrainConfig.__dataclass_fields__:
         assert f"    {name}: " in doc or f"    {name}, " in doc or f", {name}: " in doc, name
+
+
+def test_the_table_of_the_docs_has_every_setting():
+    """docs/train.md, as `lowrank train --help` has it; a failure shows the lines to paste."""
+    page = (Path(__file__).parents[2] / "docs" / "train.md").read_text(encoding="utf-8")
+    texts = field_help(TrainConfig)
+    rows = []
+    for field in dataclasses.fields(TrainConfig):
+        default = "" if field.default is dataclasses.MISSING else f"`{field.default!r}`"
+        default = default.replace("'", '"')
+        rows.append(f"| `{field.name}` | {default} | {texts[field.name]} |")
+    expected = "\n".join(rows)
+    assert expected in page, f"docs/train.md: expected under 'Every setting':\n{expected}"
