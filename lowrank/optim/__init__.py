@@ -1,1 +1,4 @@
-"""Optimizers whose state is small, or lies elsewhere."""
+"""Optimizers whose state is small, or lies elsewhere: ordinary ones of torch's kind."""
+
+from lowrank.optim.resident import AdamW as AdamW
+from lowrank.optim.resident import AdamW8bit as AdamW8bit

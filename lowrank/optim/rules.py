@@ -3,13 +3,15 @@
     states = {"m": [m of params[0], ...], ...}
     rule.step(params, grads, states, step=1, **rule.defaults)
 
-moves params and states in place, under torch.no_grad(); 1 is the first step. A parameter may be stepped in `pieces`, views
-of it with states of their own: to the same bits, as no block of 256 elements is cut.
+moves params and states in place, under torch.no_grad(); 1 is the first step. A parameter may be
+stepped in `pieces`, views of it with states of their own: to the same bits, as no block of 256
+elements is cut.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +33,8 @@ class State(NamedTuple):
         return torch.full(self.shape, self.fill, dtype=self.dtype, device=device)
 
 
-class Rule(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Rule:
     """One optimizer's arithmetic."""
 
     defaults: Mapping[str, Any]  # the numbers that `step` takes by name, besides `step`

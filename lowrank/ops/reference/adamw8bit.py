@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank.ops.adamw8bit import (
-    BLOCK,
-    ZERO_OF_M,
-    Coefficients,
-    coefficients,
-    dynamic_map,
-    rows_and_columns,
-)
+from lowrank.ops.adamw8bit import Coefficients, coefficients, dynamic_map, rows_and_columns
 
+from .moments import decode, encode, in_blocks
 from .panels import panels
 
 
@@ -37,8 +29,8 @@ def adamw8bit_step(
     m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
     p = (1 - lr wd) p - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)
     in float32, in the order of `adamw8bit.Coefficients`; p moves by m and v before they are coded.
-    Codes are the nearest, a tie goes to the one nearer zero, and only 0 is coded as 0 in v: there,
-    0 for something small would make m / (sqrt(v) + eps) large.
+    Codes are those of `moments.encode`: in v, 0 for something small would make m / (sqrt(v) + eps)
+    large.
     arXiv:1711.05101, arXiv:2110.02861; on zero in v, arXiv:2309.01507, §3.
     """
     by = coefficients(lr, beta1, beta2, eps, weight_decay, step)
@@ -68,40 +60,11 @@ def _adamw8bit_rows(
     """adamw8bit_step of some rows: of p, grad and codes [rows, ...], of scales [rows, blocks]."""
     m_map, v_map = dynamic_map(True).to(p.device), dynamic_map(False).to(p.device)
     g = grad.reshape(-1, C).float()
-    m = _in_blocks(m_map[m_codes.reshape(-1, C).int()]) * m_scale[..., None]
-    v = _in_blocks(v_map[v_codes.reshape(-1, C).int()]) * v_scale[..., None]
-    m = m * by.beta1 + _in_blocks(g * by.rest1)  # [rows, blocks, 256]
-    v = v * by.beta2 + _in_blocks(g * g * by.rest2)
+    m = decode(m_codes.reshape(-1, C), m_scale, m_map) * by.beta1 + in_blocks(g * by.rest1)
+    v = decode(v_codes.reshape(-1, C), v_scale, v_map) * by.beta2 + in_blocks(g * g * by.rest2)
     ratio = (m / (v.sqrt() * by.root2 + by.eps)).flatten(1)[:, :C]
     p.copy_((p.reshape(-1, C).float() * by.decay - ratio * by.rate).view(p.shape))
-
-    # -1 is not in the map of m; the scale is such that its least value still is a largest m < 0.
-    largest = torch.maximum(m, m * m_map[0].reciprocal()).amax(-1)  # [rows, blocks]
-    s, scale = _scaled(m, largest)
-    distance = _nearest(m_map[ZERO_OF_M:], s.abs())
-    codes = (ZERO_OF_M + torch.where(s.signbit(), -distance, distance)).clamp(min=0)
-    m_codes.copy_(codes.flatten(1)[:, :C].reshape(m_codes.shape))
-    m_scale.copy_(scale)
-
-    s, scale = _scaled(v, v.amax(-1))
-    codes = torch.where(s == 0, 0, 1 + _nearest(v_map[1:], s))
-    v_codes.copy_(codes.flatten(1)[:, :C].reshape(v_codes.shape))
-    v_scale.copy_(scale)
-
-
-def _in_blocks(rows: Tensor) -> Tensor:
-    """[rows, C] -> [rows, blocks, 256], the last block filled up with zeros."""
-    return F.pad(rows, (0, -rows.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
-
-
-def _scaled(values: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
-    """values / scale and the scale, which is 0 where its reciprocal would be infinite."""
-    scale = largest.masked_fill(largest < torch.finfo(torch.float32).tiny, 0)
-    inverse = torch.where(scale == 0, 0, scale.reciprocal())
-    return values * inverse[..., None], scale
-
-
-def _nearest(entries: Tensor, s: Tensor) -> Tensor:
-    """Index of the entry nearest to s, the lower of two: how many exact midpoints are below s."""
-    entries = entries.double()
-    return torch.bucketize(s.double(), (entries[:-1] + entries[1:]) / 2)
+    for values, signed, codes, scale in ((m, True, m_codes, m_scale), (v, False, v_codes, v_scale)):
+        new_codes, new_scale = encode(values, signed)
+        codes.copy_(new_codes.flatten(1)[:, :C].reshape(codes.shape))
+        scale.copy_(new_scale)

@@ -1,0 +1,84 @@
+"""Optimizers with their state beside the parameters, on the device of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lowrank.optim.base import Params, RuleOptimizer
+from lowrank.optim.rules import ADAMW, ADAMW_8BIT, Rule
+
+MIN_8BIT_SIZE = 4096  # as bitsandbytes
+
+
+class Resident(RuleOptimizer):
+    """The state of a parameter is made at its first step, and stays where the parameter was."""
+
+    def advance(
+        self, rule: Rule, params: Sequence[Tensor], step: int, numbers: Mapping[str, Any]
+    ) -> None:
+        for p in params:
+            if not self.state[p]:
+                shapes = rule.states(p).items()
+                self.keep(p, {name: state.make(p.device) for name, state in shapes})
+        names = self.state[params[0]].keys() - {"step"}
+        states = {name: [self.state[p][name] for p in params] for name in names}
+        grads = [p.grad for p in params]
+        rule.step(params, grads, states, step=step, **numbers)
+
+    def keep(self, p: Tensor, states: Mapping[str, Tensor]) -> None:
+        self.state[p].update(states)
+
+
+class AdamW(Resident):
+    """AdamW with float32 moments (float64 of float64 parameters), whatever the parameters are.
+
+    m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g²;  p = (1 - lr wd) p - lr m̂ / (√v̂ + eps)
+
+    torch's fused kernel: over float32 parameters, torch.optim.AdamW(fused=True) to the bit.
+    arXiv:1711.05101
+    """
+
+    rule = ADAMW
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+
+class AdamW8bit(Resident):
+    """AdamW with moments of 8 bits: about 2.03 bytes a parameter in place of 8.
+
+    A float32 scale for each 256 elements of a row; parameters of fewer than `min_8bit_size`
+    elements, all shards of one together, keep float32 moments. What has no gradient, or a zero
+    one and no moment, is not moved but by weight decay; a gradient that is not finite makes its
+    parameter NaN, and with the next step all of that block of 256.   arXiv:2110.02861
+    """
+
+    rule = ADAMW_8BIT
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        min_8bit_size: int = MIN_8BIT_SIZE,
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            min_8bit_size=min_8bit_size,
+        )
