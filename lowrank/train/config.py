@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lowrank.train.rules import check_fields
+from lowrank.train.rules import check_fields, check_together
 
 
 @dataclass
@@ -16,7 +16,11 @@ class TrainConfig:
     output_dir: where the adapter, the metrics and the configuration go; refused if it holds a run.
     overwrite_output_dir: replace the run that output_dir holds; its files go when this one begins.
     learning_rate: the highest that the schedule reaches.
-    lr_scheduler_type: linear or cosine (both fall to 0), or constant; each after the warmup.
+    lr_scheduler_type: after a warmup: linear, cosine (both to 0), cosine_with_min_lr,
+        constant_with_warmup or warmup_stable_decay; or constant, which has no warmup.
+    lr_scheduler_kwargs: of cosine_with_min_lr: min_lr_rate (0.1 of learning_rate) or min_lr; of
+        warmup_stable_decay: num_decay_steps (a share if below 1; 0.1), min_lr_ratio (0),
+        decay_type (linear, cosine or 1-sqrt).
     warmup_ratio: the share of all steps in which the learning rate rises from 0.
     warmup_steps: the same as a number of steps, or as a share if below 1; 0: warmup_ratio.
     num_train_epochs: times that every example is seen; may be a fraction.
@@ -46,6 +50,7 @@ class TrainConfig:
     overwrite_output_dir: bool = False
     learning_rate: float = 2e-4
     lr_scheduler_type: str = "cosine"
+    lr_scheduler_kwargs: dict[str, float | str] | None = None
     warmup_ratio: float = 0.03
     warmup_steps: int | float = 0
     num_train_epochs: float = 3.0
@@ -73,6 +78,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_together(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Names and values, ready for JSON or TOML."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lowrank.errors import ConfigError
 from lowrank.train.optimizer import OPTIMIZERS
-from lowrank.train.schedule import SCHEDULES
+from lowrank.train.schedule import SCHEDULES, SHAPES
 
 
 class Rule(NamedTuple):
@@ -42,6 +42,12 @@ WHOLE = Rule("a whole number of at least 1", (int,), lambda v: v >= 1)
 NOT_NEGATIVE = Rule("a number of at least 0", NUMBER, lambda v: 0 <= v < math.inf)
 POSITIVE = Rule("a number above 0", NUMBER, lambda v: 0 < v < math.inf)
 BELOW_ONE = Rule("a number from 0 to below 1", NUMBER, lambda v: 0 <= v < 1)
+SHARE = Rule("a number from 0 to 1", NUMBER, lambda v: 0 <= v <= 1)
+STEPS_OR_SHARE = Rule(
+    "a whole number of steps, or a share below 1",
+    NUMBER,
+    lambda v: 0 <= v < math.inf and (v < 1 or v == int(v)),
+)
 SEED = Rule("a whole number from 0 to below 2**63", (int,), lambda v: 0 <= v < 2**63)
 
 # a field whose default is true or false is a SWITCH and need not be here
@@ -49,12 +55,9 @@ RULES: dict[str, Rule] = {
     "output_dir": Rule("a path", (str, Path), lambda v: bool(str(v))),
     "learning_rate": NOT_NEGATIVE,
     "lr_scheduler_type": one_of(SCHEDULES),
-    "warmup_ratio": Rule("a number from 0 to 1", NUMBER, lambda v: 0 <= v <= 1),
-    "warmup_steps": Rule(
-        "a whole number of steps, or a share below 1",
-        NUMBER,
-        lambda v: 0 <= v < math.inf and (v < 1 or v == int(v)),
-    ),
+    "lr_scheduler_kwargs": optional(Rule("a dict of names", (dict,))),
+    "warmup_ratio": SHARE,
+    "warmup_steps": STEPS_OR_SHARE,
     "num_train_epochs": Rule("a number above 0 and below 2**31", NUMBER, lambda v: 0 < v < 2**31),
     "max_steps": Rule("-1, or a whole number of at least 1", (int,), lambda v: v == -1 or v >= 1),
     "per_device_train_batch_size": WHOLE,
@@ -74,13 +77,46 @@ RULES: dict[str, Rule] = {
     "seed": SEED,
 }
 
+SCHEDULE_RULES: dict[str, Rule] = {
+    "min_lr": NOT_NEGATIVE,
+    "min_lr_rate": SHARE,
+    "min_lr_ratio": SHARE,
+    "num_decay_steps": STEPS_OR_SHARE,
+    "decay_type": one_of(SHAPES),
+}
+
 
 def check_fields(config: Any) -> None:
     """ConfigError naming the first field of the dataclass whose value cannot be."""
     for field in fields(config):
         rule = SWITCH if isinstance(field.default, bool) else RULES[field.name]
-        value = getattr(config, field.name)
-        # a bool is an int to isinstance, and no number to us
-        of_type = isinstance(value, rule.types) and (bool in rule.types) >= isinstance(value, bool)
-        if not of_type or not rule.allowed(value):
-            raise ConfigError(f"{field.name} must be {rule.expected}; got {value!r}")
+        _check(field.name, rule, getattr(config, field.name))
+
+
+def check_together(config: Any) -> None:
+    """ConfigError for fields that can be, but not beside one another."""
+    _check_schedule(config.lr_scheduler_type, config.lr_scheduler_kwargs or {}, config)
+
+
+def _check_schedule(name: str, options: Mapping[str, Any], config: Any) -> None:
+    known = list(SCHEDULES[name].options)
+    known += ["min_lr"] * ("min_lr_rate" in known)
+    for option, value in options.items():
+        if option not in known:
+            takes = f"{name} takes {', '.join(known)}" if known else f"{name} takes none"
+            raise ConfigError(f"lr_scheduler_kwargs has {option!r}, but {takes}: leave it out")
+        _check(f"lr_scheduler_kwargs[{option!r}]", SCHEDULE_RULES[option], value)
+    if {"min_lr", "min_lr_rate"} <= set(options):
+        raise ConfigError("lr_scheduler_kwargs has min_lr and min_lr_rate: leave one of them out")
+    if options.get("min_lr", 0) > config.learning_rate:
+        raise ConfigError(
+            f"lr_scheduler_kwargs['min_lr'] must be at most learning_rate={config.learning_rate}; "
+            f"got {options['min_lr']}"
+        )
+
+
+def _check(name: str, rule: Rule, value: Any) -> None:
+    # a bool is an int to isinstance, and no number to us
+    of_type = isinstance(value, rule.types) and (bool in rule.types) >= isinstance(value, bool)
+    if not of_type or not rule.allowed(value):
+        raise ConfigError(f"{name} must be {rule.expected}; got {value!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ class Update:
         total_steps: int,
     ) -> None:
         self._parameters, self._config, self._total_steps = parameters, config, total_steps
+        self._options = schedule_options(config)
         self._warmup = warmup_steps(total_steps, config.warmup_steps, config.warmup_ratio)
         groups = parameter_groups(model, parameters.values(), config)
         self.optimizer = OPTIMIZERS[config.optim](groups, config)
@@ -36,8 +38,8 @@ class Update:
 
     def set_rate(self, step: int) -> float:
         """Give every group its rate of step `step` (from 0); returns that of learning_rate."""
-        name = self._config.lr_scheduler_type
-        multiplier = lr_multiplier(name, step, self._total_steps, self._warmup)
+        name, total = self._config.lr_scheduler_type, self._total_steps
+        multiplier = lr_multiplier(name, step, total, self._warmup, self._options)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * multiplier
         return self._config.learning_rate * multiplier
@@ -65,3 +67,11 @@ class Update:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss_value, norm_value
+
+
+def schedule_options(config: TrainConfig) -> dict[str, Any]:
+    """The options of the schedule, its minimum as a multiplier."""
+    options = dict(config.lr_scheduler_kwargs or {})
+    if "min_lr" in options:
+        options["min_lr_rate"] = options.pop("min_lr") / (config.learning_rate or 1.0)
+    return options
