@@ -32,6 +32,7 @@ class RuleOptimizer(Optimizer):
     """
 
     rule: Rule
+    loads_to: str | None = None  # where load_state_dict makes states; None: where each parameter is
 
     # torch keeps its compiler out of these by importing it: a second and 125 MB at every start.
     zero_grad = inspect.unwrap(Optimizer.zero_grad)
@@ -46,8 +47,8 @@ class RuleOptimizer(Optimizer):
         """Take that step of these parameters, all on one device, by their gradients."""
         raise NotImplementedError
 
-    def keep(self, p: Tensor, states: Mapping[str, Tensor]) -> None:
-        """Make these, which nobody else holds and which fit its rule, the states of a parameter."""
+    def keep(self, states: Mapping[Tensor, tuple[Rule, Mapping[str, Tensor]]]) -> None:
+        """Forget the states of all parameters: these, which fit their rules, take their place."""
         raise NotImplementedError
 
     def rule_of(self, p: Tensor, group: Mapping[str, Any]) -> Rule:
@@ -120,10 +121,11 @@ class RuleOptimizer(Optimizer):
         ids = chain.from_iterable(group["params"] for group in saved)
         params = [(p, self.rule_of(p, group)) for group in groups for p in group["params"]]
         wanted = dict(zip(ids, params, strict=True))
-        states = fitting_states(wanted, state_dict["state"])
+        states = fitting_states(wanted, state_dict["state"], self.loads_to)
         inspect.unwrap(Optimizer.load_state_dict)(
             self, {**state_dict, "state": {}, "param_groups": groups}
         )
-        for p, (step, tensors) in states.items():
+        rules = dict(params)
+        for p, (step, _) in states.items():
             self.state[p]["step"] = step
-            self.keep(p, tensors)
+        self.keep({p: (rules[p], tensors) for p, (_, tensors) in states.items()})

@@ -44,9 +44,13 @@ class _Moment(NamedTuple):
 
 
 def fitting_states(
-    wanted: Mapping[Any, tuple[Tensor, Rule]], saved: Mapping[Any, Mapping[str, Any]]
+    wanted: Mapping[Any, tuple[Tensor, Rule]],
+    saved: Mapping[Any, Mapping[str, Any]],
+    device: str | None = None,
 ) -> dict[Tensor, tuple[int, States]]:
     """Each parameter's steps taken and new tensors of its states, from those saved under its key.
+
+    The tensors are on `device`; None: each where its parameter is.
 
     Codes are taken over to the bit where their blocks are those of rows: in bitsandbytes' state
     where rows are of multiples of 256 elements, or there is but one. Other codes are decoded and
@@ -65,7 +69,7 @@ def fitting_states(
             made: States = {}
             for name in _MOMENTS.keys() & rule.states(p).keys():
                 moment = _saved(p, _MOMENTS[name], state, f"state_dict: state {key}")
-                made |= _fitting(p, rule, name, moment, errors[name])
+                made |= _fitting(p, rule, name, moment, errors[name], device or p.device)
             states[p] = int(state.get("step", 0)), made
     _log(errors)
     return states
@@ -99,12 +103,19 @@ def _saved(p: Tensor, names: _Names, state: Mapping[str, Any], where: str) -> _M
     return _Moment(values.reshape(layout), scale.float().view(expected), table.to(values.device))
 
 
-def _fitting(p: Tensor, rule: Rule, name: str, moment: _Moment, errors: list[float]) -> States:
-    """The rule's states of p for a moment, on its device; appends the error of coding anew."""
+def _fitting(
+    p: Tensor,
+    rule: Rule,
+    name: str,
+    moment: _Moment,
+    errors: list[float],
+    device: str | torch.device,
+) -> States:
+    """The rule's states of p for a moment, on `device`; appends the error of coding anew."""
     rows, columns = rows_and_columns(p.shape)
     signed, dtype = _MOMENTS[name].signed, rule.states(p)[name].dtype
     if dtype != torch.uint8:
-        return {name: _decoded(moment).view(p.shape).to(p.device, dtype, copy=True)}
+        return {name: _decoded(moment).view(p.shape).to(device, dtype, copy=True)}
     codes, scale = moment.values, moment.scale
     if (
         scale is None
@@ -115,8 +126,8 @@ def _fitting(p: Tensor, rule: Rule, name: str, moment: _Moment, errors: list[flo
         codes, scale, error = _coded(_decoded(moment).view(rows, columns), signed)
         errors.append(error)
     return {
-        name: codes.view(p.shape).to(p.device, copy=True),
-        f"{name}_scale": scale.view(scale_shape(p.shape)).to(p.device, copy=True),
+        name: codes.view(p.shape).to(device, copy=True),
+        f"{name}_scale": scale.view(scale_shape(p.shape)).to(device, copy=True),
     }
 
 

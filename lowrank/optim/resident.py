@@ -22,14 +22,15 @@ class Resident(RuleOptimizer):
         for p in params:
             if not self.state[p]:
                 shapes = rule.states(p).items()
-                self.keep(p, {name: state.make(p.device) for name, state in shapes})
+                self.state[p].update({name: state.make(p.device) for name, state in shapes})
         names = self.state[params[0]].keys() - {"step"}
         states = {name: [self.state[p][name] for p in params] for name in names}
         grads = [p.grad for p in params]
         rule.step(params, grads, states, step=step, **numbers)
 
-    def keep(self, p: Tensor, states: Mapping[str, Tensor]) -> None:
-        self.state[p].update(states)
+    def keep(self, states: Mapping[Tensor, tuple[Rule, Mapping[str, Tensor]]]) -> None:
+        for p, (_, tensors) in states.items():
+            self.state[p].update(tensors)
 
 
 class AdamW(Resident):
