@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
-import torch
-
 from lowrank.cli import demo, env, generate, merge, quantize, report, train
 from lowrank.errors import LowrankError
+from lowrank.train.remedies import is_out_of_memory
 
 COMMANDS = (train, generate, merge, quantize, report, env, demo)
 
@@ -90,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lowrank: error: {_one_line(error)}", file=sys.stderr)
         return USER_ERROR
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         print(
             "lowrank: error: out of memory: try a smaller model, batch, rank or length; "
@@ -114,13 +113,6 @@ def _dashes(word: str) -> str:
         return word
     flag, equals, value = word.partition("=")
     return flag.replace("_", "-") + equals + value
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # on a CPU torch raises no type of its own
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        "can't allocate memory" in str(error)
-    )
 
 
 def _one_line(error: BaseException) -> str:

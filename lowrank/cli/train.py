@@ -24,7 +24,7 @@ from lowrank.cli.options import Reader, add_fields, dump_toml, given_fields, mak
 from lowrank.cli.source import Source
 from lowrank.data import TokenizedExamples, collate, load_examples, tokenize_all
 from lowrank.io.atomic import write_text
-from lowrank.train import TrainConfig, Trainer
+from lowrank.train import PRESETS, TrainConfig, Trainer, preset
 from lowrank.train.run import check_output_dir
 
 RESOLVED = "run.toml"
@@ -47,6 +47,12 @@ TABLES = {"run": Run, "train": TrainConfig, "lora": lowrank.LoRAConfig}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", type=Reader([Path]), metavar="FILE", help="a TOML file of all this"
+    )
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="settings to begin with, which the file and the flags beat: "
+        + "; ".join(f"{name}: {found.about}" for name, found in PRESETS.items()),
     )
     for name, config in TABLES.items():
         add_fields(parser, config, name, f"{config.__name__}: [{name}] in a TOML file")
@@ -92,10 +98,13 @@ def padded(data: TokenizedExamples, size: int, model: nn.Module) -> Iterator[dic
 
 
 def resolve(args: argparse.Namespace) -> tuple[Run, TrainConfig, lowrank.LoRAConfig]:
-    """The three dataclasses, from the file of --config and the flags over it."""
-    tables = read_toml(args.config, TABLES) if args.config else {name: {} for name in TABLES}
-    for name in TABLES:
-        tables[name] |= given_fields(args, name)
+    """The three dataclasses: the preset, the file of --config over it, the flags over both."""
+    from_file = read_toml(args.config, TABLES) if args.config else {}
+    tables = {name: from_file.get(name, {}) | given_fields(args, name) for name in TABLES}
+    if args.preset is not None:
+        chosen = preset(args.preset).at_rank(tables["lora"].get("r"))
+        tables["train"] = {**chosen.train, **tables["train"]}
+        tables["lora"] = {**chosen.lora, **tables["lora"]}
     elsewhere = ", or set it in the TOML file"
     return tuple(make(config, tables[name], elsewhere) for name, config in TABLES.items())
 

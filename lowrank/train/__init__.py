@@ -2,6 +2,9 @@
 
 from lowrank.train.callbacks import Callback as Callback
 from lowrank.train.config import TrainConfig as TrainConfig
+from lowrank.train.presets import PRESETS as PRESETS
+from lowrank.train.presets import Preset as Preset
+from lowrank.train.presets import preset as preset
 from lowrank.train.record import TrainResult as TrainResult
 from lowrank.train.run import check_output_dir as check_output_dir
 from lowrank.train.schedule import lr_multiplier as lr_multiplier

@@ -43,6 +43,9 @@ class TrainConfig:
     eval_steps: evaluate after every so many steps too, not only before and after training.
     logging_steps: steps between lines of the log; metrics.jsonl has every step.
     disable_tqdm: lines of the log in place of the progress bar, as where there is no terminal.
+    report_to: what is told of every step: tensorboard, wandb, trackio, a list of them, or none.
+    project: what that files the run under.
+    run_name: what that calls the run; None: the name of output_dir.
     seed: of the order of the examples and of dropout.
     """
 
@@ -74,6 +77,9 @@ class TrainConfig:
     eval_steps: int | None = None
     logging_steps: int = 10
     disable_tqdm: bool = False
+    report_to: str | list[str] | None = None
+    project: str = "lowrank"
+    run_name: str | None = None
     seed: int = 42
 
     def __post_init__(self) -> None:

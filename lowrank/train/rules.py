@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from lowrank.errors import ConfigError
 from lowrank.train.optimizer import OPTIMIZERS
 from lowrank.train.schedule import SCHEDULES, SHAPES
+from lowrank.train.trackers import TRACKERS, tracker_names
 
 
 class Rule(NamedTuple):
@@ -48,6 +49,7 @@ STEPS_OR_SHARE = Rule(
     NUMBER,
     lambda v: 0 <= v < math.inf and (v < 1 or v == int(v)),
 )
+TEXT = Rule("a text that is not empty", (str,), bool)
 SEED = Rule("a whole number from 0 to below 2**63", (int,), lambda v: 0 <= v < 2**63)
 
 # a field whose default is true or false is a SWITCH and need not be here
@@ -74,6 +76,13 @@ RULES: dict[str, Rule] = {
     "max_length": WHOLE,
     "eval_steps": optional(WHOLE),
     "logging_steps": WHOLE,
+    "report_to": Rule(
+        f"none or some of {', '.join(TRACKERS)}",
+        (str, list, type(None)),
+        lambda v: v in (None, "none") or all(n in [*TRACKERS] for n in tracker_names(v)),
+    ),
+    "project": TEXT,
+    "run_name": optional(TEXT),
     "seed": SEED,
 }
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from lowrank.data import TokenizedExamples, load_examples, tokenize_all
 from lowrank.data.tokens import Tokenizer
-from lowrank.errors import ConfigError
+from lowrank.errors import ConfigError, TrainingError
 from lowrank.io.versions import versions
 from lowrank.surgery.checkpointing import can_checkpoint
 from lowrank.train.callbacks import Callback, Callbacks
@@ -27,7 +27,9 @@ from lowrank.train.loop import Loop
 from lowrank.train.loss import batch_loss, packs
 from lowrank.train.precision import Precision
 from lowrank.train.record import Record, TrainResult
+from lowrank.train.remedies import Remedies, is_out_of_memory, out_of_memory
 from lowrank.train.run import CONFIG, RESULTS, RunDirectory, check_output_dir
+from lowrank.train.trackers import Trackers, check_installed, tracker_names
 from lowrank.train.update import Update
 
 logger = logging.getLogger("lowrank.train")
@@ -59,6 +61,7 @@ class Trainer:
                 f"gradient_checkpointing is on, but {type(model).__name__} has no attribute "
                 "of that name to set: turn it off, or give the model one"
             )
+        check_installed(tracker_names(config.report_to))
         self.model, self.config, self.tokenizer = model, config, tokenizer
         self.callbacks = list(callbacks)
         self.parameters = trainable_parameters(model)
@@ -113,9 +116,17 @@ class Trainer:
         """Put the parts of the run together, and run it."""
         config, history = self.config, History()
         quiet, examples = config.disable_tqdm, len(self.train_data)
-        record = Record(
-            run, history, self.total_steps, examples, config.logging_steps, quiet, self.device
+        trackers = Trackers(
+            tracker_names(config.report_to),
+            run.path,
+            config.project,
+            config.run_name or run.path.resolve().name,
+            self._resolved(),
         )
+        record = Record(
+            run, history, self.total_steps, examples, config.logging_steps, quiet, self.device,
+            trackers,
+        )  # fmt: skip
         loop = Loop(
             config=config,
             model=self.model,
@@ -126,14 +137,17 @@ class Trainer:
             history=history,
             record=record,
             interrupt=interrupt,
-            callbacks=Callbacks(self.callbacks),
+            callbacks=Callbacks([Remedies(), *self.callbacks]),
             total_steps=self.total_steps,
             evaluation=self._evaluation,
         )
         try:
             loop.run()
-        except BaseException:
+        except BaseException as error:
             record.close(failed=True)
+            if is_out_of_memory(error):
+                step, remedies = history.steps + 1, out_of_memory(config, self.model)
+                raise TrainingError(f"out of memory in step {step}: {remedies}") from error
             raise
         record.close()
         return record.result(self.parameters.values(), interrupt.requested)

@@ -26,7 +26,8 @@ from lowrank.train import TrainConfig
         ("adam_epsilon", None), ("max_grad_norm", float("inf")), ("bf16", "true"),
         ("gradient_checkpointing", 0), ("max_length", 0), ("padding_free", None),
         ("eval_steps", 0), ("completion_only_loss", "no"), ("logging_steps", 0),
-        ("disable_tqdm", 2), ("seed", -1), ("seed", 2**63),
+        ("disable_tqdm", 2), ("report_to", "mlflow"), ("project", ""), ("run_name", 3),
+        ("seed", -1), ("seed", 2**63),
     ],
 )  # fmt: skip
 def test_a_setting_that_cannot_be_is_refused_by_name(name, value):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from types import ModuleType
 
 import pytest
+import torch
 
-from lowrank.errors import ConfigError, MissingPackageError
+from lowrank.errors import ConfigError, MissingPackageError, TrainingError
+from lowrank.train import TrainConfig, Trainer
 from lowrank.train.trackers import Trackers, check_installed, tracker_names
+
+from .support import Small, examples
 
 STEP = {"step": 3, "loss": 0.5, "learning_rate": 1e-4, "tokens": 60, "seconds": 0.5}
 EVALUATION = {"step": 3, "eval_loss": 0.75}
@@ -143,10 +148,10 @@ def test_one_that_fails_is_given_up_and_the_others_go_on(tmp_path, service, writ
 def test_names():
     assert tracker_names(None) == tracker_names("none") == tracker_names([]) == []
     assert tracker_names("wandb") == ["wandb"]
-    assert tracker_names(["wandb", "tensorboard", "wandb"]) == ["wandb", "tensorboard"]
-    for wrong in ("mlflow", ["wandb", "none"], 3, {"wandb": 1}):
-        with pytest.raises(ConfigError, match="report_to must be none or some of tensorboard, "):
-            tracker_names(wrong)
+    assert tracker_names(["wandb", "tensorboard"]) == ["wandb", "tensorboard"]
+    for wrong in ("mlflow", ["wandb", "none"], 3, {"wandb": 1}, ["wandb", ["trackio"]]):
+        with pytest.raises(ConfigError, match="^report_to must be none or some of tensorboard, "):
+            TrainConfig("out", report_to=wrong)
 
 
 @pytest.mark.parametrize(
@@ -157,3 +162,37 @@ def test_a_missing_package_is_named(monkeypatch, name, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingPackageError, match=rf"report_to='{name}' .*: pip install {name}$"):
         check_installed([name])
+
+
+def test_a_run_tells_every_step(tmp_path, service, generator):
+    """Under the name of its directory, with the resolved configuration, and whether it failed."""
+    rows = examples(9, generator)
+    config = TrainConfig(tmp_path / "third", max_steps=3, report_to=["wandb"], project="plants")
+    trainer = Trainer(Small(), config, rows, rows[:3])
+    result = trainer.train()
+    (opened,) = service.opened
+    assert (opened["project"], opened["name"]) == ("plants", "third")
+    assert opened["config"] == json.loads((tmp_path / "third" / "train_config.json").read_text())
+    steps = [
+        (values["train/loss"], step) for values, step in service.logged if "train/loss" in values
+    ]
+    assert steps == list(zip(result.losses, (1, 2, 3), strict=True))
+    evaluated = [
+        (step, values["eval/loss"]) for values, step in service.logged if "eval/loss" in values
+    ]
+    assert evaluated == result.eval_losses and service.ended == [0]
+
+    with torch.no_grad():
+        trainer.model.head.bias[0] = torch.nan
+    config.overwrite_output_dir, config.run_name = True, "fourth"
+    with pytest.raises(TrainingError, match="nan"):
+        trainer.train()
+    assert service.opened[1]["name"] == "fourth" and service.ended == [0, 1]
+
+
+def test_what_is_not_installed_is_said_before_anything_is_written(tmp_path, generator, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    config = TrainConfig(tmp_path / "run", report_to="trackio")
+    with pytest.raises(MissingPackageError, match="pip install trackio"):
+        Trainer(Small(), config, examples(4, generator))
+    assert list(tmp_path.iterdir()) == []
