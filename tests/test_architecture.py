@@ -23,7 +23,7 @@ ALLOWED = {
     "cli": RIGHT_OF["cli"] | {"data", "optim", "lowrank", *LEAVES},  # it is a user too
     "train": RIGHT_OF["train"] - {"models"} | {"data", "optim", *LEAVES},
     "optim": {"ops", "errors"},
-    "data": {"errors"},
+    "data": {"errors", "progress"},
     **{leaf: {"errors"} - {leaf} for leaf in LEAVES},
     "kernels": set(),
 }

@@ -71,7 +71,11 @@ def run(args: argparse.Namespace) -> int:
     if lora.init_lora_weights == "eva":
         vocab_size = model.config.vocab_size
         train_data = tokenize_all(
-            train_data, tokenizer, config.max_length, config.completion_only_loss, vocab_size
+            train_data,
+            tokenizer,
+            config.max_length,
+            config.completion_only_loss,
+            vocab_size=vocab_size,
         )
         lowrank.initialize_eva(model, padded(train_data, config.per_device_train_batch_size, model))
     trainer = Trainer(model, config, train_data, eval_data, tokenizer=tokenizer)
@@ -91,8 +95,8 @@ def padded(data: TokenizedExamples, size: int, model: nn.Module) -> Iterator[dic
     """All examples once, `size` at a time, as `initialize_eva` takes them."""
     device = next(model.parameters()).device
     for start in range(0, len(data), size):
-        indices = range(start, min(start + size, len(data)))
-        batch = collate(data, indices, packed=False).to(device)
+        rows = [[i] for i in range(start, min(start + size, len(data)))]
+        batch = collate(data, rows, end_to_end=False).to(device)
         names = ("input_ids", "attention_mask", "labels")
         yield {name: getattr(batch, name) for name in names}
 

@@ -2,8 +2,6 @@
 
 from lowrank.data.batches import Batch as Batch
 from lowrank.data.batches import collate as collate
-from lowrank.data.batches import step_batches as step_batches
-from lowrank.data.batches import steps_per_epoch as steps_per_epoch
 from lowrank.data.examples import Examples as Examples
 from lowrank.data.examples import load_examples as load_examples
 from lowrank.data.sampler import Sampler as Sampler

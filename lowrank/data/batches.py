@@ -1,4 +1,4 @@
-"""Which examples a step takes, a function of (seed, samples consumed); how they lie in a batch."""
+"""How the examples of a micro-batch lie in its tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lowrank.data.sampler import epoch_order
 from lowrank.data.tokens import IGNORED, TokenizedExamples
 
 
@@ -17,8 +16,10 @@ from lowrank.data.tokens import IGNORED, TokenizedExamples
 class Batch:
     """Token ids for one forward.
 
-    Packed: input_ids, labels, position_ids [1, T], examples end to end, positions restarting at 0.
-    Padded: input_ids, labels, attention_mask [B, S], padded on the right with labels of -100.
+    End to end: input_ids, labels, position_ids [1, T], positions restarting at 0 with each example.
+    Rows: input_ids, labels [B, S], padded on the right with labels of -100, and attention_mask
+    [B, S]. Rows of packs: position_ids [B, S] too, and attention_mask [B, 1, S, S], true where a
+    query may look: back in its own example.
     The first label of each example is -100. `tokens` counts the real tokens of its `examples`,
     `labelled` those that are learned.
     """
@@ -42,36 +43,40 @@ class Batch:
         )
 
 
-def steps_per_epoch(count: int, samples_per_step: int) -> int:
-    """Optimizer steps that take every example once; the last step may be short."""
-    return -(-count // samples_per_step)
-
-
-def step_batches(
-    count: int, batch_size: int, accumulation: int, seed: int, consumed: int
-) -> list[list[int]]:
-    """The micro-batches (lists of example numbers) of the step that comes after `consumed` samples.
-
-    A step takes batch_size * accumulation samples, fewer at the end of an epoch, never of two.
-    """
-    epoch, start = divmod(consumed, count)
-    taken = epoch_order(count, seed, epoch)[start : start + batch_size * accumulation]
-    return [taken[i : i + batch_size] for i in range(0, len(taken), batch_size)]
-
-
 def collate(
-    data: TokenizedExamples, indices: Sequence[int], packed: bool, pad_token_id: int = 0
+    data: TokenizedExamples,
+    rows: Sequence[Sequence[int]],
+    end_to_end: bool,
+    pad_token_id: int = 0,
 ) -> Batch:
-    """Lay the examples `indices` end to end (`packed`), or in rows padded on the right."""
-    ids = [data.ids[data.offsets[i] : data.offsets[i + 1]] for i in indices]
-    labels = [data.labels[data.offsets[i] : data.offsets[i + 1]] for i in indices]
-    lengths = [data.length(i) for i in indices]
-    learned = sum(data.labelled[i] for i in indices)
-    if packed:
-        positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
-        flat = [torch.cat(part).long().unsqueeze(0) for part in (ids, labels)]
-        return Batch(flat[0], flat[1], positions, None, len(lengths), sum(lengths), learned)
-    mask = torch.arange(max(lengths)).unsqueeze(0) < torch.tensor(lengths).unsqueeze(1)
+    """Lay out `rows` of examples, given by number: all of them end to end, or each in its row."""
+    indices = [i for row in rows for i in row]
+    lengths = [[data.length(i) for i in row] for row in rows]
+    count = (len(indices), sum(map(sum, lengths)), sum(data.labelled[i] for i in indices))
+    ids, labels, positions = (
+        [torch.cat(parts) for parts in tensors]
+        for tensors in (
+            [[data.ids[data.span(i)] for i in row] for row in rows],
+            [[data.labels[data.span(i)] for i in row] for row in rows],
+            [[torch.arange(length) for length in row] for row in lengths],
+        )
+    )
+    if end_to_end:
+        flat = [torch.cat(parts).long().unsqueeze(0) for parts in (ids, labels, positions)]
+        return Batch(*flat, None, *count)
     input_ids = pad_sequence(ids, batch_first=True, padding_value=pad_token_id).long()
     padded_labels = pad_sequence(labels, batch_first=True, padding_value=IGNORED).long()
-    return Batch(input_ids, padded_labels, None, mask.long(), len(lengths), sum(lengths), learned)
+    if len(indices) == len(rows):
+        mask = torch.arange(input_ids.shape[1]) < torch.tensor(lengths)  # [B, S]
+        return Batch(input_ids, padded_labels, None, mask.long(), *count)
+    # 0 is the padding, which sees only itself: softmax over nothing would be NaN
+    numbers = [
+        torch.arange(1, len(row) + 1).repeat_interleave(torch.tensor(row)) for row in lengths
+    ]
+    example = pad_sequence(numbers, batch_first=True)  # [B, S]
+    S = example.shape[1]
+    same = (example[:, :, None] == example[:, None, :]) & (example != 0)[:, None, :]
+    mask = (same & torch.ones(S, S, dtype=torch.bool).tril()) | torch.eye(S, dtype=torch.bool)
+    return Batch(
+        input_ids, padded_labels, pad_sequence(positions, batch_first=True), mask[:, None], *count
+    )

@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowrank.data.examples import Examples, kind_of
+from lowrank.data.examples import Examples
+from lowrank.data.kinds import checked
+from lowrank.data.segments import Segment, Tokenizer, segments
 from lowrank.errors import DataError, LowrankError, MissingPackageError
+from lowrank.progress import bar
 
 IGNORED = -100  # the label of a token that is not learned, as in F.cross_entropy
-
-
-class Tokenizer(Protocol):
-    """What tokenization asks of a tokenizer; `apply_chat_template` only for messages."""
-
-    @property
-    def eos_token_id(self) -> int | None: ...
-
-    @property
-    def bos_token_id(self) -> int | None: ...
-
-    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]: ...
-
-    def apply_chat_template(
-        self,
-        messages: list[dict[str, Any]],
-        add_generation_prompt: bool = False,
-        tools: list[Any] | None = None,
-    ) -> str: ...
 
 
 @dataclass
@@ -58,21 +44,36 @@ class TokenizedExamples:
     def length(self, i: int) -> int:
         return self.offsets[i + 1] - self.offsets[i]
 
+    def span(self, i: int) -> slice:
+        """Where example i lies in ids and labels."""
+        return slice(self.offsets[i], self.offsets[i + 1])
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of all ids, labels and borders: what a run that goes on must find unchanged."""
+        digest = hashlib.sha256()
+        for values in (self.ids, self.labels, torch.tensor(self.offsets)):
+            digest.update(values.numpy())
+        return digest.hexdigest()
+
 
 def tokenize(
     example: Mapping[str, Any],
     tokenizer: Tokenizer | None,
     max_length: int | None = None,
     completion_only_loss: bool = True,
+    assistant_only_loss: bool | None = None,
 ) -> dict[str, list[int]]:
     """Turn one example into {"input_ids", "labels"}, two lists of one length, at most `max_length`.
 
-    labels[s] is input_ids[s], or -100 where it is not learned: the prompt of a completion and the
-    turns of messages that the assistant did not write, unless `completion_only_loss` is false.
-    `text` and `completion` end in EOS. A prompt's ids are those it has alone, as when generating.
+    labels[s] is input_ids[s], or -100 where it is not learned: the prompt of a completion unless
+    `completion_only_loss` is false, and the turns of messages that the assistant did not write
+    unless `assistant_only_loss`, which follows the other if None, is. `text` and completions end in
+    EOS. A prompt's ids are those it has alone, as when generating.
     """
+    kind, example = checked(example, "the example")
     ids, labels, _ = _tokenize(
-        example, kind_of(example, "the example"), tokenizer, completion_only_loss
+        example, kind, tokenizer, completion_only_loss, assistant_only_loss, _begin(tokenizer)
     )
     return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
 
@@ -82,6 +83,7 @@ def tokenize_all(
     tokenizer: Tokenizer | None,
     max_length: int | None = None,
     completion_only_loss: bool = True,
+    assistant_only_loss: bool | None = None,
     vocab_size: int | None = None,
 ) -> TokenizedExamples:
     """Tokenize every example once; those with nothing to learn are dropped and counted in `notes`.
@@ -95,11 +97,18 @@ def tokenize_all(
         )
     all_ids, all_labels = array("i"), array("i")
     offsets, labelled = [0], []
-    truncated = dropped = 0
-    told_apart: Counter[str] = Counter()
-    for i, example in enumerate(examples):
+    seen: Counter[str] = Counter()
+    begin = _begin(tokenizer)
+    for i, example in enumerate(bar("tokenizing", examples, len(examples))):
         try:
-            ids, labels, turns = _tokenize(example, examples.kind, tokenizer, completion_only_loss)
+            ids, labels, turns = _tokenize(
+                example,
+                examples.kind,
+                tokenizer,
+                completion_only_loss,
+                assistant_only_loss,
+                begin,
+            )
         except MissingPackageError:
             raise
         except LowrankError as error:
@@ -111,150 +120,105 @@ def tokenize_all(
                 f"; got {highest}: use the model's own tokenizer"
             )
         if max_length is not None and len(ids) > max_length:
-            ids, labels, truncated = ids[:max_length], labels[:max_length], truncated + 1
+            ids, labels = ids[:max_length], labels[:max_length]
+            seen["truncated"] += 1
         labels[:1] = [IGNORED] * len(labels[:1])
         learned = len(labels) - labels.count(IGNORED)
+        seen["empty"] += not example.get("completion", example.get("output", True))
         if not learned:
-            dropped += 1
+            seen["dropped"] += 1
             continue
-        told_apart[turns] += 1
+        seen[turns] += 1
         all_ids.extend(ids)
         all_labels.extend(labels)
         offsets.append(len(all_ids))
         labelled.append(learned)
-    notes = _notes(len(examples), max_length, truncated, dropped, told_apart)
+    notes = _notes(len(examples), max_length, seen)
     if not labelled:
         raise DataError(
             f"{examples.where(0)} and all after it: no token is left to learn: {'; '.join(notes)}"
         )
     flat = [torch.frombuffer(values, dtype=torch.int32) for values in (all_ids, all_labels)]
-    return TokenizedExamples(flat[0], flat[1], offsets, labelled, truncated, dropped, notes)
+    counts = (seen["truncated"], seen["dropped"])
+    return TokenizedExamples(flat[0], flat[1], offsets, labelled, *counts, notes)
 
 
-def _notes(
-    total: int, max_length: int | None, truncated: int, dropped: int, turns: Counter[str]
-) -> list[str]:
-    notes = []
-    if truncated:
-        notes.append(f"{truncated} of {total} examples were cut to max_length={max_length} tokens")
-    if dropped:
-        notes.append(
-            f"{dropped} of {total} examples have no token to learn within max_length={max_length} "
-            "and were dropped"
-        )
-    if turns["unknown"]:
-        notes.append(
-            f"{turns['unknown']} of {total} conversations are learned whole: the chat template "
-            "does not show where the assistant's turns begin and end"
-        )
-    if turns["some"]:
-        notes.append(
-            f"{turns['some']} of {total} conversations have turns of the assistant that the chat "
-            "template shows otherwise once they are past: those turns are not learned"
-        )
-    return notes
+def _notes(total: int, max_length: int | None, seen: Counter[str]) -> list[str]:
+    said = {
+        "truncated": f"examples were cut to max_length={max_length} tokens",
+        "dropped": f"examples have no token to learn within max_length={max_length} and were "
+        "dropped",
+        "empty": "completions are empty: at most the end token is learned from them",
+        "unknown": "conversations are learned whole: the chat template does not show where the "
+        "assistant's turns begin and end",
+        "some": "conversations have turns of the assistant that the chat template shows otherwise "
+        "once they are past: those turns are not learned",
+    }
+    return [f"{seen[what]} of {total} {text}" for what, text in said.items() if seen[what]]
+
+
+def _begin(tokenizer: Tokenizer | None) -> list[int]:
+    """The tokens that the tokenizer puts before any text: its BOS, or none."""
+    bos = tokenizer.bos_token_id if tokenizer is not None else None
+    if bos is None or tokenizer.encode("", add_special_tokens=True)[:1] != [bos]:
+        return []
+    return [bos]
 
 
 def _tokenize(
-    example: Mapping[str, Any], kind: str, tokenizer: Tokenizer | None, completion_only: bool
+    example: Mapping[str, Any],
+    kind: str,
+    tokenizer: Tokenizer | None,
+    completion_only: bool,
+    assistant_only: bool | None,
+    begin: list[int],
 ) -> tuple[list[int], list[int], str]:
     """ids, labels, and which of the assistant's turns are learned: "all", "some" or "unknown"."""
     if kind == "tokens":
-        ids = [int(token) for token in example["input_ids"]]
-        return ids, [int(label) for label in example.get("labels", ids)], "all"
+        ids = example["input_ids"]
+        return list(ids), list(example.get("labels", ids)), "all"
     if tokenizer is None:
         raise DataError(f"an example of kind '{kind}' needs a tokenizer; got None")
-    if kind == "messages":
-        segments = _turns(example, tokenizer, completion_only)
-        if not any(learned for _, learned in segments):
-            return *_encode([(text, True) for text, _ in segments], tokenizer), "unknown"
-        found = sum(learned for _, learned in segments)
-        said = sum(message["role"] == "assistant" for message in example["messages"])
-        all_found = found == said or not completion_only
-        return *_encode(segments, tokenizer), "all" if all_found else "some"
-    if kind == "text":
-        segments = [(example["text"], True)]
-    else:
-        segments = [(example["prompt"], not completion_only), (example["completion"], True)]
-    ids, labels = _encode(segments, tokenizer)
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if (
-        bos is not None
-        and ids[:1] != [bos]
-        and tokenizer.encode("", add_special_tokens=True)[:1] == [bos]
-    ):
-        ids, labels = [bos, *ids], [IGNORED, *labels]
-    if eos is not None and ids[-1:] != [eos]:
-        ids, labels = [*ids, eos], [*labels, eos]
-    return ids, labels, "all"
+    found = segments(example, kind, tokenizer, completion_only, assistant_only)
+    ids, labels = _encode(found.parts, tokenizer)
+    if not found.rendered:
+        eos = tokenizer.eos_token_id
+        if ids[:1] != begin:
+            ids, labels = [*begin, *ids], [*[IGNORED] * len(begin), *labels]
+        if eos is not None and ids[-1:] != [eos]:
+            ids, labels = [*ids, eos], [*labels, eos]
+    return ids, labels, found.turns
 
 
-def _encode(
-    segments: Sequence[tuple[str, bool]], tokenizer: Tokenizer
-) -> tuple[list[int], list[int]]:
-    """Token ids of the segments' joined text, and labels from each segment's `learned`.
+def _encode(parts: Sequence[Segment], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Token ids of the parts' joined text, and labels from whether each part is learned.
 
-    The text is encoded whole where every border between segments falls between two of its tokens,
-    and segment by segment otherwise: either way a prompt's ids are those it has alone.
+    The text is encoded whole where every border between parts falls between two of its tokens, and
+    part by part otherwise: either way a prompt's ids are those it has alone.
     """
-    segments = [(text, learned) for text, learned in segments if text]
-    if not segments:
-        return [], []
-    whole = tokenizer.encode("".join(text for text, _ in segments), add_special_tokens=False)
-    borders, before = [0], ""
-    for text, _ in segments[:-1]:
-        before += text
-        ids = tokenizer.encode(before, add_special_tokens=False)
-        if whole[: len(ids)] != ids:
-            break
-        borders.append(len(ids))
-    else:
-        borders.append(len(whole))
-        parts = [whole[start:end] for start, end in zip(borders, borders[1:], strict=False)]
-        return whole, _labels(parts, segments)
-    parts = [tokenizer.encode(text, add_special_tokens=False) for text, _ in segments]
-    return [token for part in parts for token in part], _labels(parts, segments)
+    parts = [(text, learned) for text, learned in parts if text]
+    apart = [tokenizer.encode(text, add_special_tokens=False) for text, _ in parts]
+    if len(parts) < 2:
+        return _labelled(apart, parts)
+    whole = tokenizer.encode("".join(text for text, _ in parts), add_special_tokens=False)
+    if whole != [token for ids in apart for token in ids]:
+        # some tokenizers begin a text otherwise than they go on in it
+        borders, before = [0], ""
+        for text, _ in parts[:-1]:
+            before += text
+            ids = tokenizer.encode(before, add_special_tokens=False)
+            if whole[: len(ids)] != ids:
+                break
+            borders.append(len(ids))
+        else:
+            borders.append(len(whole))
+            apart = [whole[start:end] for start, end in pairwise(borders)]
+    return _labelled(apart, parts)
 
 
-def _labels(parts: list[list[int]], segments: Sequence[tuple[str, bool]]) -> list[int]:
+def _labelled(ids: list[list[int]], parts: Sequence[Segment]) -> tuple[list[int], list[int]]:
+    every = [token for part in ids for token in part]
     labels: list[int] = []
-    for part, (_, learned) in zip(parts, segments, strict=True):
+    for part, (_, learned) in zip(ids, parts, strict=True):
         labels.extend(part if learned else [IGNORED] * len(part))
-    return labels
-
-
-def _turns(
-    example: Mapping[str, Any], tokenizer: Tokenizer, completion_only: bool
-) -> list[tuple[str, bool]]:
-    """The rendered conversation cut into (text, learned): what the assistant wrote is learned.
-
-    A turn's place is found by rendering the messages before it with the cue to answer, and those
-    up to it: the whole conversation must begin with both. A turn that the template shows
-    otherwise once it is past is not learned.
-    """
-    messages, tools = list(example["messages"]), example.get("tools")
-    whole = _render(tokenizer, messages, False, tools)
-    if not completion_only:
-        return [(whole, True)]
-    segments, done = [], 0
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        try:
-            cue = _render(tokenizer, messages[:i], True, tools)
-            turn = _render(tokenizer, messages[: i + 1], False, tools)
-        except MissingPackageError:
-            raise
-        except LowrankError:  # some templates refuse a conversation that stops there
-            continue
-        if done <= len(cue) < len(turn) and whole.startswith(cue) and whole.startswith(turn):
-            segments += [(whole[done : len(cue)], False), (whole[len(cue) : len(turn)], True)]
-            done = len(turn)
-    return [*segments, (whole[done:], False)]
-
-
-def _render(tokenizer: Tokenizer, messages: list[Any], cue: bool, tools: list[Any] | None) -> str:
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=cue, tools=tools)
-    if not isinstance(text, str):
-        raise DataError(f"apply_chat_template must return text; got {type(text).__name__}")
-    return text
+    return every, labels

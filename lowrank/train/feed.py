@@ -2,49 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 
-from lowrank.data import Batch, TokenizedExamples, collate, step_batches, steps_per_epoch
+from lowrank.data import Batch, Sampler, TokenizedExamples, collate
+from lowrank.data.sampler import Rows
 
 
 class Feed:
-    """Lays examples into batches on the device.
+    """Lays what `sampler` chooses of `data` into batches on the device.
 
-    batch_size: examples in one batch. accumulation: batches of one step. packed: end to end, not
-    in padded rows.
+    end_to_end: the examples of a batch one behind the other, not in padded rows.
     """
 
     def __init__(
         self,
         data: TokenizedExamples,
+        sampler: Sampler,
         device: torch.device,
-        batch_size: int,
-        accumulation: int,
-        seed: int,
-        packed: bool,
+        end_to_end: bool,
         pad_token_id: int,
     ) -> None:
-        self.data, self.device = data, device
-        self.batch_size, self.accumulation, self.seed = batch_size, accumulation, seed
-        self.packed, self.pad_token_id = packed, pad_token_id
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return steps_per_epoch(len(self.data), self.batch_size * self.accumulation)
+        self.data, self.sampler, self.device = data, sampler, device
+        self.end_to_end, self.pad_token_id = end_to_end, pad_token_id
 
     def of_step(self, consumed: int) -> list[Batch]:
         """The batches of the step that comes after `consumed` examples."""
-        parts = step_batches(
-            len(self.data), self.batch_size, self.accumulation, self.seed, consumed
-        )
-        return [self._batch(part) for part in parts]
+        return [self._batch(rows) for rows in self.sampler.step(consumed)]
 
     def in_order(self) -> Iterator[Batch]:
         """Every example once, as they lie."""
-        for start in range(0, len(self.data), self.batch_size):
-            yield self._batch(range(start, min(start + self.batch_size, len(self.data))))
+        size = self.sampler.batch_size
+        for start in range(0, len(self.data), size):
+            yield self._batch([[i] for i in range(start, min(start + size, len(self.data)))])
 
-    def _batch(self, indices: Sequence[int]) -> Batch:
-        return collate(self.data, indices, self.packed, self.pad_token_id).to(self.device)
+    def _batch(self, rows: Rows) -> Batch:
+        return collate(self.data, rows, self.end_to_end, self.pad_token_id).to(self.device)

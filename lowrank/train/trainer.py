@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank.data import TokenizedExamples, load_examples, tokenize_all
-from lowrank.data.tokens import Tokenizer
+from lowrank.data import Sampler, TokenizedExamples, load_examples, tokenize_all
+from lowrank.data.segments import Tokenizer
 from lowrank.errors import ConfigError, TrainingError
 from lowrank.io.versions import versions
 from lowrank.surgery.checkpointing import can_checkpoint
@@ -74,7 +74,9 @@ class Trainer:
         self._feed = self._feed_of(self.train_data, config.per_device_train_batch_size)
         self.total_steps = config.max_steps
         if config.max_steps < 0:
-            self.total_steps = math.ceil(config.num_train_epochs * self._feed.steps_per_epoch)
+            self.total_steps = math.ceil(
+                config.num_train_epochs * self._feed.sampler.steps_per_epoch
+            )
         self._evaluation = None
         if self.eval_data is not None:
             feed = self._feed_of(self.eval_data, config.per_device_eval_batch_size)
@@ -193,20 +195,14 @@ class Trainer:
             self.tokenizer,
             config.max_length,
             config.completion_only_loss,
-            vocab_size if isinstance(vocab_size, int) else None,
+            vocab_size=vocab_size if isinstance(vocab_size, int) else None,
         )
         for note in tokenized.notes:
             logger.warning("%s data: %s", name, note)
         return tokenized
 
     def _feed_of(self, data: TokenizedExamples, batch_size: int) -> Feed:
-        pad = getattr(self.tokenizer, "pad_token_id", None)
-        return Feed(
-            data,
-            self.device,
-            batch_size,
-            self.config.gradient_accumulation_steps,
-            self.config.seed,
-            self._packed,
-            0 if pad is None else pad,
-        )
+        config, pad = self.config, getattr(self.tokenizer, "pad_token_id", None)
+        lengths = [data.length(i) for i in range(len(data))]
+        sampler = Sampler(lengths, batch_size, config.gradient_accumulation_steps, config.seed)
+        return Feed(data, sampler, self.device, self._packed, 0 if pad is None else pad)

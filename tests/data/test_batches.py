@@ -1,4 +1,4 @@
-"""Which examples a step takes, and how a batch is laid out, against both written out."""
+"""How a batch is laid out, against the same written out."""
 
 from __future__ import annotations
 
@@ -7,14 +7,7 @@ import random
 import pytest
 import torch
 
-from lowrank.data import (
-    collate,
-    epoch_order,
-    load_examples,
-    step_batches,
-    steps_per_epoch,
-    tokenize_all,
-)
+from lowrank.data import collate, load_examples, tokenize_all
 
 
 def ragged(count: int) -> list[dict]:
@@ -27,53 +20,51 @@ def ragged(count: int) -> list[dict]:
     return rows
 
 
-@pytest.mark.parametrize(
-    "count, batch, accumulation", [(1, 1, 1), (17, 2, 3), (12, 3, 2), (5, 8, 2)]
-)
-def test_every_epoch_takes_every_example_once(seed, count, batch, accumulation):
-    consumed, seen, sizes = 0, [], []
-    for _ in range(3 * steps_per_epoch(count, batch * accumulation)):
-        parts = step_batches(count, batch, accumulation, seed, consumed)
-        assert all(len(part) == batch for part in parts[:-1]) and 0 < len(parts[-1]) <= batch
-        assert parts == step_batches(count, batch, accumulation, seed, consumed)
-        seen += [i for part in parts for i in part]
-        sizes.append(sum(map(len, parts)))
-        consumed += sizes[-1]
-    assert consumed == 3 * count
-    for epoch in range(3):
-        taken = seen[epoch * count : (epoch + 1) * count]
-        assert sorted(taken) == list(range(count)) and taken == epoch_order(count, seed, epoch)
-    assert all(size == batch * accumulation for size in sizes if size != sizes[-1])
+def unlearned_first(row: dict) -> list[int]:
+    return [-100, *row["labels"][1:]]
 
 
-@pytest.mark.parametrize("count", [1, 2, 7])
-def test_layouts(count):
-    rows = ragged(9)
-    data = tokenize_all(load_examples(rows), None)
-    indices = random.sample(range(9), count)
-    chosen = [rows[i] for i in indices]
-    first_unlearned = [[-100, *row["labels"][1:]] for row in chosen]
-    lengths = [len(row["input_ids"]) for row in chosen]
+@pytest.mark.parametrize("packs", [[[0]], [[1], [0]], [[3, 1], [0]], [[2], [4, 5, 0], [1, 3]]])
+def test_layouts(packs):
+    examples = ragged(6)
+    data = tokenize_all(load_examples(examples), None)
+    rows = [[examples[i] for i in pack] for pack in packs]
+    every = [example for row in rows for example in row]
 
-    packed = collate(data, indices, packed=True)
-    assert packed.input_ids.tolist() == [sum((row["input_ids"] for row in chosen), [])]
-    assert packed.labels.tolist() == [sum(first_unlearned, [])]
-    assert packed.position_ids.tolist() == [[p for n in lengths for p in range(n)]]
-    assert packed.attention_mask is None
+    flat = collate(data, packs, end_to_end=True)
+    assert flat.input_ids.tolist() == [sum((example["input_ids"] for example in every), [])]
+    assert flat.labels.tolist() == [sum(map(unlearned_first, every), [])]
+    assert flat.position_ids.tolist() == [[p for e in every for p in range(len(e["labels"]))]]
+    assert flat.attention_mask is None
 
-    width = max(lengths)
-    padded = collate(data, indices, packed=False, pad_token_id=77)
-    pad = [width - n for n in lengths]
-    expected = [row["input_ids"] + [77] * p for row, p in zip(chosen, pad, strict=True)]
+    padded = collate(data, packs, end_to_end=False, pad_token_id=77)
+    lengths = [[len(example["labels"]) for example in row] for row in rows]
+    width = max(map(sum, lengths))
+    pad = [width - sum(row) for row in lengths]
+    expected = [
+        sum((e["input_ids"] for e in row), []) + [77] * p for row, p in zip(rows, pad, strict=True)
+    ]
     assert padded.input_ids.tolist() == expected
-    expected = [labels + [-100] * p for labels, p in zip(first_unlearned, pad, strict=True)]
+    expected = [
+        sum(map(unlearned_first, row), []) + [-100] * p for row, p in zip(rows, pad, strict=True)
+    ]
     assert padded.labels.tolist() == expected
-    assert padded.attention_mask.tolist() == [[1] * n + [0] * (width - n) for n in lengths]
-    assert padded.position_ids is None
+    if max(map(len, packs)) == 1:
+        assert padded.position_ids is None
+        assert padded.attention_mask.tolist() == [[1] * (width - p) + [0] * p for p in pad]
+    else:
+        positions = [[p for n in row for p in range(n)] for row in lengths]
+        assert padded.position_ids.tolist() == [
+            row + [0] * p for row, p in zip(positions, pad, strict=True)
+        ]
+        for b, (row, p) in enumerate(zip(lengths, pad, strict=True)):
+            blocks = [torch.ones(n, n).tril() for n in row] + [torch.eye(p)]
+            assert torch.equal(padded.attention_mask[b, 0], torch.block_diag(*blocks).bool())
 
-    learned = sum(label != -100 for labels in first_unlearned for label in labels)
-    for batch in (packed, padded):
-        assert (batch.examples, batch.tokens, batch.labelled) == (count, sum(lengths), learned)
+    learned = sum(label != -100 for example in every for label in unlearned_first(example))
+    tokens = sum(map(sum, lengths))
+    for batch in (flat, padded):
+        assert (batch.examples, batch.tokens, batch.labelled) == (len(every), tokens, learned)
         assert {batch.input_ids.dtype, batch.labels.dtype} == {torch.int64}
         assert batch.to(torch.device("cpu")) is batch
         there = batch.to(torch.device("meta"))
