@@ -40,7 +40,14 @@ class TrainConfig:
     max_length: tokens an example may have; longer ones are cut.
     padding_free: lay the examples of a batch end to end, if the model confines attention to each.
     completion_only_loss: learn completions and the assistant's turns only; otherwise all tokens.
-    eval_steps: evaluate after every so many steps too, not only before and after training.
+    eval_strategy: when to evaluate but for before and after training: no, steps or epoch. None:
+        steps if eval_steps is given.
+    eval_steps: steps between two evaluations, or a share of all if below 1. None: logging_steps.
+    load_best_model_at_end: save what was trained by the best evaluation, not by the last step.
+    metric_for_best_model: what is compared: eval_loss, or a name that compute_metrics returns.
+    greater_is_better: whether more of it is better. None: unless its name ends in loss.
+    early_stopping_patience: end after so many evaluations in a row without gain. None: never.
+    early_stopping_threshold: what the metric must gain to count.
     logging_steps: steps between lines of the log; metrics.jsonl has every step.
     disable_tqdm: lines of the log in place of the progress bar, as where there is no terminal.
     report_to: what is told of every step: tensorboard, wandb, trackio, a list of them, or none.
@@ -74,7 +81,13 @@ class TrainConfig:
     max_length: int = 1024
     padding_free: bool = True
     completion_only_loss: bool = True
-    eval_steps: int | None = None
+    eval_strategy: str | None = None
+    eval_steps: int | float | None = None
+    load_best_model_at_end: bool = False
+    metric_for_best_model: str = "eval_loss"
+    greater_is_better: bool | None = None
+    early_stopping_patience: int | None = None
+    early_stopping_threshold: float = 0.0
     logging_steps: int = 10
     disable_tqdm: bool = False
     report_to: str | list[str] | None = None
@@ -84,6 +97,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.eval_strategy is None:
+            self.eval_strategy = "no" if self.eval_steps is None else "steps"
         check_together(self)
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,37 +1,70 @@
-"""The loss over held-out data."""
+"""What is measured between steps: the loss over held-out data, and metrics of the user's own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
+from lowrank.errors import ConfigError
 from lowrank.train.feed import Feed
 from lowrank.train.loss import BatchLoss
 from lowrank.train.precision import Precision
 
+# the model, in eval mode -> {name: number}
+ComputeMetrics = Callable[[nn.Module], Mapping[str, float]]
+
 
 class Evaluation:
-    """Measures `model` over the batches of `feed`, in eval mode and without gradients."""
+    """Measures `model` over the batches of `feed`, in eval mode, without gradients.
+
+    The random numbers to come are the same as without it.
+    """
 
     def __init__(
-        self, model: nn.Module, batch_loss: BatchLoss, feed: Feed, precision: Precision
+        self,
+        model: nn.Module,
+        batch_loss: BatchLoss,
+        feed: Feed,
+        precision: Precision,
+        compute_metrics: ComputeMetrics | None = None,
     ) -> None:
         self._model, self._batch_loss = model, batch_loss
         self._feed, self._precision = feed, precision
+        self._compute_metrics = compute_metrics
 
-    def loss(self, stop: Callable[[], bool] = lambda: False) -> float | None:
-        """Mean loss per labelled token; None if `stop` said so between two batches."""
-        total = 0.0
+    def metrics(self, stop: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
+        """eval_loss, the mean per labelled token, and what compute_metrics returns, as eval_NAME.
+
+        None if `stop` said so between two batches.
+        """
+        devices = [self._feed.device] if self._feed.device.type == "cuda" else []
         was_training = self._model.training
         self._model.eval()
         try:
-            with torch.no_grad(), self._precision.autocast():
-                for batch in self._feed.in_order():
-                    if stop():
-                        return None
-                    total += self._batch_loss(batch).item()
+            with torch.no_grad(), torch.random.fork_rng(devices):
+                loss = self._loss(stop)
+                return None if loss is None else {"eval_loss": loss, **self._computed()}
         finally:
             self._model.train(was_training)
+
+    def _loss(self, stop: Callable[[], bool]) -> float | None:
+        total = 0.0
+        for batch in self._feed.in_order():
+            if stop():
+                return None
+            with self._precision.autocast():
+                total += self._batch_loss(batch).item()
         return total / sum(self._feed.data.labelled)
+
+    def _computed(self) -> dict[str, float]:
+        if self._compute_metrics is None:
+            return {}
+        found = self._compute_metrics(self._model)
+        try:
+            return {"eval_" + k.removeprefix("eval_"): float(v) for k, v in found.items()}
+        except (AttributeError, TypeError, ValueError):
+            raise ConfigError(
+                f"compute_metrics must return a dict of names and numbers; got {found!r}"
+            ) from None

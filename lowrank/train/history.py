@@ -14,23 +14,34 @@ class History:
     """How far a run is; a run that goes on from a checkpoint goes on with this.
 
     losses: mean loss per labelled token of each optimizer step done.
-    eval_losses: (steps done, mean loss per labelled token of the held-out data).
+    evaluations: what each found: "step" (steps done), "eval_loss" (mean loss per labelled token of
+        the held-out data), and what compute_metrics returned.
     samples: examples taken so far, which is where the sampler goes on.
     tokens, labelled: how many tokens those had, and how many of them were learned.
     seconds: what the steps alone took.
+    best_step, best_metric: of the best evaluation so far, and its metric_for_best_model.
+    evaluations_without_gain: those since the metric last improved by early_stopping_threshold.
     """
 
     losses: list[float] = field(default_factory=list)
-    eval_losses: list[tuple[int, float]] = field(default_factory=list)
+    evaluations: list[dict[str, float]] = field(default_factory=list)
     samples: int = 0
     tokens: int = 0
     labelled: int = 0
     seconds: float = 0.0
+    best_step: int | None = None
+    best_metric: float | None = None
+    evaluations_without_gain: int = 0
 
     @property
     def steps(self) -> int:
         """Optimizer steps done."""
         return len(self.losses)
+
+    @property
+    def eval_losses(self) -> list[tuple[int, float]]:
+        """(steps done, held-out loss) of each evaluation."""
+        return [(int(found["step"]), found["eval_loss"]) for found in self.evaluations]
 
     def add(self, batches: list[Batch], loss: float, seconds: float) -> None:
         """Count a step over `batches`."""
@@ -47,5 +58,4 @@ class History:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> History:
         """The history that `to_dict` gave."""
-        eval_losses = [(int(step), float(loss)) for step, loss in values["eval_losses"]]
-        return cls(**{**values, "eval_losses": eval_losses})
+        return cls(**values)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lowrank.data import Batch
 from lowrank.errors import TrainingError
+from lowrank.train.best import Best
 from lowrank.train.callbacks import Callback
 from lowrank.train.config import TrainConfig
 from lowrank.train.evaluation import Evaluation
@@ -42,6 +43,7 @@ class Loop:
     callbacks: Callback
     total_steps: int
     evaluation: Evaluation | None = None
+    best: Best | None = None
     stopped: bool = False
 
     def run(self) -> None:
@@ -55,6 +57,9 @@ class Loop:
             if self._evaluation_is_due():
                 self._evaluate()
             self.callbacks.on_step_end(self)
+        if self.best is not None and self.best.restore():
+            step, metric = self.history.best_step, self.history.best_metric
+            self.record.say(f"what is kept is of step {step}, the best evaluation: {metric:.4f}")
         self.callbacks.on_train_end(self)
 
     def stop(self) -> None:
@@ -89,21 +94,37 @@ class Loop:
         return total
 
     def _evaluation_is_due(self) -> bool:
-        steps, every = self.history.steps, self.config.eval_steps
-        return steps == self.total_steps or bool(every and steps % every == 0)
+        config, steps = self.config, self.history.steps
+        if steps == self.total_steps:
+            return True
+        if config.eval_strategy == "epoch":
+            return self.history.samples % len(self.feed.data) == 0
+        return config.eval_strategy == "steps" and steps % self._eval_every == 0
+
+    @property
+    def _eval_every(self) -> int:
+        every = self.config.eval_steps or self.config.logging_steps
+        return int(every) if every >= 1 else math.ceil(every * self.total_steps)
 
     def _evaluate(self) -> None:
-        """Record the held-out loss, if there is such data and no interrupt."""
+        """Record an evaluation, if there is held-out data and no interrupt, and judge it."""
         if self.evaluation is None:
             return
-        loss = self.evaluation.loss(stop=lambda: self.interrupt.requested)
-        if loss is None:
+        found = self.evaluation.metrics(stop=lambda: self.interrupt.requested)
+        if found is None:
             return
         steps = self.history.steps
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"step {steps}: the held-out loss is {loss}: look at data and weights"
-            )
-        self.history.eval_losses.append((steps, loss))
-        self.record.evaluation(loss)
+        for name, value in found.items():
+            if not math.isfinite(value):
+                what = "held-out loss" if name == "eval_loss" else name
+                raise TrainingError(
+                    f"step {steps}: the {what} is {value}: look at data and weights"
+                )
+        self.history.evaluations.append({"step": steps, **found})
+        self.record.evaluation()
+        # as in transformers, a model that has not been trained is no candidate
+        if self.best is not None and steps and self.best.look():
+            without = self.history.evaluations_without_gain
+            self.record.say(f"step {steps}: {without} evaluations without gain: the run ends here")
+            self.stop()
         self.callbacks.on_evaluate(self)

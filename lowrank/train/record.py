@@ -25,9 +25,10 @@ class TrainResult:
 
     losses: mean loss per labelled token of each optimizer step.
     eval_losses: (steps done, mean loss per labelled token of the held-out data).
-    metrics: what results.json holds: train_loss (mean of losses), eval_loss_before and _after,
-        tokens_per_second (real tokens, no padding), steps_per_second, train_seconds (steps alone),
-        wall_seconds, peak_memory_bytes (of the process), trainable_parameters, ...
+    metrics: what results.json holds: train_loss (mean of losses), eval_loss_before and _after (of
+        what is saved: the best, with load_best_model_at_end), best_step, tokens_per_second (real
+        tokens, no padding), steps_per_second, train_seconds (steps alone), wall_seconds,
+        peak_memory_bytes (of the process), trainable_parameters, ...
     interrupted: Ctrl-C ended the run early, after len(losses) whole steps.
     """
 
@@ -77,30 +78,37 @@ class Record:
         self._trackers.step(line)
         self._progress.step(line)
 
-    def evaluation(self, loss: float) -> None:
-        """Show the held-out loss after the steps done so far."""
-        steps = self._history.steps
-        line = {"step": steps, "eval_loss": loss}
+    def evaluation(self) -> None:
+        """Show the last evaluation of the history."""
+        line = self._history.evaluations[-1]
         self._run.log(line)
         self._trackers.evaluation(line)
-        self.say(f"step {steps}/{self._total_steps}: held-out loss {loss:.4f}")
+        found = {name.removeprefix("eval_"): value for name, value in line.items()}
+        step, loss = found.pop("step"), found.pop("loss")
+        others = "".join(f", {name} {value:.4f}" for name, value in found.items())
+        self.say(f"step {step}/{self._total_steps}: held-out loss {loss:.4f}{others}")
 
     def say(self, text: str, level: int = logging.INFO) -> None:
         """Show a line of text, without breaking a bar."""
         self._progress.line(text, level)
 
-    def result(self, trained: Iterable[nn.Parameter], interrupted: bool) -> TrainResult:
-        """The run's result, with its metrics."""
+    def result(
+        self, trained: Iterable[nn.Parameter], interrupted: bool, saved_step: int | None = None
+    ) -> TrainResult:
+        """The run's result, with its metrics; what is saved is of `saved_step`, or of the last."""
         history = self._history
         metrics: dict[str, Any] = {"steps": history.steps, "interrupted": interrupted}
         if history.steps:
             metrics["train_loss"] = sum(history.losses) / history.steps
             metrics["tokens_per_second"] = history.tokens / history.seconds
             metrics["steps_per_second"] = history.steps / history.seconds
-        if history.eval_losses:
-            metrics["eval_loss_before"] = history.eval_losses[0][1]
-            if history.eval_losses[-1][0] == history.steps:
-                metrics["eval_loss_after"] = history.eval_losses[-1][1]
+        if history.best_step is not None:
+            metrics["best_step"], metrics["best_metric"] = history.best_step, history.best_metric
+        saved_step = history.steps if saved_step is None else saved_step
+        for when, step in (("before", 0), ("after", saved_step)):
+            for found in history.evaluations:
+                if found["step"] == step:
+                    metrics |= {f"{k}_{when}": v for k, v in found.items() if k != "step"}
         metrics["epochs"] = history.samples / self._examples
         metrics["tokens"], metrics["labelled_tokens"] = history.tokens, history.labelled
         metrics["train_seconds"] = history.seconds

@@ -74,7 +74,18 @@ RULES: dict[str, Rule] = {
     "loraplus_lr_embedding": POSITIVE,
     "max_grad_norm": NOT_NEGATIVE,
     "max_length": WHOLE,
-    "eval_steps": optional(WHOLE),
+    "eval_strategy": optional(one_of(("no", "steps", "epoch"))),
+    "eval_steps": optional(
+        Rule(
+            "a whole number of at least 1, or a share below it",
+            NUMBER,
+            lambda v: 0 < v < math.inf and (v < 1 or v == int(v)),
+        )
+    ),
+    "metric_for_best_model": Rule("a name", (str,), bool),
+    "greater_is_better": optional(SWITCH),
+    "early_stopping_patience": optional(WHOLE),
+    "early_stopping_threshold": NOT_NEGATIVE,
     "logging_steps": WHOLE,
     "report_to": Rule(
         f"none or some of {', '.join(TRACKERS)}",
@@ -104,6 +115,12 @@ def check_fields(config: Any) -> None:
 
 def check_together(config: Any) -> None:
     """ConfigError for fields that can be, but not beside one another."""
+    for name in ("load_best_model_at_end", "early_stopping_patience"):
+        if getattr(config, name) and config.eval_strategy == "no":
+            raise ConfigError(
+                f"{name} needs evaluations between the steps; got eval_strategy='no': "
+                "set it to 'steps' or 'epoch'"
+            )
     _check_schedule(config.lr_scheduler_type, config.lr_scheduler_kwargs or {}, config)
 
 

@@ -16,9 +16,10 @@ from lowrank.data.segments import Tokenizer
 from lowrank.errors import ConfigError, TrainingError
 from lowrank.io.versions import versions
 from lowrank.surgery.checkpointing import can_checkpoint
+from lowrank.train.best import Best
 from lowrank.train.callbacks import Callback, Callbacks
 from lowrank.train.config import TrainConfig
-from lowrank.train.evaluation import Evaluation
+from lowrank.train.evaluation import ComputeMetrics, Evaluation
 from lowrank.train.feed import Feed
 from lowrank.train.gradients import check_values, gradient_checkpointing, trainable_parameters
 from lowrank.train.history import History
@@ -42,7 +43,8 @@ class Trainer:
 
     `train_data` and `eval_data`: a path, a sequence of dicts (see `lowrank.data.load_examples`), or
     what `lowrank.data.tokenize_all` returned. The model is called as `lowrank.train.loss` says,
-    `callbacks` as `lowrank.train.Callback` does.
+    `callbacks` as `lowrank.train.Callback` does; compute_metrics(model) returns {name: number} for
+    each evaluation.
     Raises ConfigError or DataError for all that can be known before the first step.
     """
 
@@ -54,6 +56,7 @@ class Trainer:
         eval_data: Data | None = None,
         tokenizer: Tokenizer | None = None,
         callbacks: Iterable[Callback] = (),
+        compute_metrics: ComputeMetrics | None = None,
     ) -> None:
         check_output_dir(config.output_dir, config.overwrite_output_dir)
         if config.gradient_checkpointing and not can_checkpoint(model):
@@ -80,7 +83,10 @@ class Trainer:
         self._evaluation = None
         if self.eval_data is not None:
             feed = self._feed_of(self.eval_data, config.per_device_eval_batch_size)
-            self._evaluation = Evaluation(model, self._batch_loss, feed, self._precision)
+            self._evaluation = Evaluation(
+                model, self._batch_loss, feed, self._precision, compute_metrics
+            )
+        self._check_evaluated()
 
     def train(self) -> TrainResult:
         """Run all steps, evaluating before and after; save; return losses and metrics.
@@ -110,9 +116,9 @@ class Trainer:
         """Mean loss per labelled token of eval_data, in eval mode."""
         if self._evaluation is None:
             raise ConfigError("evaluate() needs held-out data; got none: pass Trainer(eval_data=)")
-        loss = self._evaluation.loss()
-        assert loss is not None
-        return loss
+        found = self._evaluation.metrics()
+        assert found is not None
+        return found["eval_loss"]
 
     def _run(self, run: RunDirectory, interrupt: Interrupt) -> TrainResult:
         """Put the parts of the run together, and run it."""
@@ -129,6 +135,7 @@ class Trainer:
             run, history, self.total_steps, examples, config.logging_steps, quiet, self.device,
             trackers,
         )  # fmt: skip
+        best = Best(self.parameters, config, history) if self._judges else None
         loop = Loop(
             config=config,
             model=self.model,
@@ -142,6 +149,7 @@ class Trainer:
             callbacks=Callbacks([Remedies(), *self.callbacks]),
             total_steps=self.total_steps,
             evaluation=self._evaluation,
+            best=best,
         )
         try:
             loop.run()
@@ -152,7 +160,24 @@ class Trainer:
                 raise TrainingError(f"out of memory in step {step}: {remedies}") from error
             raise
         record.close()
-        return record.result(self.parameters.values(), interrupt.requested)
+        saved_step = history.best_step if config.load_best_model_at_end else None
+        return record.result(self.parameters.values(), interrupt.requested, saved_step)
+
+    @property
+    def _judges(self) -> bool:
+        """Whether evaluations are compared with one another."""
+        return self.config.load_best_model_at_end or bool(self.config.early_stopping_patience)
+
+    def _check_evaluated(self) -> None:
+        """ConfigError for settings or metrics that need held-out data, if there is none."""
+        asked = {
+            "load_best_model_at_end": self.config.load_best_model_at_end,
+            "early_stopping_patience": self.config.early_stopping_patience,
+            "eval_strategy": self.config.eval_strategy in ("steps", "epoch"),
+        }
+        for name, is_asked in asked.items():
+            if is_asked and self.eval_data is None:
+                raise ConfigError(f"{name} needs held-out data; got none: pass eval_data")
 
     def _save(self, run: RunDirectory, result: TrainResult) -> None:
         """Save what was trained, the tokenizer, the plot and the results; say where they lie."""

@@ -29,8 +29,8 @@ def take_steps(record: Record, history: History, losses: list[float]) -> None:
 
 
 def evaluate(record: Record, history: History, loss: float) -> None:
-    history.eval_losses.append((history.steps, loss))
-    record.evaluation(loss)
+    history.evaluations.append({"step": history.steps, "eval_loss": loss})
+    record.evaluation()
 
 
 def record_of(run: RunDirectory, history: History) -> Record:
