@@ -20,6 +20,7 @@ from .nn.kinds import register_layer as register_layer
 from .nn.lora_linear import LoRALinear as LoRALinear
 from .nn.quant_embedding import QuantEmbedding as QuantEmbedding
 from .nn.quant_linear import QuantLinear as QuantLinear
+from .surgery import adapter_copies as adapter_copies
 from .surgery import adapter_rows as adapter_rows
 from .surgery import combine_adapters as combine_adapters
 from .surgery import convert_to_lora as convert_to_lora

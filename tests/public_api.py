@@ -41,6 +41,8 @@ def editing(model: nn.Module, cfg: lowrank.LoRAConfig) -> None:
     lowrank.scale_adapter(model, "task_a", 1.5)
     with lowrank.adapter_rows(model, ["task_a", None, "__base__"]):
         model(torch.zeros(3, 4))
+    with lowrank.adapter_copies(model, ["task_a", "task_b"]):
+        model(torch.zeros(6, 4))
     lowrank.combine_adapters(model, ["task_a", "task_b"], [0.7, 0.3], into="both")
     lowrank.combine_adapters(model, ["task_a"], [-1.0], "less", "ties", svd_rank=8, density=0.5)
     lowrank.hotswap_adapter(model, "adapter", "task_a")

@@ -143,8 +143,11 @@ class Decoder(nn.Module):
         labels: Tensor,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        copies: int | None = None,
     ) -> Tensor:
         """Sum over labelled tokens of the next-token cross entropy, a float32 scalar.
+
+        Of a batch that is one repeated, `copies` times, each copy's own sum: [copies].
 
         labels [B, S] stand at their own token's position (the shift happens here); -100, and the
         first token of every example, ask for nothing, and where nothing is asked no logits are
@@ -162,8 +165,13 @@ class Decoder(nn.Module):
         target = target.flatten()
         rows = (target != IGNORE).nonzero().flatten()
         h = self._hidden(input_ids, attention_mask, position_ids, None, rows)
-        x = self.model.norm(h.flatten(0, 1))  # [T, H]
-        return _head_loss(self.lm_head, x, target.index_select(0, rows))
+        x, target = self.model.norm(h.flatten(0, 1)), target.index_select(0, rows)  # [T, H], [T]
+        if copies is None:
+            return _head_loss(self.lm_head, x, target)
+        if len(target) % copies:
+            raise ShapeError(f"copies: expected a batch repeated {copies} times; it is not")
+        parts = zip(x.chunk(copies), target.chunk(copies), strict=True)
+        return torch.stack([_head_loss(self.lm_head, *part) for part in parts])
 
     def _hidden(
         self,

@@ -137,8 +137,7 @@ class AdaptedLayer(RescaledLayer, InFiles):
 
     def by_rows(self, x: Tensor) -> Tensor:
         """What each row of x [rows, ...] gives with its own adapter: a part of them at a time."""
-        self.rows.check(x)
-        parts = self.rows.parts(self.config, x.device)
+        parts = self.rows.parts(self.config, x)
         y = torch.cat([self.compute(x[rows], adapters) for adapters, rows in parts])
         return y[torch.cat([rows for _, rows in parts]).argsort()]
 

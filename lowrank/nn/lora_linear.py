@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -115,13 +114,12 @@ class LoRALinear(StartedLayer):
     def by_rows(self, x: Tensor) -> Tensor:
         adapters = self.rows.among(self.config)
         if any(a in self.magnitudes for a in adapters):
-            return super().by_rows(x)
-        self.rows.check(x)
-        each = math.prod(x.shape[1:-1])
+            y = super().by_rows(self.rows.as_batch(x))
+            return y.view(*x.shape[:-1], y.shape[-1])
         branches = []
         for p, names in self._by_dropout(adapters).items():
             A, B = stacked([(*self.factors(a), self.scaling[a]) for a in names])
-            branches.append((p, A, B, 1.0, self.rows.groups(names, each, x.device)))
+            branches.append((p, A, B, 1.0, self.rows.groups(names, x)))
         return self._summed(x, branches)
 
     def _summed(self, x: Tensor, branches: list[Branch]) -> Tensor:

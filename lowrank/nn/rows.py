@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -28,15 +30,18 @@ class Rows:
                 f"given; got {list(x.shape)}, whose first dimension is not the batch"
             )
 
+    def as_batch(self, x: Tensor) -> Tensor:
+        """x [..., K] of a linear layer as [rows, ..., K]; raises ShapeError as `check` does."""
+        self.check(x)
+        return x
+
     def among(self, here: Sequence[str]) -> list[str]:
         """Those of the adapters that a layer has, in the order of their first rows."""
         return [a for a in dict.fromkeys(self.adapters) if a is not None and a in here]
 
-    def groups(self, adapters: Sequence[str], each: int, device: torch.device) -> tuple:
-        """(order, offsets) of ops.lora_linear for x that has `each` rows for one of the batch.
-
-        Rows of other adapters than these have none.
-        """
+    def groups(self, adapters: Sequence[str], x: Tensor) -> tuple[Tensor, Tensor]:
+        """(order, offsets) of ops.lora_linear for x [..., K]; rows of other adapters have none."""
+        each, device = math.prod(self.as_batch(x).shape[1:-1]), x.device
         key = (*adapters, each, device)
         if not torch.compiler.is_compiling() and key in self._groups:
             return self._groups[key]
@@ -52,16 +57,42 @@ class Rows:
             self._groups[key] = groups
         return groups
 
-    def parts(self, here: Sequence[str], device: torch.device) -> list[tuple[list[str], Tensor]]:
-        """(adapters, row numbers) of each part of the batch, those without adapters first."""
+    def parts(self, here: Sequence[str], x: Tensor) -> list[tuple[list[str], Tensor]]:
+        """(adapters, row numbers) of each part of x [rows, ...], those without adapters first."""
+        self.check(x)
+        each = x.shape[0] // len(self.adapters)
         number: dict[str | None, list[int]] = {None: []}
-        for row, adapter in enumerate(self.adapters):
-            number.setdefault(adapter if adapter in here else None, []).append(row)
+        for i, adapter in enumerate(self.adapters):
+            rows = number.setdefault(adapter if adapter in here else None, [])
+            rows += range(i * each, (i + 1) * each)
         return [
-            ([] if adapter is None else [adapter], torch.tensor(rows, device=device))
+            ([] if adapter is None else [adapter], torch.tensor(rows, device=x.device))
             for adapter, rows in number.items()
             if rows
         ]
+
+
+class Copies(Rows):
+    """Which adapter each copy of a batch has: x is all of the first copy, then all of the second.
+
+    What comes to a linear layer may have lost the batch's own shape: the tokens of all copies end
+    to end, or those alone that are learned, as many of each copy.
+    """
+
+    def check(self, x: Tensor) -> None:
+        if x.dim() == 0 or x.shape[0] % len(self.adapters):
+            self._refuse(x)
+
+    def as_batch(self, x: Tensor) -> Tensor:
+        if x.dim() < 2 or math.prod(x.shape[:-1]) % len(self.adapters):
+            self._refuse(x)
+        return x.reshape(len(self.adapters), -1, x.shape[-1])
+
+    def _refuse(self, x: Tensor) -> NoReturn:
+        raise ShapeError(
+            f"adapter_copies: expected as many rows for each of {len(self.adapters)} adapters; "
+            f"got {list(x.shape)}, which is no batch repeated so often"
+        )
 
 
 def stacked(branches: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from .merge import unmerge as unmerge
 from .merge_quantized import merge_quantized as merge_quantized
 from .prepare import prepare_for_kbit_training as prepare_for_kbit_training
 from .quantize import quantize as quantize
+from .rows import adapter_copies as adapter_copies
 from .rows import adapter_rows as adapter_rows
 from .switch import delete_adapter as delete_adapter
 from .switch import disable_adapters as disable_adapters

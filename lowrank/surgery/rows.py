@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 
 from lowrank.errors import ConfigError, TargetError
-from lowrank.nn.rows import Rows
+from lowrank.nn.rows import Copies, Rows
 
 from .targets import adapted_modules, check_adapters
 
 BASE = "__base__"  # PEFT's name for none
 
 
-@contextmanager
-def adapter_rows(model: nn.Module, adapters: Sequence[str | None]) -> Iterator[None]:
+def adapter_rows(model: nn.Module, adapters: Sequence[str | None]) -> AbstractContextManager[None]:
     """Within a `with`, row i of every batch has the adapter `adapters[i]` alone, None for none.
 
     In training too: the gradient of a row goes to its adapter, if `set_adapter` has it among those
@@ -26,6 +25,24 @@ def adapter_rows(model: nn.Module, adapters: Sequence[str | None]) -> Iterator[N
 
     Raises TargetError for unknown names, and for layers that cannot tell rows apart.
     """
+    return _with_rows(model, adapters, Rows, "adapter_rows")
+
+
+def adapter_copies(
+    model: nn.Module, adapters: Sequence[str | None]
+) -> AbstractContextManager[None]:
+    """Within a `with`, every batch is one batch repeated, once for each of `adapters`, in order.
+
+    As `adapter_rows`, and for models too whose layers see other shapes than [rows, ...]: what
+    comes to them is cut into as many equal parts. Raises what `adapter_rows` raises.
+    """
+    return _with_rows(model, adapters, Copies, "adapter_copies")
+
+
+@contextmanager
+def _with_rows(
+    model: nn.Module, adapters: Sequence[str | None], kind: type[Rows], what: str
+) -> Iterator[None]:
     if isinstance(adapters, str) or not adapters:
         raise ConfigError(f"adapters: expected a name, or None, for each row; got {adapters!r}")
     names = [None if a == BASE else a for a in adapters]
@@ -34,17 +51,16 @@ def adapter_rows(model: nn.Module, adapters: Sequence[str | None]) -> Iterator[N
     for name, layer in adapted_modules(model).items():
         if layer.merged:
             raise ConfigError(
-                "adapter_rows: expected unmerged layers; the adapters are merged: call unmerge "
-                "first"
+                f"{what}: expected unmerged layers; the adapters are merged: call unmerge first"
             )
         if getattr(layer, "takes_rows", False):
             layers.append(layer)
         elif any(a in layer.config for a in (*used, *layer.active_adapters)):
             raise TargetError(
-                f"adapter_rows: {name} is a {type(layer).__name__}, which has one adapter for all "
+                f"{what}: {name} is a {type(layer).__name__}, which has one adapter for all "
                 "rows; use adapters that are not on it"
             )
-    rows, before = Rows(names), [layer.rows for layer in layers]
+    rows, before = kind(names), [layer.rows for layer in layers]
     try:
         for layer in layers:
             layer.rows = rows

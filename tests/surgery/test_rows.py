@@ -10,6 +10,8 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 import lowrank
 from lowrank import LoRAConfig
 from lowrank.errors import ConfigError, ShapeError, TargetError
+from lowrank.models.config import DecoderConfig
+from lowrank.models.decoder import Decoder
 from tests.adapters.oracle import peft, peft_model, quiet, tiny_llama, words
 from tests.surgery.models import Mixed
 
@@ -243,3 +245,46 @@ def test_merged_and_replaced_modules_are_refused():
         pass
     with pytest.raises(ConfigError, match="lm_head is replaced"):
         lowrank.combine_adapters(model, ["whole"], [1.0], "copy")
+
+
+@pytest.mark.parametrize("quantizer", [None, "nf4"])
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=str)
+def test_copies_of_a_packed_batch_equal_each_adapter_alone(generator, options, quantizer):
+    """Loss and every gradient of Decoder.loss, whose layers see other shapes than the batch's."""
+    config = DecoderConfig(61, 32, 48, 2, 4, 2, 8, tie_word_embeddings=True)
+    model = Decoder(config)
+    if quantizer is not None:
+        model = lowrank.quantize(model, quantizer)
+    targets = {
+        "one": ["q_proj", "v_proj", "embed_tokens"], "two": "all-linear", "three": ["down_proj"]
+    }  # fmt: skip
+    for r, (name, modules) in enumerate(targets.items(), 2):
+        lora = LoRAConfig(r=r, target_modules=modules, init_lora_weights=False, **options)
+        lowrank.inject(model, lora, adapter=name)
+    lengths = [7, 1, 5, 9]
+    ids = torch.randint(61, (1, sum(lengths)), generator=generator)
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.4, -100)
+    labels[0, 3] = ids[0, 3]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+
+    losses, gradients = [], {}
+    for name in targets:
+        lowrank.set_adapter(model, name)
+        losses.append(model.loss(ids, labels, positions))
+        losses[-1].backward()
+        for key, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                gradients[key], parameter.grad = parameter.grad, None
+
+    lowrank.set_adapter(model, list(targets))
+    with lowrank.adapter_copies(model, list(targets)):
+        repeated = [t.repeat(len(targets), 1) for t in (ids, labels, positions)]
+        together = model.loss(*repeated, copies=len(targets))
+        together.sum().backward()
+        with pytest.raises(ShapeError, match=r"as many rows for each of 3 adapters; got \[2, 22\]"):
+            model.loss(*(t[:2] for t in repeated))
+    torch.testing.assert_close(together, torch.stack(losses))
+    found = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
+    assert found.keys() == gradients.keys()
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-5)
