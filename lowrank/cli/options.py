@@ -35,14 +35,15 @@ def add_fields(parser: argparse.ArgumentParser, config: type, prefix: str, title
         kinds = _kinds(hints[field.name])
         default = "required" if _is_required(field) else f"default: {_shown(_default(field))}"
         text = f"{texts.get(field.name, '').rstrip('.')} ({default})".strip().replace("%", "%%")
-        flag = "--" + field.name.replace("_", "-")
+        others = [other for other, name in _spellings(config).items() if name == field.name]
+        flags = ["--" + name.replace("_", "-") for name in (field.name, *others)]
         options: dict[str, Any] = {
             "dest": f"{prefix}.{field.name}",
             "default": argparse.SUPPRESS,
             "help": text,
         }
         if bool in kinds and not set(kinds) - {bool, None}:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+            group.add_argument(*flags, action=argparse.BooleanOptionalAction, **options)
             continue
         words = _word_kinds(hints[field.name])
         many = list in kinds or dict in kinds
@@ -55,7 +56,7 @@ def add_fields(parser: argparse.ArgumentParser, config: type, prefix: str, title
             single = str in kinds
             options |= {"nargs": "+", "action": _Collect, "single": single, "lone": lone}
             options["lists"] = lists
-        group.add_argument(flag, type=Reader(words, pair), metavar=metavar, **options)
+        group.add_argument(*flags, type=Reader(words, pair), metavar=metavar, **options)
 
 
 def given_fields(args: argparse.Namespace, prefix: str) -> dict[str, Any]:
@@ -117,10 +118,9 @@ def read_toml(path: Path, tables: Mapping[str, type]) -> dict[str, dict[str, Any
     for name, table in loaded.items():
         if not isinstance(table, dict):
             raise ConfigError(f"{path}: expected [{name}] to be a table; got {table!r}")
-        _refuse_unknown(
-            f"{path}: [{name}]", table, [f.name for f in dataclasses.fields(tables[name])]
-        )
-    return {name: loaded.get(name, {}) for name in tables}
+        known = [field.name for field in dataclasses.fields(tables[name])]
+        _refuse_unknown(f"{path}: [{name}]", table, [*known, *_spellings(tables[name])])
+    return {name: _respelled(loaded.get(name, {}), tables[name], path) for name in tables}
 
 
 def dump_toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
@@ -138,6 +138,22 @@ def _refuse_unknown(place: str, found: Iterable[str], known: Iterable[str]) -> N
             near = difflib.get_close_matches(name, list(known), n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
             raise ConfigError(f"{place} has an unknown key {name!r}: {hint}")
+
+
+def _spellings(config: type) -> dict[str, str]:
+    """{other name: field} of a dataclass whose fields have some."""
+    return getattr(config, "SPELLINGS", {})
+
+
+def _respelled(table: Mapping[str, Any], config: type, path: Path) -> dict[str, Any]:
+    """The table under the names of the fields."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        name = _spellings(config).get(key, key)
+        if name in found:
+            raise ConfigError(f"{path} has {name} under two names: leave one out")
+        found[name] = value
+    return found
 
 
 def _toml(value: Any) -> str:

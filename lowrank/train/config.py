@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import InitVar, asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from lowrank.train.rules import check_fields, check_together
+from lowrank.train.rules import check_fields, check_together, respell
 
 
 @dataclass
 class TrainConfig:
     """Settings of one training run. A value that cannot be is a ConfigError naming its field.
+
+    SPELLINGS has other names of some, which are taken as well.
 
     output_dir: where the adapter, the metrics and the configuration go; refused if it holds a run.
     overwrite_output_dir: replace the run that output_dir holds; its files go when this one begins.
@@ -95,11 +97,33 @@ class TrainConfig:
     run_name: str | None = None
     seed: int = 42
 
-    def __post_init__(self) -> None:
+    # the names that transformers has given up, or has come to
+    evaluation_strategy: InitVar[str | None] = None
+    max_seq_length: InitVar[int | None] = None
+    activation_checkpointing: InitVar[bool | None] = None
+
+    SPELLINGS: ClassVar[dict[str, str]] = {
+        "evaluation_strategy": "eval_strategy",
+        "max_seq_length": "max_length",
+        "activation_checkpointing": "gradient_checkpointing",
+    }
+
+    def __post_init__(
+        self,
+        evaluation_strategy: str | None,
+        max_seq_length: int | None,
+        activation_checkpointing: bool | None,
+    ) -> None:
+        respell(self, "evaluation_strategy", evaluation_strategy)
+        respell(self, "max_seq_length", max_seq_length)
+        respell(self, "activation_checkpointing", activation_checkpointing)
         check_fields(self)
-        if self.eval_strategy is None:
-            self.eval_strategy = "no" if self.eval_steps is None else "steps"
         check_together(self)
+
+    @property
+    def evaluates_by(self) -> str:
+        """eval_strategy: no, steps or epoch, also where it is None."""
+        return self.eval_strategy or ("no" if self.eval_steps is None else "steps")
 
     def to_dict(self) -> dict[str, Any]:
         """Names and values, ready for JSON or TOML."""

@@ -97,9 +97,9 @@ class Loop:
         config, steps = self.config, self.history.steps
         if steps == self.total_steps:
             return True
-        if config.eval_strategy == "epoch":
+        if config.evaluates_by == "epoch":
             return self.history.samples % len(self.feed.data) == 0
-        return config.eval_strategy == "steps" and steps % self._eval_every == 0
+        return config.evaluates_by == "steps" and steps % self._eval_every == 0
 
     @property
     def _eval_every(self) -> int:

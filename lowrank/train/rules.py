@@ -106,6 +106,20 @@ SCHEDULE_RULES: dict[str, Rule] = {
 }
 
 
+def respell(config: Any, other: str, value: Any) -> None:
+    """Set the field that `other` is another name of, unless `value` is None."""
+    if value is None:
+        return
+    name = config.SPELLINGS[other]
+    default = next(field.default for field in fields(config) if field.name == name)
+    if getattr(config, name) not in (default, value):
+        raise ConfigError(
+            f"{other} is {name} by another name; got {value!r} and {getattr(config, name)!r}: "
+            "leave one out"
+        )
+    setattr(config, name, value)
+
+
 def check_fields(config: Any) -> None:
     """ConfigError naming the first field of the dataclass whose value cannot be."""
     for field in fields(config):
@@ -116,10 +130,10 @@ def check_fields(config: Any) -> None:
 def check_together(config: Any) -> None:
     """ConfigError for fields that can be, but not beside one another."""
     for name in ("load_best_model_at_end", "early_stopping_patience"):
-        if getattr(config, name) and config.eval_strategy == "no":
+        if getattr(config, name) and config.evaluates_by == "no":
             raise ConfigError(
-                f"{name} needs evaluations between the steps; got eval_strategy='no': "
-                "set it to 'steps' or 'epoch'"
+                f"{name} needs evaluations between the steps; got none: "
+                "set eval_strategy to 'steps' or 'epoch'"
             )
     _check_schedule(config.lr_scheduler_type, config.lr_scheduler_kwargs or {}, config)
 

@@ -44,7 +44,8 @@ class Trainer:
     `train_data` and `eval_data`: a path, a sequence of dicts (see `lowrank.data.load_examples`), or
     what `lowrank.data.tokenize_all` returned. The model is called as `lowrank.train.loss` says,
     `callbacks` as `lowrank.train.Callback` does; compute_metrics(model) returns {name: number} for
-    each evaluation.
+    each evaluation. processing_class is the tokenizer by its other name.
+
     Raises ConfigError or DataError for all that can be known before the first step.
     """
 
@@ -57,6 +58,7 @@ class Trainer:
         tokenizer: Tokenizer | None = None,
         callbacks: Iterable[Callback] = (),
         compute_metrics: ComputeMetrics | None = None,
+        processing_class: Tokenizer | None = None,
     ) -> None:
         check_output_dir(config.output_dir, config.overwrite_output_dir)
         if config.gradient_checkpointing and not can_checkpoint(model):
@@ -64,8 +66,11 @@ class Trainer:
                 f"gradient_checkpointing is on, but {type(model).__name__} has no attribute "
                 "of that name to set: turn it off, or give the model one"
             )
+        if tokenizer is not None and processing_class is not None:
+            raise ConfigError("tokenizer and processing_class are one setting: leave one out")
         check_installed(tracker_names(config.report_to))
-        self.model, self.config, self.tokenizer = model, config, tokenizer
+        self.model, self.config = model, config
+        self.tokenizer = processing_class if tokenizer is None else tokenizer
         self.callbacks = list(callbacks)
         self.parameters = trainable_parameters(model)
         self.device = next(iter(self.parameters.values())).device
@@ -173,7 +178,7 @@ class Trainer:
         asked = {
             "load_best_model_at_end": self.config.load_best_model_at_end,
             "early_stopping_patience": self.config.early_stopping_patience,
-            "eval_strategy": self.config.eval_strategy in ("steps", "epoch"),
+            "eval_strategy": self.config.evaluates_by in ("steps", "epoch"),
         }
         for name, is_asked in asked.items():
             if is_asked and self.eval_data is None:

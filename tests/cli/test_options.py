@@ -95,6 +95,20 @@ def test_help_comes_from_the_docstring():
     }
 
 
+def test_other_names_of_a_setting(tmp_path):
+    given = parse("--max-seq-length", "77", "--evaluation-strategy", "epoch", config=TrainConfig)
+    assert given == {"max_length": 77, "eval_strategy": "epoch"}
+    assert parse("--no-activation-checkpointing", config=TrainConfig) == {
+        "gradient_checkpointing": False
+    }
+    file = tmp_path / "run.toml"
+    file.write_text("[train]\nmax_seq_length = 77\n")
+    assert read_toml(file, {"train": TrainConfig}) == {"train": {"max_length": 77}}
+    file.write_text("[train]\nmax_seq_length = 77\nmax_length = 77\n")
+    with pytest.raises(ConfigError, match="has max_length under two names: leave one out"):
+        read_toml(file, {"train": TrainConfig})
+
+
 @pytest.mark.parametrize("config", [TrainConfig, LoRAConfig, Run])
 def test_every_field_is_a_flag(config):
     parser = argparse.ArgumentParser()

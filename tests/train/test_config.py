@@ -43,7 +43,7 @@ def test_a_setting_that_cannot_be_is_refused_by_name(name, value):
 def test_every_setting_is_described():
     """The command line takes its help from these lines."""
     doc = TrainConfig.__doc__
-    for name in TrainConfig.__dataclass_fields__:
+    for name in (field.name for field in dataclasses.fields(TrainConfig)):
         assert f"    {name}: " in doc or f"    {name}, " in doc or f", {name}: " in doc, name
 
 
@@ -58,3 +58,27 @@ def test_the_table_of_the_docs_has_every_setting():
         rows.append(f"| `{field.name}` | {default} | {texts[field.name]} |")
     expected = "\n".join(rows)
     assert expected in page, f"docs/train.md: expected under 'Every setting':\n{expected}"
+
+
+@pytest.mark.parametrize(
+    "other, name, value",
+    [
+        ("evaluation_strategy", "eval_strategy", "epoch"),
+        ("max_seq_length", "max_length", 77),
+        ("activation_checkpointing", "gradient_checkpointing", True),
+    ],
+)
+def test_a_setting_by_another_name(other, name, value):
+    config = TrainConfig("out", **{other: value})
+    assert config == TrainConfig("out", **{name: value}) != TrainConfig("out")
+    assert config == TrainConfig("out", **{name: value, other: value})
+    assert config.to_dict()[name] == value and other not in config.to_dict()
+    assert dataclasses.replace(config, seed=3) == TrainConfig("out", seed=3, **{name: value})
+    with pytest.raises(ConfigError, match=f"^{name} must be .*; got 'x'"):
+        TrainConfig("out", **{other: "x"})
+    assert TrainConfig.SPELLINGS[other] == name
+
+
+def test_two_names_of_a_setting_with_two_values_are_refused():
+    with pytest.raises(ConfigError, match="max_seq_length is max_length by another name; got 7 an"):
+        TrainConfig("out", max_seq_length=7, max_length=8)

@@ -184,7 +184,7 @@ def test_what_needs_held_out_data_says_so(tmp_path, generator, settings):
 
 @pytest.mark.parametrize("name", ["load_best_model_at_end", "early_stopping_patience"])
 def test_what_needs_evaluations_says_so(name):
-    with pytest.raises(ConfigError, match=f"{name} needs evaluations between .*set it to 'steps'"):
+    with pytest.raises(ConfigError, match=f"{name} needs evaluations between .*set eval_str"):
         TrainConfig("out", **{name: True if name.startswith("load") else 3})
 
 
