@@ -22,9 +22,10 @@ from torch import Tensor, nn
 import lowrank
 from lowrank.cli.options import Reader, add_fields, dump_toml, given_fields, make, read_toml
 from lowrank.cli.source import Source
-from lowrank.data import TokenizedExamples, collate, load_examples, tokenize_all
+from lowrank.data import TokenizedExamples, collate, load_examples
 from lowrank.io.atomic import write_text
 from lowrank.train import PRESETS, TrainConfig, Trainer, preset
+from lowrank.train.dataset import tokenized
 from lowrank.train.run import check_output_dir
 
 RESOLVED = "run.toml"
@@ -33,7 +34,7 @@ RESOLVED = "run.toml"
 @dataclass(kw_only=True)
 class Run(Source):
     __doc__ = f"""{Source.__doc__}
-    data: training examples, JSON lines of text, of prompt and completion, or of messages.
+    data: training examples, JSON lines, CSV or Parquet: text, prompt and completion, or messages.
     eval_data: held-out examples, for the loss before, after and every eval_steps.
     """
 
@@ -61,22 +62,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     settings, config, lora = resolve(args)
     check_output_dir(config.output_dir, config.overwrite_output_dir)
-    train_data = load_examples(settings.data)
-    eval_data = None if settings.eval_data is None else load_examples(settings.eval_data)
+    field = config.dataset_text_field
+    train_data = load_examples(settings.data, field)
+    eval_data = None if settings.eval_data is None else load_examples(settings.eval_data, field)
 
     model, tokenizer = settings.load(), settings.load_tokenizer()
     torch.manual_seed(config.seed)  # of the adapter's first values; the Trainer seeds the rest
     weights = lowrank.open_weights(settings.model) if lora.starts_from_weight else None
     lowrank.print_trainable_parameters(lowrank.inject(model, lora, weights=weights))
     if lora.init_lora_weights == "eva":
-        vocab_size = model.config.vocab_size
-        train_data = tokenize_all(
-            train_data,
-            tokenizer,
-            config.max_length,
-            config.completion_only_loss,
-            vocab_size=vocab_size,
-        )
+        train_data = tokenized(train_data, "training", config, tokenizer, model)
         lowrank.initialize_eva(model, padded(train_data, config.per_device_train_batch_size, model))
     trainer = Trainer(model, config, train_data, eval_data, tokenizer=tokenizer)
     output = Path(config.output_dir)

@@ -44,6 +44,11 @@ class TokenizedExamples:
     def length(self, i: int) -> int:
         return self.offsets[i + 1] - self.offsets[i]
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each example."""
+        return [end - start for start, end in pairwise(self.offsets)]
+
     def span(self, i: int) -> slice:
         """Where example i lies in ids and labels."""
         return slice(self.offsets[i], self.offsets[i + 1])

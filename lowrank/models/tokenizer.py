@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowrank.data.chat import CHATML, render_chat
+from lowrank.data.chat import CHATML, render_chat, render_spans
 from lowrank.errors import ConfigError, FileFormatError, MissingPackageError
 from lowrank.io.atomic import write_files
 from lowrank.io.hub import fetch_tokenizer, is_repo_id
@@ -88,6 +89,30 @@ class Tokenizer:
             bos_token=self.token("bos_token"),
             eos_token=self.token("eos_token"),
         )
+
+    def assistant_spans(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> tuple[str, list[tuple[int, int]]] | None:
+        """The conversation as text, and where in it the template marks what the assistant wrote.
+
+        None if it marks nothing; see `data.chat.render_spans`.
+        """
+        return render_spans(
+            messages,
+            self.chat_template or CHATML,
+            tools=tools,
+            bos_token=self.token("bos_token"),
+            eos_token=self.token("eos_token"),
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of all that decides which tokens a text becomes."""
+        special = {name: self.token(name) for name in _SPECIAL}
+        said = json.dumps([self.backend.to_str(), special, self.chat_template])
+        return hashlib.sha256(said.encode()).hexdigest()
 
     def save(self, directory: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, as transformers reads them."""

@@ -41,6 +41,9 @@ class TrainConfig:
     gradient_checkpointing: recompute activations in the backward: less memory, more time.
     max_length: tokens an example may have; longer ones are cut.
     padding_free: lay the examples of a batch end to end, if the model confines attention to each.
+    packing: fill rows of max_length tokens with whole examples, each attending to itself alone; a
+        batch is then per_device_train_batch_size rows.
+    group_by_length: take examples of similar length in a step, for models that need padding.
     completion_only_loss: learn completions and the assistant's turns only; otherwise all tokens.
     eval_strategy: when to evaluate but for before and after training: no, steps or epoch. None:
         steps if eval_steps is given.
@@ -50,6 +53,11 @@ class TrainConfig:
     greater_is_better: whether more of it is better. None: unless its name ends in loss.
     early_stopping_patience: end after so many evaluations in a row without gain. None: never.
     early_stopping_threshold: what the metric must gain to count.
+    assistant_only_loss: the same for conversations alone; None: as completion_only_loss. If true, a
+        chat template that does not show the assistant's turns is refused.
+    dataset_text_field: the field that holds the text of an example, where it is not "text".
+    token_cache: a directory that keeps tokenized data for the next run; auto: the user's own, if
+        tokenizing took over two seconds; none: nowhere.
     logging_steps: steps between lines of the log; metrics.jsonl has every step.
     disable_tqdm: lines of the log in place of the progress bar, as where there is no terminal.
     report_to: what is told of every step: tensorboard, wandb, trackio, a list of them, or none.
@@ -82,6 +90,8 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     max_length: int = 1024
     padding_free: bool = True
+    packing: bool = False
+    group_by_length: bool = False
     completion_only_loss: bool = True
     eval_strategy: str | None = None
     eval_steps: int | float | None = None
@@ -90,6 +100,9 @@ class TrainConfig:
     greater_is_better: bool | None = None
     early_stopping_patience: int | None = None
     early_stopping_threshold: float = 0.0
+    assistant_only_loss: bool | None = None
+    dataset_text_field: str | None = None
+    token_cache: str | Path | None = "auto"
     logging_steps: int = 10
     disable_tqdm: bool = False
     report_to: str | list[str] | None = None
@@ -127,4 +140,5 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Names and values, ready for JSON or TOML."""
-        return {**asdict(self), "output_dir": str(self.output_dir)}
+        values = asdict(self)
+        return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}

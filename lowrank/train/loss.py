@@ -28,6 +28,7 @@ def batch_loss(model: nn.Module) -> BatchLoss:
     A model that packs has `loss(input_ids, labels, position_ids=, attention_mask=)`, which returns
     that sum over the labels that are not -100. Any other is called with input_ids, also with
     attention_mask if its forward has it; it returns logits [B, S, V] or something with `.logits`.
+    With packs it is given position_ids and a mask [B, 1, S, S] to add to the scores of attention.
     """
     if packs(model):
 
@@ -41,15 +42,23 @@ def batch_loss(model: nn.Module) -> BatchLoss:
 
         return loss
 
+    return lambda batch: next_token_loss(logits_of(model, batch), batch.labels)
+
+
+def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+    """What the model returns for a batch in rows, as `batch_loss` says: logits [B, S, V]."""
     taken = inspect.signature(model.forward).parameters
-    masked = "attention_mask" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())
-
-    def loss_of_logits(batch: Batch) -> Tensor:
-        extra = {"attention_mask": batch.attention_mask} if masked else {}
-        output = model(batch.input_ids, **extra)
-        return next_token_loss(getattr(output, "logits", output), batch.labels)
-
-    return loss_of_logits
+    any_name = any(p.kind is p.VAR_KEYWORD for p in taken.values())
+    extra = {}
+    if batch.position_ids is not None:  # rows of packs
+        # transformers adds such a mask to the scores: 0, or so low that nothing is left
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        mask = batch.attention_mask.logical_not().to(dtype) * torch.finfo(dtype).min
+        extra = {"attention_mask": mask, "position_ids": batch.position_ids}
+    elif "attention_mask" in taken or any_name:
+        extra = {"attention_mask": batch.attention_mask}
+    output = model(batch.input_ids, **extra)
+    return getattr(output, "logits", output)
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:

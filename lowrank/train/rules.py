@@ -86,6 +86,9 @@ RULES: dict[str, Rule] = {
     "greater_is_better": optional(SWITCH),
     "early_stopping_patience": optional(WHOLE),
     "early_stopping_threshold": NOT_NEGATIVE,
+    "assistant_only_loss": optional(SWITCH),
+    "dataset_text_field": optional(TEXT),
+    "token_cache": optional(Rule("a path", (str, Path), lambda v: bool(str(v)))),
     "logging_steps": WHOLE,
     "report_to": Rule(
         f"none or some of {', '.join(TRACKERS)}",
@@ -135,6 +138,8 @@ def check_together(config: Any) -> None:
                 f"{name} needs evaluations between the steps; got none: "
                 "set eval_strategy to 'steps' or 'epoch'"
             )
+    if config.packing and config.group_by_length:
+        raise ConfigError("packing and group_by_length are both on: packs are full, turn one off")
     _check_schedule(config.lr_scheduler_type, config.lr_scheduler_kwargs or {}, config)
 
 

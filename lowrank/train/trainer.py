@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from lowrank.data import Sampler, TokenizedExamples, load_examples, tokenize_all
+from lowrank.data import Sampler, TokenizedExamples
+from lowrank.data.examples import Formatting
 from lowrank.data.segments import Tokenizer
 from lowrank.errors import ConfigError, TrainingError
 from lowrank.io.versions import versions
@@ -19,6 +19,7 @@ from lowrank.surgery.checkpointing import can_checkpoint
 from lowrank.train.best import Best
 from lowrank.train.callbacks import Callback, Callbacks
 from lowrank.train.config import TrainConfig
+from lowrank.train.dataset import Data, model_number, tokenized
 from lowrank.train.evaluation import ComputeMetrics, Evaluation
 from lowrank.train.feed import Feed
 from lowrank.train.gradients import check_values, gradient_checkpointing, trainable_parameters
@@ -26,6 +27,7 @@ from lowrank.train.history import History
 from lowrank.train.interrupt import Interrupt
 from lowrank.train.loop import Loop
 from lowrank.train.loss import batch_loss, packs
+from lowrank.train.packing import check_packing
 from lowrank.train.precision import Precision
 from lowrank.train.record import Record, TrainResult
 from lowrank.train.remedies import Remedies, is_out_of_memory, out_of_memory
@@ -35,14 +37,13 @@ from lowrank.train.update import Update
 
 logger = logging.getLogger("lowrank.train")
 
-Data = str | Path | Sequence[Mapping[str, Any]] | TokenizedExamples
-
 
 class Trainer:
     """Trains the parameters of `model` that require a gradient, on next-token prediction.
 
     `train_data` and `eval_data`: a path, a sequence of dicts (see `lowrank.data.load_examples`), or
-    what `lowrank.data.tokenize_all` returned. The model is called as `lowrank.train.loss` says,
+    what `lowrank.data.tokenize_all` returned; formatting_func(row) returns the text, or the fields
+    of an example, that a row stands for. The model is called as `lowrank.train.loss` says,
     `callbacks` as `lowrank.train.Callback` does; compute_metrics(model) returns {name: number} for
     each evaluation. processing_class is the tokenizer by its other name.
 
@@ -59,6 +60,7 @@ class Trainer:
         callbacks: Iterable[Callback] = (),
         compute_metrics: ComputeMetrics | None = None,
         processing_class: Tokenizer | None = None,
+        formatting_func: Formatting | None = None,
     ) -> None:
         check_output_dir(config.output_dir, config.overwrite_output_dir)
         if config.gradient_checkpointing and not can_checkpoint(model):
@@ -74,9 +76,12 @@ class Trainer:
         self.callbacks = list(callbacks)
         self.parameters = trainable_parameters(model)
         self.device = next(iter(self.parameters.values())).device
-        self.train_data = self._tokenize(train_data, "training")
-        self.eval_data = None if eval_data is None else self._tokenize(eval_data, "held-out")
-        self._packed = config.padding_free and packs(model)
+        made = (config, tokenizer, model, formatting_func)
+        self.train_data = tokenized(train_data, "training", *made)
+        self.eval_data = None if eval_data is None else tokenized(eval_data, "held-out", *made)
+        self._end_to_end = packs(model) and (config.padding_free or config.packing)
+        if config.packing and not self._end_to_end:
+            check_packing(model, self.train_data)
         self._batch_loss = batch_loss(model)
         self._precision = Precision(config, self.device)
         self._feed = self._feed_of(self.train_data, config.per_device_train_batch_size)
@@ -208,31 +213,26 @@ class Trainer:
             "total_steps": self.total_steps,
             "train_examples": len(self.train_data),
             "eval_examples": 0 if self.eval_data is None else len(self.eval_data),
-            "padding_free": self._packed,
+            "train_data_sha256": self.train_data.fingerprint,
+            "padding_free": self._end_to_end,
             "model": type(self.model).__name__,
             "trainable_parameters": sum(p.numel() for p in self.parameters.values()),
             "device": str(self.device),
             "versions": versions(),
         }
 
-    def _tokenize(self, data: Data, name: str) -> TokenizedExamples:
-        if isinstance(data, TokenizedExamples):
-            return data
-        config = self.config
-        vocab_size = getattr(getattr(self.model, "config", None), "vocab_size", None)
-        tokenized = tokenize_all(
-            load_examples(data),
-            self.tokenizer,
-            config.max_length,
-            config.completion_only_loss,
-            vocab_size=vocab_size if isinstance(vocab_size, int) else None,
-        )
-        for note in tokenized.notes:
-            logger.warning("%s data: %s", name, note)
-        return tokenized
-
     def _feed_of(self, data: TokenizedExamples, batch_size: int) -> Feed:
-        config, pad = self.config, getattr(self.tokenizer, "pad_token_id", None)
-        lengths = [data.length(i) for i in range(len(data))]
-        sampler = Sampler(lengths, batch_size, config.gradient_accumulation_steps, config.seed)
-        return Feed(data, sampler, self.device, self._packed, 0 if pad is None else pad)
+        config = self.config
+        sampler = Sampler(
+            data.lengths,
+            batch_size,
+            config.gradient_accumulation_steps,
+            config.seed,
+            pack_to=config.max_length if config.packing else None,
+            group_by_length=config.group_by_length,
+        )
+        pad = getattr(self.tokenizer, "pad_token_id", None)
+        words = model_number(self.model, "vocab_size")
+        # one that was added to the tokenizer alone is no row of the embedding; it is masked anyway
+        pad = 0 if pad is None or (words is not None and pad >= words) else pad
+        return Feed(data, sampler, self.device, self._end_to_end, pad)

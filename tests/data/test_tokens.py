@@ -32,9 +32,10 @@ FORGETFUL = (
 NO_CUE = (
     "{{ bos_token }}{% for m in messages %}{{ m['content'] }} / {% endfor %}{{ messages|length }}"
 )
+UNMARKED = CHATML.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 STRICT = (
     "{% if messages[-1]['role'] == 'user' and messages|length > 1 %}"
-    "{{ raise_exception('the user has the last word') }}{% endif %}" + CHATML
+    "{{ raise_exception('the user has the last word') }}{% endif %}" + UNMARKED
 )
 
 
@@ -116,12 +117,14 @@ def test_a_prompt_keeps_the_ids_it_has_alone(backend, bos, only):
     assert joined > 20
 
 
+@pytest.mark.parametrize("template", [CHATML, UNMARKED], ids=["marked", "unmarked"])
 @pytest.mark.parametrize("system", [False, True])
-def test_the_assistants_turns_as_transformers_marks_them(backend, system):
+def test_the_assistants_turns_as_transformers_marks_them(backend, system, template):
+    """Where the template marks them as in transformers, and where it is rendered part by part."""
     oracle = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token=SPECIAL[0], chat_template=CHATML
     )
-    tokenizer = ours(backend, CHATML)
+    tokenizer = ours(backend, template)
     for turns in (1, 2, 5):
         messages = conversation(turns, system) + [{"role": "user", "content": words(2)}] * (
             turns % 2

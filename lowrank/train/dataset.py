@@ -1,0 +1,96 @@
+"""From what a caller passes as data to tokens, made once and kept for the next run."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lowrank.data import Examples, TokenizedExamples, load_examples, tokenize_all
+from lowrank.data.examples import Formatting
+from lowrank.data.segments import Tokenizer
+from lowrank.io.token_cache import (
+    load_tokens,
+    save_tokens,
+    token_cache_directory,
+    token_cache_path,
+)
+from lowrank.train.config import TrainConfig
+
+logger = logging.getLogger("lowrank.train")
+
+Data = str | Path | Sequence[Mapping[str, Any]] | TokenizedExamples
+
+_WORTH_KEEPING = 2.0  # seconds: what is tokenized faster is not written to the user's cache
+
+
+def tokenized(
+    data: Data,
+    what: str,
+    config: TrainConfig,
+    tokenizer: Tokenizer | None,
+    model: nn.Module,
+    formatting_func: Formatting | None = None,
+) -> TokenizedExamples:
+    """The tokens of `data` for `model`, as the settings say; what was left out of them is logged.
+
+    `what` names the data in the log. Tokens that were made before from the same examples by the
+    same tokenizer with the same settings are read from config.token_cache.
+    """
+    if isinstance(data, TokenizedExamples):
+        return data
+    examples = load_examples(data, config.dataset_text_field, formatting_func)
+    context = model_number(model, "max_position_embeddings")
+    options = {
+        "max_length": config.max_length if context is None else min(config.max_length, context),
+        "completion_only_loss": config.completion_only_loss,
+        "assistant_only_loss": config.assistant_only_loss,
+        "vocab_size": model_number(model, "vocab_size"),
+    }
+    path = _cache_path(config, examples, tokenizer, options)
+    found = None if path is None else load_tokens(path)
+    if found is None:
+        begin = time.perf_counter()
+        found = tokenize_all(examples, tokenizer, **options)
+        took = time.perf_counter() - begin
+        if path is not None and (not _is_auto(config) or took > _WORTH_KEEPING):
+            save_tokens(path, found)
+    for note in found.notes:
+        logger.warning("%s data: %s", what, note)
+    if found.truncated and context is not None and context < config.max_length:
+        logger.warning(
+            "%s data: the model was trained for %d tokens, fewer than max_length=%d",
+            what,
+            context,
+            config.max_length,
+        )
+    return found
+
+
+def model_number(model: nn.Module, name: str) -> int | None:
+    """A whole number of the model's configuration; None if it does not say."""
+    value = getattr(getattr(model, "config", None), name, None)
+    return value if isinstance(value, int) else None
+
+
+def _cache_path(
+    config: TrainConfig,
+    examples: Examples,
+    tokenizer: Tokenizer | None,
+    options: dict[str, Any],
+) -> Path | None:
+    """Where these tokens would be kept; None if they are not to be, or cannot be told apart."""
+    fingerprint = getattr(tokenizer, "fingerprint", None)
+    directory = token_cache_directory() if _is_auto(config) else config.token_cache
+    if fingerprint is None or directory is None:
+        return None
+    contents = {"examples": examples.fingerprint, "tokenizer": fingerprint}
+    return token_cache_path(directory, **contents, **options)
+
+
+def _is_auto(config: TrainConfig) -> bool:
+    return str(config.token_cache) == "auto"
