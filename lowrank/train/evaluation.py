@@ -31,7 +31,7 @@ class Evaluation:
         compute_metrics: ComputeMetrics | None = None,
     ) -> None:
         self._model, self._batch_loss = model, batch_loss
-        self._feed, self._precision = feed, precision
+        self.feed, self._precision = feed, precision
         self._compute_metrics = compute_metrics
 
     def metrics(self, stop: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
@@ -39,7 +39,7 @@ class Evaluation:
 
         None if `stop` said so between two batches.
         """
-        devices = [self._feed.device] if self._feed.device.type == "cuda" else []
+        devices = [self.feed.device] if self.feed.device.type == "cuda" else []
         was_training = self._model.training
         self._model.eval()
         try:
@@ -51,12 +51,12 @@ class Evaluation:
 
     def _loss(self, stop: Callable[[], bool]) -> float | None:
         total = 0.0
-        for batch in self._feed.in_order():
+        for batch in self.feed.in_order():
             if stop():
                 return None
             with self._precision.autocast():
                 total += self._batch_loss(batch).item()
-        return total / sum(self._feed.data.labelled)
+        return total / sum(self.feed.data.labelled)
 
     def _computed(self) -> dict[str, float]:
         if self._compute_metrics is None:

@@ -83,18 +83,18 @@ class Trainer:
         if config.packing and not self._end_to_end:
             check_packing(model, self.train_data)
         self._batch_loss = batch_loss(model)
-        self._precision = Precision(config, self.device)
-        self._feed = self._feed_of(self.train_data, config.per_device_train_batch_size)
+        self.precision = Precision(config, self.device)
+        self.feed = self._feed_of(self.train_data, config.per_device_train_batch_size)
         self.total_steps = config.max_steps
         if config.max_steps < 0:
             self.total_steps = math.ceil(
-                config.num_train_epochs * self._feed.sampler.steps_per_epoch
+                config.num_train_epochs * self.feed.sampler.steps_per_epoch
             )
-        self._evaluation = None
+        self.evaluation = None
         if self.eval_data is not None:
             feed = self._feed_of(self.eval_data, config.per_device_eval_batch_size)
-            self._evaluation = Evaluation(
-                model, self._batch_loss, feed, self._precision, compute_metrics
+            self.evaluation = Evaluation(
+                model, self._batch_loss, feed, self.precision, compute_metrics
             )
         self._check_evaluated()
 
@@ -110,7 +110,7 @@ class Trainer:
         was_training = self.model.training
         run = RunDirectory(config.output_dir, config.overwrite_output_dir)
         try:
-            run.write_json(CONFIG, self._resolved())
+            run.write_json(CONFIG, self.resolved())
             with Interrupt() as interrupt:
                 self.model.train()
                 with gradient_checkpointing(self.model, config.gradient_checkpointing):
@@ -124,9 +124,9 @@ class Trainer:
 
     def evaluate(self) -> float:
         """Mean loss per labelled token of eval_data, in eval mode."""
-        if self._evaluation is None:
+        if self.evaluation is None:
             raise ConfigError("evaluate() needs held-out data; got none: pass Trainer(eval_data=)")
-        found = self._evaluation.metrics()
+        found = self.evaluation.metrics()
         assert found is not None
         return found["eval_loss"]
 
@@ -139,7 +139,7 @@ class Trainer:
             run.path,
             config.project,
             config.run_name or run.path.resolve().name,
-            self._resolved(),
+            self.resolved(),
         )
         record = Record(
             run, history, self.total_steps, examples, config.logging_steps, quiet, self.device,
@@ -150,15 +150,15 @@ class Trainer:
             config=config,
             model=self.model,
             batch_loss=self._batch_loss,
-            feed=self._feed,
-            precision=self._precision,
+            feed=self.feed,
+            precision=self.precision,
             update=Update(self.model, self.parameters, config, self.total_steps),
             history=history,
             record=record,
             interrupt=interrupt,
             callbacks=Callbacks([Remedies(), *self.callbacks]),
             total_steps=self.total_steps,
-            evaluation=self._evaluation,
+            evaluation=self.evaluation,
             best=best,
         )
         try:
@@ -206,7 +206,7 @@ class Trainer:
         else:
             logger.info("%s done: saved in %s", steps, saved)
 
-    def _resolved(self) -> dict[str, Any]:
+    def resolved(self) -> dict[str, Any]:
         """The configuration as it is run, with what it is run on."""
         return {
             "train": self.config.to_dict(),
