@@ -15,6 +15,7 @@ from lowrank.kernels.codebook_dequantize import codebook_dequantize_kernel
 from lowrank.kernels.codebook_linear import codebook_linear_kernel, codebook_linear_row_kernel
 from lowrank.kernels.codebook_linear_dx import codebook_linear_dx_kernel, sum_parts_kernel
 from lowrank.kernels.codebook_quantize import codebook_quantize_kernel
+from lowrank.kernels.lion8bit import lion8bit_kernel
 from lowrank.kernels.lora_linear import lora_expand_kernel, lora_shrink_kernel
 from lowrank.kernels.lora_linear_backward import lora_dx_kernel, lora_dy_kernel, lora_sum_kernel
 from lowrank.kernels.softmax_cross_entropy import softmax_cross_entropy_kernel
@@ -111,6 +112,7 @@ def cases() -> Iterator[Case]:
         yield _linear_dx(M, "bf16", per_row=True)
         yield _linear_dx(M, "bf16", aligned=False)
     yield _adamw8bit()
+    yield _lion8bit()
     for dtype in DTYPES:
         yield _softmax_cross_entropy(dtype, 128256)
     yield _softmax_cross_entropy("bf16", 50257)
@@ -167,6 +169,13 @@ def _adamw8bit() -> Case:
         ("beta1", "rest1", "beta2", "rest2", "decay", "rate", "root2", "eps", "below"), "fp32"
     )
     return Case("adamw8bit", adamw8bit_kernel, "all", False, configs.adamw8bit(448), types=types)
+
+
+def _lion8bit() -> Case:
+    types = {"table_ptr": "*i64", "maps_ptr": "*i32"} | dict.fromkeys(
+        ("beta1", "rest1", "beta2", "rest2", "decay", "rate", "below"), "fp32"
+    )
+    return Case("lion8bit", lion8bit_kernel, "all", False, configs.adamw8bit(448), types=types)
 
 
 def _softmax_cross_entropy(dtype: str, V: int, gradient: bool = True) -> Case:

@@ -45,13 +45,7 @@ def adamw8bit_kernel(
     SEARCHES: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    after = tl.zeros([SEARCH], tl.int32)
-    for i in range(SEARCHES):
-        t = i * SEARCH + tl.arange(0, SEARCH)
-        first = tl.load(table_ptr + t, mask=t < tensors, other=9223372036854775807)
-        after += (first <= program).to(tl.int32)
-    entry_ptr = table_ptr + tl.sum(after, axis=0) - 1
-
+    entry_ptr = entry_of(table_ptr, tensors, program, SEARCH, SEARCHES)
     width = tl.load(entry_ptr + WIDTH_OF_TILE * tensors)
     aligned = tl.load(entry_ptr + ALIGNED_ROWS * tensors) != 0
     numbers = (beta1, rest1, beta2, rest2, decay, rate, root2, eps, below)
@@ -104,19 +98,9 @@ def step_blocks(
     start = ((program - tl.load(entry_ptr + FIRST * tensors)) * (TILES * ROWS)).to(tl.int32)
     for i in range(TILES):
         if start + i * ROWS < blocks:
-            block = start + i * ROWS + tl.arange(0, ROWS)
-            row, first = block.to(tl.int64), tl.zeros([ROWS], tl.int64)
-            if WIDTH == BLOCK:
-                in_row = ((columns + BLOCK - 1) // BLOCK).to(tl.int32)
-                row, first = (block // in_row).to(tl.int64), (block % in_row).to(tl.int64) * BLOCK
-            length = tl.minimum(columns - first, WIDTH).to(tl.int32)
-            if ALIGNED:
-                length = tl.multiple_of(length, 8)
-            lane = tl.arange(0, WIDTH)[None, :]
-            at = (row * columns + first)[:, None] + lane  # [ROWS, WIDTH]
-            exists = block < blocks
-            inside = exists[:, None] & (lane < length[:, None])
-
+            block, exists, at, inside = addresses(
+                start + i * ROWS, columns, blocks, ROWS, WIDTH, ALIGNED
+            )
             p, g = load_pair(p_at, g_at, at, inside, dtype, ALIGNED)
             m = tl.load(m_ptr + at, mask=inside, other=ZERO_OF_M)
             v = tl.load(v_ptr + at, mask=inside, other=0)
@@ -129,18 +113,52 @@ def step_blocks(
             ratio = tl.div_rn(m, tl.sqrt_rn(v) * root2 + eps)
             store(p_at, at, p * decay - ratio * rate, inside, dtype, ALIGNED)
 
-            # The map of m has 1 and not -1: its least value has to reach the largest m < 0 too.
-            s, scale = scaled(m, tl.where(m < 0, m * below, m))
-            tl.store(m_scale_ptr + block, scale, mask=exists)
-            distance = nearest(maps_ptr, 1, s)
-            negative = s.to(tl.int32, bitcast=True) < 0
-            code = tl.maximum(tl.where(negative, ZERO_OF_M - distance, ZERO_OF_M + distance), 0)
-            tl.store(m_ptr + at, code.to(tl.uint8), mask=inside)
-
+            store_signed(m_ptr, m_scale_ptr, maps_ptr, m, below, block, exists, at, inside)
             s, scale = scaled(v, v)
             tl.store(v_scale_ptr + block, scale, mask=exists)
             code = tl.where(s == 0, 0, 1 + nearest(maps_ptr, 4, s))
             tl.store(v_ptr + at, code.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def entry_of(table_ptr, tensors, program, SEARCH: tl.constexpr, SEARCHES: tl.constexpr):
+    """Where the table has the program's tensor: the last that begins with it or before."""
+    after = tl.zeros([SEARCH], tl.int32)
+    for i in range(SEARCHES):
+        t = i * SEARCH + tl.arange(0, SEARCH)
+        first = tl.load(table_ptr + t, mask=t < tensors, other=9223372036854775807)
+        after += (first <= program).to(tl.int32)
+    return table_ptr + tl.sum(after, axis=0) - 1
+
+
+@triton.jit
+def addresses(
+    start, columns, blocks, ROWS: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """ROWS blocks from `start` on: their numbers, which exist, their elements, which exist."""
+    block = start + tl.arange(0, ROWS)
+    row, first = block.to(tl.int64), tl.zeros([ROWS], tl.int64)
+    if WIDTH == BLOCK:
+        in_row = ((columns + BLOCK - 1) // BLOCK).to(tl.int32)
+        row, first = (block // in_row).to(tl.int64), (block % in_row).to(tl.int64) * BLOCK
+    length = tl.minimum(columns - first, WIDTH).to(tl.int32)
+    if ALIGNED:
+        length = tl.multiple_of(length, 8)
+    lane = tl.arange(0, WIDTH)[None, :]
+    at = (row * columns + first)[:, None] + lane  # [ROWS, WIDTH]
+    exists = block < blocks
+    return block, exists, at, exists[:, None] & (lane < length[:, None])
+
+
+@triton.jit
+def store_signed(m_ptr, m_scale_ptr, maps_ptr, m, below, block, exists, at, inside):
+    """Codes and scales of m. Its map has 1 and not -1: its least value has to reach any m < 0."""
+    s, scale = scaled(m, tl.where(m < 0, m * below, m))
+    tl.store(m_scale_ptr + block, scale, mask=exists)
+    distance = nearest(maps_ptr, 1, s)
+    negative = s.to(tl.int32, bitcast=True) < 0
+    code = tl.maximum(tl.where(negative, ZERO_OF_M - distance, ZERO_OF_M + distance), 0)
+    tl.store(m_ptr + at, code.to(tl.uint8), mask=inside)
 
 
 @triton.jit

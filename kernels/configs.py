@@ -58,13 +58,13 @@ def dx_parts(N: int) -> int:
 
 
 def adamw8bit(tensors: int) -> dict:
-    """adamw8bit_kernel: 8 elements for each of 128 threads, four times."""
+    """adamw8bit_kernel and lion8bit_kernel: 8 elements for each of 128 threads, four times."""
     search = {"SEARCH": 512, "SEARCHES": triton.cdiv(tensors, 512)}
     return {"TILE": 1024, "TILES": 4, "num_warps": 4} | search | ROUNDED
 
 
 def adamw8bit_width(columns: int, aligned: bool) -> int:
-    """The tile's elements of a row, among those that adamw8bit_kernel has code for."""
+    """The tile's elements of a row, among those that the kernels have code for."""
     if columns <= 16:
         return 16
     return 64 if columns <= 64 and aligned else 256

@@ -11,6 +11,7 @@ from .functions import codebook_linear as codebook_linear
 from .functions import codebook_linear_dx as codebook_linear_dx
 from .functions import codebook_quantize as codebook_quantize
 from .functions import linear_cross_entropy as linear_cross_entropy
+from .functions import lion8bit_step as lion8bit_step
 from .lora_functions import group_rows as group_rows
 from .lora_functions import lora_linear as lora_linear
 from .lora_functions import lora_linear_backward as lora_linear_backward

@@ -1,4 +1,4 @@
-"""What every backend of `adamw8bit_step` needs: the maps of its codes, the layout, the numbers.
+"""What every backend of an 8-bit optimizer needs: the maps of its codes, the layout, the numbers.
 
 A moment is code and scale, value = map[code] * scale, one float32 scale for each 256 elements of a
 row. A parameter [N, ...] is N rows of all that follows; one of one dimension, or none, is a single
@@ -81,26 +81,22 @@ def scale_shape(shape: torch.Size) -> tuple[int, int]:
     return rows, -(-columns // BLOCK)
 
 
-def misfit(
-    params: list[Tensor],
-    grads: list[Tensor],
-    m: list[Tensor],
-    m_scale: list[Tensor],
-    v: list[Tensor],
-    v_scale: list[Tensor],
-) -> str | None:
-    """Why kernels that take addresses cannot take these, or None if they can."""
-    if len({len(tensors) for tensors in (params, grads, m, m_scale, v, v_scale)}) > 1:
+def misfit(params: list[Tensor], grads: list[Tensor], *state: list[Tensor]) -> str | None:
+    """Why kernels that take addresses cannot take these, or None if they can.
+
+    `state` is m and m_scale, or m, m_scale, v and v_scale.
+    """
+    if len({len(tensors) for tensors in (params, grads, *state)}) > 1:
         return "the lists are not of one length"
-    for p, g, *state in zip(params, grads, m, v, m_scale, v_scale, strict=True):
+    for p, g, *own in zip(params, grads, *state, strict=True):
         shape, blocks = p.shape, scale_shape(p.shape)
         if g.shape != shape or g.dtype != p.dtype:
             return "a gradient has not the shape and dtype of its parameter"
-        if any(t.shape != shape or t.dtype != torch.uint8 for t in state[:2]):
+        if any(t.shape != shape or t.dtype != torch.uint8 for t in own[::2]):
             return "the codes of a moment are not uint8 in the shape of the parameter"
-        if any(t.shape != blocks or t.dtype != torch.float32 for t in state[2:]):
+        if any(t.shape != blocks or t.dtype != torch.float32 for t in own[1::2]):
             return f"the scales of a moment are not float32 {list(blocks)}"
-        if not (p.is_contiguous() and all(t.is_contiguous() for t in state)):
+        if not (p.is_contiguous() and all(t.is_contiguous() for t in own)):
             return "a parameter or its state is not contiguous"
         if p.dtype not in _DTYPES:
             return f"{p.dtype} is not float32, float16 or bfloat16"

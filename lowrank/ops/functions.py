@@ -6,7 +6,7 @@ the tensors of a weight are as in `schema.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -173,7 +173,48 @@ def adamw8bit_step(
     The state of a new parameter is `adamw8bit_state`. A gradient that is not finite leaves its
     block of the state not finite too. The parameters move in float32 whatever their dtype.
     """
-    lists = {"grads": grads, "m": m, "m_scale": m_scale, "v": v, "v_scale": v_scale}
+    _check_step(params, grads, {"m": m, "m_scale": m_scale, "v": v, "v_scale": v_scale})
+    _check_step_numbers(lr=lr, eps=eps, weight_decay=weight_decay, beta1=beta1, beta2=beta2)
+    check_int("step", step)
+    if step < 1:
+        raise ConfigError(f"step: expected 1 for the first step, then 2, ...; got {step}")
+    with torch.no_grad():
+        torch.ops.lowrank.adamw8bit_step(
+            list(params), list(grads), list(m), list(m_scale), list(v), list(v_scale),
+            lr, beta1, beta2, eps, weight_decay, step,
+        )  # fmt: skip
+
+
+def lion8bit_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    m: Sequence[Tensor],
+    m_scale: Sequence[Tensor],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+) -> None:
+    """Take a step of Lion in place, over all tensors at once.
+
+    The state is the first half of AdamW's: `adamw8bit_state(p)[:2]` is that of a new parameter. A
+    gradient that is not finite makes its element of the parameter NaN at once, and its block of the
+    state not finite.
+    """
+    _check_step(params, grads, {"m": m, "m_scale": m_scale})
+    _check_step_numbers(lr=lr, weight_decay=weight_decay, beta1=beta1, beta2=beta2)
+    with torch.no_grad():
+        torch.ops.lowrank.lion8bit_step(
+            list(params), list(grads), list(m), list(m_scale), lr, beta1, beta2, weight_decay
+        )
+
+
+def _check_step(
+    params: Sequence[Tensor], grads: Sequence[Tensor], state: Mapping[str, Sequence[Tensor]]
+) -> None:
+    """Of every parameter: its gradient, its codes (m, v), the scales of those."""
+    lists = {"grads": grads, **state}
     for name, tensors in {"params": params, **lists}.items():
         if not isinstance(tensors, list | tuple):
             raise ConfigError(f"{name}: expected a list of tensors; got {value_of(tensors)}")
@@ -186,37 +227,27 @@ def adamw8bit_step(
     for i, p in enumerate(params):
         check_dtype(f"params[{i}]", p, WEIGHTS)
         check_device(f"params[{i}]", p, params[0].device)
-        for name, dtype, shape in (
-            ("grads", p.dtype, p.shape),
-            ("m", torch.uint8, p.shape),
-            ("m_scale", torch.float32, scale_shape(p.shape)),
-            ("v", torch.uint8, p.shape),
-            ("v_scale", torch.float32, scale_shape(p.shape)),
-        ):
-            tensor = lists[name][i]
+        blocks = scale_shape(p.shape)
+        for name, tensors in lists.items():
+            tensor, scales = tensors[i], name.endswith("_scale")
+            shape: Sequence[int] = blocks if scales else p.shape
             if tensor.shape != shape:
                 raise ShapeError(
                     f"{name}[{i}]: expected {list(shape)} for a parameter of {shape_of(p)}; "
                     f"got {shape_of(tensor)}"
                 )
-            check_dtype(f"{name}[{i}]", tensor, (dtype,))
+            code = torch.float32 if scales else torch.uint8
+            check_dtype(f"{name}[{i}]", tensor, (p.dtype if name == "grads" else code,))
             check_device(f"{name}[{i}]", tensor, p.device)
-    numbers = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+
+
+def _check_step_numbers(**numbers: float) -> None:
+    """At least 0, and betas below 1."""
     for name, number in numbers.items():
         check_number(name, number)
-    if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and 0 <= beta1 < 1 and 0 <= beta2 < 1):
-        raise ConfigError(
-            "lr, eps, weight_decay, betas: expected >= 0, and betas below 1; "
-            f"got {lr}, {eps}, {weight_decay}, {(beta1, beta2)}"
-        )
-    check_int("step", step)
-    if step < 1:
-        raise ConfigError(f"step: expected 1 for the first step, then 2, ...; got {step}")
-    with torch.no_grad():
-        torch.ops.lowrank.adamw8bit_step(
-            list(params), list(grads), list(m), list(m_scale), list(v), list(v_scale),
-            lr, beta1, beta2, eps, weight_decay, step,
-        )  # fmt: skip
+    if not all(n >= 0 and (n < 1 or "beta" not in name) for name, n in numbers.items()):
+        got = ", ".join(map(str, numbers.values()))
+        raise ConfigError(f"{', '.join(numbers)}: expected >= 0, and betas below 1; got {got}")
 
 
 def adamw8bit_state(p: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -172,10 +172,10 @@ def _lora_backward_fake(
     return dx, dA, dB
 
 
-# adamw8bit_step: everything it computes, it writes into its inputs.
+# adamw8bit_step and lion8bit_step: everything they compute, they write into their inputs.
 
 
-def _adamw8bit_fake(params, grads, m, m_scale, v, v_scale, *numbers) -> None:
+def _in_place_fake(*lists_and_numbers) -> None:
     return None
 
 
@@ -228,7 +228,12 @@ OPERATORS = {
         "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] m, Tensor(c!)[] m_scale, "
         "Tensor(d!)[] v, Tensor(e!)[] v_scale, float lr, float beta1, float beta2, float eps, "
         "float weight_decay, SymInt step) -> ()",
-        _adamw8bit_fake,
+        _in_place_fake,
+    ),
+    "lion8bit_step": Operator(
+        "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] m, Tensor(c!)[] m_scale, "
+        "float lr, float beta1, float beta2, float weight_decay) -> ()",
+        _in_place_fake,
     ),
 }
 

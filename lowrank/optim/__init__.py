@@ -2,3 +2,5 @@
 
 from lowrank.optim.resident import AdamW as AdamW
 from lowrank.optim.resident import AdamW8bit as AdamW8bit
+from lowrank.optim.resident import Lion as Lion
+from lowrank.optim.resident import Lion8bit as Lion8bit

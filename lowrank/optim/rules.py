@@ -168,8 +168,59 @@ def _adamw8bit_step(
     )  # fmt: skip
 
 
+def _lion_states(p: Tensor) -> dict[str, State]:
+    return {"m": _wide(p)}
+
+
+def _lion8bit_states(p: Tensor) -> dict[str, State]:
+    states = _adamw8bit_states(p)
+    return {name: states[name] for name in ("m", "m_scale")}
+
+
+def _lion_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Mapping[str, Sequence[Tensor]],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    step: int,
+) -> None:
+    """c = b1 m + (1 - b1) g;  m = b2 m + (1 - b2) g;  p = (1 - lr wd) p - lr sign(c)
+
+    c that is not finite makes p NaN.   arXiv:2302.06675
+    """
+    for p, grad, m in zip(params, grads, states["m"], strict=True):
+        g = grad.to(m.dtype)
+        c = m * betas[0] + g * (1 - betas[0])
+        p.copy_(p.to(m.dtype) * (1 - lr * weight_decay) - (c.sign() + c * 0) * lr)
+        m.mul_(betas[1]).add_(g * (1 - betas[1]))
+
+
+def _lion8bit_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Mapping[str, Sequence[Tensor]],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    step: int,
+) -> None:
+    """The same with codes of 8 bits for m."""
+    m, m_scale = states["m"], states["m_scale"]
+    ops.lion8bit_step(
+        params, grads, m, m_scale, lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=weight_decay
+    )
+
+
 _ADAMW_DEFAULTS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
 ADAMW = Rule(_ADAMW_DEFAULTS, _adamw_states, _one_row, _adamw_step)
 ADAMW_8BIT = Rule(
     _ADAMW_DEFAULTS, _adamw8bit_states, rows_and_columns, _adamw8bit_step, small=ADAMW
 )
+
+_LION_DEFAULTS = {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0}
+LION = Rule(_LION_DEFAULTS, _lion_states, _one_row, _lion_step)
+LION_8BIT = Rule(_LION_DEFAULTS, _lion8bit_states, rows_and_columns, _lion8bit_step, small=LION)

@@ -129,6 +129,13 @@ def adamw8bit_step(draw) -> dict:
     return {"params": params, "grads": [p * 2 for p in params], **lists, **numbers}
 
 
+def lion8bit_step(draw) -> dict:
+    whole = adamw8bit_step(draw)
+    return {
+        name: value for name, value in whole.items() if name not in ("v", "v_scale", "eps", "step")
+    }
+
+
 MAKERS = {
     "codebook_quantize": quantize,
     "codebook_dequantize": dequantize,
@@ -139,6 +146,7 @@ MAKERS = {
     "lora_linear_backward": lora_backward,
     "group_rows": group_rows,
     "adamw8bit_step": adamw8bit_step,
+    "lion8bit_step": lion8bit_step,
     "adamw8bit_state": lambda draw: {"p": torch.randn(3, 7)},
 }
 

@@ -38,7 +38,9 @@ def samples():
     yield OPS.linear_cross_entropy, (torch.randn(4, 8), head, labels, False)
     params = [torch.randn(3, 300), torch.randn(5)]
     grads, states = [p * 2 for p in params], zip(*map(ops.adamw8bit_state, params), strict=True)
-    yield OPS.adamw8bit_step, (params, grads, *map(list, states), 0.1, 0.9, 0.99, 1e-8, 0.0, 1)
+    states = list(map(list, states))
+    yield OPS.adamw8bit_step, (params, grads, *states, 0.1, 0.9, 0.99, 1e-8, 0.0, 1)
+    yield OPS.lion8bit_step, (params, grads, *states[:2], 0.1, 0.9, 0.99, 0.0)
 
 
 def lora_samples():

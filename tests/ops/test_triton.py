@@ -44,6 +44,10 @@ def test_interpreted_adamw8bit_equals_the_reference(seed):
     assert interpreted("adamw8bit", seed) == "all steps equal\n"
 
 
+def test_interpreted_lion8bit_equals_the_reference(seed):
+    assert interpreted("lion8bit", seed) == "all steps equal\n"
+
+
 def test_interpreted_cross_entropy_is_near_float64(seed):
     assert interpreted("cross_entropy", seed) == "all right\n"
 
@@ -57,7 +61,9 @@ def test_the_interpreter_still_needs_what_works_around_it():
     assert interpreted("bfloat16") == "dot: wrong\ncast: wrong\n"
 
 
-@pytest.mark.parametrize("op", ["codebook_linear", "adamw8bit_step", "linear_cross_entropy"])
+@pytest.mark.parametrize(
+    "op", ["codebook_linear", "adamw8bit_step", "lion8bit_step", "linear_cross_entropy"]
+)
 def test_explain_names_triton_for_all_of_a_training_step(op):
     from lowrank import ops
 

@@ -6,7 +6,8 @@ import torch
 from lowrank.optim import rules
 
 RULES = {"adamw": rules.ADAMW, "adamw8bit": rules.ADAMW_8BIT}
-SHAPES = [(37, 1003), (40, 16), (3, 5, 7, 7), (1000,), (), (2, 700), (0, 4), (4, 0), (5, 256)]
+RULES |= {"lion": rules.LION, "lion8bit": rules.LION_8BIT}
+SHAPES = [(7, 1003), (40, 16), (3, 5, 7, 7), (1000,), (), (2, 700), (0, 4), (4, 0), (5, 256)]
 
 
 @pytest.fixture(params=RULES.values(), ids=RULES)

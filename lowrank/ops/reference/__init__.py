@@ -15,6 +15,7 @@ from .cross_entropy import labelled_rows as labelled_rows
 from .cross_entropy import linear_cross_entropy as linear_cross_entropy
 from .cross_entropy import logits_of as logits_of
 from .cross_entropy import times_weight as times_weight
+from .lion8bit import lion8bit_step as lion8bit_step
 from .lora import adapter_bounds as adapter_bounds
 from .lora import lora_linear as lora_linear
 from .lora import lora_linear_backward as lora_linear_backward

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lowrank.ops.adamw8bit import Coefficients, coefficients, dynamic_map, rows_and_columns
 
-from .moments import decode, encode, in_blocks
+from .moments import decode, encode, in_blocks, rows_of
 from .panels import panels
 
 
@@ -39,12 +39,7 @@ def adamw8bit_step(
         if N == 0 or C == 0:
             continue
         for rows in panels(N, C):
-            _adamw8bit_rows(by, C, *(_rows_of(tensor)[rows] for tensor in tensors))
-
-
-def _rows_of(tensor: Tensor) -> Tensor:
-    """A view of it whose first dimension is the rows of `adamw8bit.rows_and_columns`."""
-    return tensor if tensor.dim() > 1 else tensor[None]
+            _adamw8bit_rows(by, C, *(rows_of(tensor)[rows] for tensor in tensors))
 
 
 def _adamw8bit_rows(

@@ -9,6 +9,11 @@ from torch import Tensor
 from lowrank.ops.adamw8bit import BLOCK, ZERO_OF_M, dynamic_map
 
 
+def rows_of(tensor: Tensor) -> Tensor:
+    """A view of it whose first dimension is the rows of `adamw8bit.rows_and_columns`."""
+    return tensor if tensor.dim() > 1 else tensor[None]
+
+
 def in_blocks(rows: Tensor) -> Tensor:
     """[rows, C] -> [rows, blocks, 256], the last block filled up with zeros."""
     return F.pad(rows, (0, -rows.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import adamw8bit, cross_entropy, lora
+from . import adamw8bit, cross_entropy, lion8bit, lora
 from .adamw8bit import adamw8bit_step as adamw8bit_step
 from .codebook import codebook_dequantize as codebook_dequantize
 from .codebook import codebook_linear as codebook_linear
@@ -16,10 +16,11 @@ from .codebook import codebook_linear_dx as codebook_linear_dx
 from .codebook import codebook_quantize as codebook_quantize
 from .cross_entropy import linear_cross_entropy as linear_cross_entropy
 from .launch import INTERPRETED
+from .lion8bit import lion8bit_step as lion8bit_step
 from .lora import lora_linear as lora_linear
 from .lora import lora_linear_backward as lora_linear_backward
 
-_REFUSALS = adamw8bit.REFUSALS | cross_entropy.REFUSALS | lora.REFUSALS
+_REFUSALS = adamw8bit.REFUSALS | lion8bit.REFUSALS | cross_entropy.REFUSALS | lora.REFUSALS
 
 _OLDEST = (7, 5)  # Turing: what Triton compiles for
 
