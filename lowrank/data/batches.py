@@ -21,7 +21,7 @@ class Batch:
     [B, S]. Rows of packs: position_ids [B, S] too, and attention_mask [B, 1, S, S], true where a
     query may look: back in its own example.
     The first label of each example is -100. `tokens` counts the real tokens of its `examples`,
-    `labelled` those that are learned.
+    `labelled` those that are learned; `numbers` are the examples' numbers in their data.
     """
 
     input_ids: Tensor
@@ -31,6 +31,7 @@ class Batch:
     examples: int
     tokens: int
     labelled: int
+    numbers: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`; itself if it is there."""
@@ -53,6 +54,7 @@ def collate(
     indices = [i for row in rows for i in row]
     lengths = [[data.length(i) for i in row] for row in rows]
     count = (len(indices), sum(map(sum, lengths)), sum(data.labelled[i] for i in indices))
+    count += (tuple(indices),)
     ids, labels, positions = (
         [torch.cat(parts) for parts in tensors]
         for tensors in (

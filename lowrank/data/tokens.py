@@ -27,7 +27,7 @@ class TokenizedExamples:
     """All examples end to end: example i is ids[offsets[i] : offsets[i + 1]].
 
     ids, labels: int32 [total]; the first label of each example is -100, since nothing precedes it.
-    labelled[i] counts the tokens of example i that are learned.
+    labelled[i] counts the tokens of example i that are learned; places[i] says where it came from.
     """
 
     ids: Tensor
@@ -37,6 +37,7 @@ class TokenizedExamples:
     truncated: int = 0
     dropped: int = 0
     notes: list[str] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.labelled)
@@ -52,6 +53,10 @@ class TokenizedExamples:
     def span(self, i: int) -> slice:
         """Where example i lies in ids and labels."""
         return slice(self.offsets[i], self.offsets[i + 1])
+
+    def where(self, i: int) -> str:
+        """`file:line` of example i, or its number where no place is known."""
+        return self.places[i] if self.places else f"example {i}"
 
     @property
     def fingerprint(self) -> str:
@@ -101,7 +106,7 @@ def tokenize_all(
             f"examples of kind '{examples.kind}' need a tokenizer; got None: pass tokenizer="
         )
     all_ids, all_labels = array("i"), array("i")
-    offsets, labelled = [0], []
+    offsets, labelled, places = [0], [], []
     seen: Counter[str] = Counter()
     begin = _begin(tokenizer)
     for i, example in enumerate(bar("tokenizing", examples, len(examples))):
@@ -138,6 +143,7 @@ def tokenize_all(
         all_labels.extend(labels)
         offsets.append(len(all_ids))
         labelled.append(learned)
+        places.append(examples.where(i))
     notes = _notes(len(examples), max_length, seen)
     if not labelled:
         raise DataError(
@@ -145,7 +151,7 @@ def tokenize_all(
         )
     flat = [torch.frombuffer(values, dtype=torch.int32) for values in (all_ids, all_labels)]
     counts = (seen["truncated"], seen["dropped"])
-    return TokenizedExamples(flat[0], flat[1], offsets, labelled, *counts, notes)
+    return TokenizedExamples(flat[0], flat[1], offsets, labelled, *counts, notes, places)
 
 
 def _notes(total: int, max_length: int | None, seen: Counter[str]) -> list[str]:

@@ -38,6 +38,7 @@ class TrainConfig:
     loraplus_lr_embedding: with that, the rate of adapters of embeddings.
     max_grad_norm: clip the global norm of the gradient to this; 0 does not clip.
     bf16: compute in bfloat16 under autocast.
+    fp16: compute in float16 under autocast, the loss scaled against underflow; trains float32 only.
     gradient_checkpointing: recompute activations in the backward: less memory, more time.
     max_length: tokens an example may have; longer ones are cut.
     padding_free: lay the examples of a batch end to end, if the model confines attention to each.
@@ -87,6 +88,7 @@ class TrainConfig:
     loraplus_lr_embedding: float = 1e-6
     max_grad_norm: float = 1.0
     bf16: bool = False
+    fp16: bool = False
     gradient_checkpointing: bool = False
     max_length: int = 1024
     padding_free: bool = True

@@ -39,3 +39,9 @@ class Feed:
 
     def _batch(self, rows: Rows) -> Batch:
         return collate(self.data, rows, self.end_to_end, self.pad_token_id).to(self.device)
+
+    def where(self, batches: list[Batch], most: int = 6) -> str:
+        """Where the examples of these batches came from; the first `most` of them."""
+        numbers = [i for batch in batches for i in batch.numbers]
+        named = ", ".join(self.data.where(i) for i in numbers[:most])
+        return named if len(numbers) <= most else f"{named} and {len(numbers) - most} more"

@@ -6,7 +6,7 @@ import math
 import time
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from lowrank.data import Batch
 from lowrank.errors import TrainingError
@@ -71,27 +71,52 @@ class Loop:
         start, step = time.perf_counter(), self.history.steps
         rate = self.update.set_rate(step)
         batches = self.feed.of_step(self.history.samples)
-        loss = self._backward(batches)
-        if loss is None:
+        measured = self._gradient(batches)
+        while measured is not None and self._overflows(batches, *measured):
+            measured = self._gradient(batches)
+        if measured is None:
             return False
-        loss_value, norm = self.update.apply(loss, step + 1)
-        seconds = time.perf_counter() - start
-        self.history.add(batches, loss_value, seconds)
-        self.record.step(batches, loss_value, norm, rate, seconds)
+        self.update.apply()
+        losses, norm = measured
+        seconds, loss = time.perf_counter() - start, sum(losses)
+        self.history.add(batches, loss, seconds)
+        self.record.step(batches, loss, norm, rate, seconds)
         return True
 
-    def _backward(self, batches: list[Batch]) -> Tensor | None:
-        """Add the gradient of the step's mean loss to .grad, return the loss; None: interrupted."""
+    def _gradient(self, batches: list[Batch]) -> tuple[list[float], float] | None:
+        """The gradient of the step's mean loss in .grad; each batch's part of that loss, and the
+        gradient's norm before clipping. None: interrupted.
+        """
         scale = 1.0 / sum(batch.labelled for batch in batches)
-        total = None
+        losses = []
         for batch in batches:
             if self.interrupt.requested:
                 return None
             with self.precision.autocast():
                 loss = self.batch_loss(batch) * scale
             self.update.backward(loss)
-            total = loss.detach() if total is None else total + loss.detach()
-        return total
+            losses.append(loss.detach())
+        return self.update.measure(losses, first=not self.history.steps)
+
+    def _overflows(self, batches: list[Batch], losses: list[float], norm: float) -> bool:
+        """Whether the step is to be taken again with a smaller scale of the loss.
+
+        TrainingError if that would not help: nothing has changed, and a checkpoint is as good.
+        """
+        if math.isfinite(norm) and all(map(math.isfinite, losses)):
+            return False
+        wrong = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
+        if not wrong and self.update.back_off():
+            return True
+        step, what = self.history.steps + 1, f"norm of the gradient is {norm}"
+        if wrong:
+            what = f"loss is {losses[wrong[0]]}"
+            batches = [batches[i] for i in wrong]
+        raise TrainingError(
+            f"step {step}: the {what} in the batch of {self.feed.where(batches)}; the model stays "
+            f"as step {step - 1} left it and nothing is saved: lower learning_rate, or look at "
+            "data and weights"
+        )
 
     def _evaluation_is_due(self) -> bool:
         config, steps = self.config, self.history.steps

@@ -132,6 +132,8 @@ def check_fields(config: Any) -> None:
 
 def check_together(config: Any) -> None:
     """ConfigError for fields that can be, but not beside one another."""
+    if config.bf16 and config.fp16:
+        raise ConfigError("bf16 and fp16 are both on: turn one of them off")
     for name in ("load_best_model_at_end", "early_stopping_patience"):
         if getattr(config, name) and config.evaluates_by == "no":
             raise ConfigError(

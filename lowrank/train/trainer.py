@@ -28,7 +28,7 @@ from lowrank.train.interrupt import Interrupt
 from lowrank.train.loop import Loop
 from lowrank.train.loss import batch_loss, packs
 from lowrank.train.packing import check_packing
-from lowrank.train.precision import Precision
+from lowrank.train.precision import Precision, check_master_weights
 from lowrank.train.record import Record, TrainResult
 from lowrank.train.remedies import Remedies, is_out_of_memory, out_of_memory
 from lowrank.train.run import CONFIG, RESULTS, RunDirectory, check_output_dir
@@ -75,8 +75,10 @@ class Trainer:
         self.tokenizer = processing_class if tokenizer is None else tokenizer
         self.callbacks = list(callbacks)
         self.parameters = trainable_parameters(model)
+        if config.fp16:
+            check_master_weights(self.parameters)
         self.device = next(iter(self.parameters.values())).device
-        made = (config, tokenizer, model, formatting_func)
+        made = (config, self.tokenizer, model, formatting_func)
         self.train_data = tokenized(train_data, "training", *made)
         self.eval_data = None if eval_data is None else tokenized(eval_data, "held-out", *made)
         self._end_to_end = packs(model) and (config.padding_free or config.packing)

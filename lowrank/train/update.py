@@ -1,14 +1,12 @@
-"""How gradients become an update: the optimizer, its schedule, clipping; all made here."""
+"""How a loss becomes an update: the optimizer, its schedule, fp16's scaler; all made here."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowrank.errors import TrainingError
 from lowrank.train.config import TrainConfig
 from lowrank.train.gradients import check_gradients, clip
 from lowrank.train.optimizer import OPTIMIZERS, parameter_groups
@@ -18,7 +16,8 @@ from lowrank.train.schedule import lr_multiplier, warmup_steps
 class Update:
     """The optimizer of a run over `parameters` {name: parameter} of `model`, and its schedule.
 
-    The schedule is a function of the step alone, so what is to be kept is the optimizer's state.
+    The schedule is a function of the step alone, so what is to be kept is the state of `optimizer`
+    and of `scaler`, which is None but for fp16.
     """
 
     def __init__(
@@ -34,6 +33,10 @@ class Update:
         groups = parameter_groups(model, parameters.values(), config)
         self.optimizer = OPTIMIZERS[config.optim](groups, config)
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.scaler = None
+        if config.fp16:
+            device = next(iter(parameters.values())).device.type
+            self.scaler = torch.amp.GradScaler(device)
         self.optimizer.zero_grad()  # a gradient that was there before is not this run's
 
     def set_rate(self, step: int) -> float:
@@ -45,28 +48,40 @@ class Update:
         return self._config.learning_rate * multiplier
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of `loss` to .grad."""
+        """Add the gradient of `loss` to .grad, in fp16 times the scale that keeps it from 0."""
+        loss = loss if self.scaler is None else self.scaler.scale(loss)
         loss.backward()
 
-    def apply(self, loss: Tensor, step: int) -> tuple[float, float]:
-        """Clip, then take step `step` (from 1); returns the loss and the norm before clipping.
+    def measure(self, losses: list[Tensor], first: bool) -> tuple[list[float], float]:
+        """Clip the gradient; returns the losses of the batches, and the norm before clipping.
 
-        TrainingError if one of them is not finite; no parameter has changed then.
+        On the `first` step, TrainingError if there is no gradient.
         """
-        if step == 1:
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        if first:
             check_gradients(self._parameters)
         norm = clip(self._parameters.values(), self._config.max_grad_norm)
         # the step's only wait for the device
-        loss_value, norm_value = torch.stack([loss, norm.to(loss)]).tolist()
-        for what, value in (("loss", loss_value), ("norm of the gradient", norm_value)):
-            if not math.isfinite(value):
-                raise TrainingError(
-                    f"step {step}: the {what} is {value}; the model stays as step {step - 1} left "
-                    "it and nothing is saved: lower learning_rate, or look at data and weights"
-                )
+        *values, norm_value = torch.stack([*losses, norm.to(losses[0])]).tolist()
+        return values, norm_value
+
+    def back_off(self) -> bool:
+        """After a gradient that is not finite: halve the scale of the loss, for the step to be
+        taken again; False where that is 1 already, or there is none.
+        """
+        if self.scaler is None or self.scaler.get_scale() <= 1.0:
+            return False
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return True
+
+    def apply(self) -> None:
+        """Change the parameters by the gradient that `measure` found finite."""
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss_value, norm_value
+        if self.scaler is not None:
+            self.scaler.update()
 
 
 def schedule_options(config: TrainConfig) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from lowrank.train import TrainConfig
         ("max_steps", -2), ("per_device_train_batch_size", 0),
         ("per_device_eval_batch_size", True), ("gradient_accumulation_steps", 1.0),
         ("optim", "adam"), ("weight_decay", -0.1), ("adam_beta1", 1.0), ("adam_beta2", -0.5),
-        ("adam_epsilon", None), ("max_grad_norm", float("inf")), ("bf16", "true"),
+        ("adam_epsilon", None), ("max_grad_norm", float("inf")), ("bf16", "true"), ("fp16", 1),
         ("gradient_checkpointing", 0), ("max_length", 0), ("padding_free", None),
         ("eval_steps", 0), ("eval_steps", 1.5), ("eval_strategy", "epochs"),
         ("load_best_model_at_end", 1), ("metric_for_best_model", ""),

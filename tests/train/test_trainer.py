@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -160,6 +162,20 @@ def test_loss_falls_on_text(tmp_path):
     assert result.metrics["train_loss"] == pytest.approx(sum(result.losses) / 150)
 
 
+def test_a_tokenizer_by_its_other_name(tmp_path):
+    rows = [{"prompt": f"{a}: ", "completion": a} for a in "abcdefgh"]
+    names = ("tokenizer", "processing_class")
+    model = Small()
+    runs = [
+        Trainer(copy.deepcopy(model), config(tmp_path / name, max_steps=2), rows, **{name: Bytes()})
+        for name in names
+    ]
+    first, second = (trainer.train() for trainer in runs)
+    assert first.losses == second.losses
+    with pytest.raises(ConfigError, match="tokenizer and processing_class are one setting"):
+        Trainer(model, config(tmp_path), rows, tokenizer=Bytes(), processing_class=Bytes())
+
+
 def test_metrics_count_real_and_learned_tokens(tmp_path, generator):
     rows = examples(10, generator)
     settings = config(
@@ -250,12 +266,36 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_named(tmp_path, generator
     kept = []
     model.register_forward_pre_hook(lambda *_: kept.append(copy.deepcopy(model.state_dict())))
     with pytest.raises(
-        TrainingError, match=r"step 4: the loss is nan; the model stays as step 3 left it"
+        TrainingError,
+        match=r"step 4: the loss is nan in the batch of (example \d,? ){6}and 2 more; the "
+        "model stays as step 3 left it and nothing is saved: lower learning_rate",
     ):
         Trainer(model, config(tmp_path, max_steps=9), examples(8, generator)).train()
     assert all(torch.equal(value, kept[3][name]) for name, value in model.state_dict().items())
     assert [line["step"] for line in metrics_lines(tmp_path / "run")] == [1, 2, 3]
     assert not (tmp_path / "run" / "trained.safetensors").exists()
+
+
+def test_the_batch_of_a_loss_that_is_not_finite_is_named_by_file_and_line(tmp_path):
+    """Only the batch of the step that it came from; here one of two lines in three batches."""
+
+    class Breaks(Small):
+        def forward(self, input_ids):
+            broken = (input_ids == 2 + ord("!")).any()
+            return super().forward(input_ids) * (float("inf") if broken else 1.0)
+
+    lines = ["one two", "three four", "five!", "six seven", "eight nine", "ten eleven"]
+    file = tmp_path / "some.jsonl"
+    file.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    settings = config(
+        tmp_path,
+        num_train_epochs=1,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=3,
+    )
+    message = rf"step [12]: the loss is nan in the batch of {re.escape(str(file))}:3; the model"
+    with pytest.raises(TrainingError, match=message):
+        Trainer(Breaks(), settings, file, tokenizer=Bytes()).train()
 
 
 def test_a_gradient_that_is_not_finite_stops_too(tmp_path, generator):
