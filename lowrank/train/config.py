@@ -30,7 +30,7 @@ class TrainConfig:
     per_device_train_batch_size: examples in one forward and backward.
     per_device_eval_batch_size: examples in one forward of the evaluation.
     gradient_accumulation_steps: batches whose gradients make one optimizer step.
-    optim: the optimizer; adamw_torch is torch's fused AdamW.
+    optim: the optimizer: adamw_torch is torch's fused AdamW, adamw_8bit a quarter of its memory.
     weight_decay: decoupled, on matrices only (not on biases and norms).
     adam_beta1, adam_beta2: decay of the means of the gradient and of its square.
     adam_epsilon: added to the root of the latter.
