@@ -46,6 +46,8 @@ def add_fields(parser: argparse.ArgumentParser, config: type, prefix: str, title
             group.add_argument(*flags, action=argparse.BooleanOptionalAction, **options)
             continue
         words = _word_kinds(hints[field.name])
+        if bool in kinds and field.default is False:
+            options |= {"nargs": "?", "const": True}
         many = list in kinds or dict in kinds
         pair = "NAME=START:STOP" if "tuple[" in str(hints[field.name]) else "NAME=N"
         metavar = "|".join(pair if kind is dict else _metavar(kind) for kind in words)

@@ -81,13 +81,17 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * D, H, bias=bias)
 
     def forward(self, x: Tensor, plan: Plan, rows: Tensor | None = None) -> Tensor:
+        return self.o_proj(self.attended(x, plan, rows))
+
+    def attended(self, x: Tensor, plan: Plan, rows: Tensor | None = None) -> Tensor:
+        """What o_proj projects: the heads side by side."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q = rotate(self.q_proj(x).view(heads), plan.cos, plan.sin)
         k = rotate(self.k_proj(x).view(heads), plan.cos, plan.sin)
         v = self.v_proj(x).view(heads)
         if plan.cache is not None:
             k, v = plan.cache.extend(self.layer, k, v)
-        return self.o_proj(take(attend(q, k, v, plan).flatten(2), rows))
+        return take(attend(q, k, v, plan).flatten(2), rows)
 
 
 def take(x: Tensor, rows: Tensor | None) -> Tensor:

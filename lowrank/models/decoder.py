@@ -11,6 +11,8 @@ from lowrank.errors import ShapeError
 from lowrank.models.attention import Attention, KVCache, Plan, make_plan, take
 from lowrank.models.config import DecoderConfig
 from lowrank.models.layers import RMSNorm, swiglu
+from lowrank.models.recompute import recompute
+from lowrank.nn.fusible import is_patched
 from lowrank.nn.quant_embedding import QuantEmbedding
 from lowrank.nn.quant_linear import QuantLinear
 from lowrank.ops import linear_cross_entropy
@@ -30,7 +32,11 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(I, H, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(self.gated(x))
+
+    def gated(self, x: Tensor) -> Tensor:
+        """What down_proj projects, [..., I]."""
+        return swiglu(self.gate_proj(x), self.up_proj(x))
 
 
 class Block(nn.Module):
@@ -46,6 +52,29 @@ class Block(nn.Module):
     def forward(self, x: Tensor, plan: Plan, rows: Tensor | None = None) -> Tensor:
         x = take(x, rows) + self.self_attn(self.input_layernorm(x), plan, rows)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def checkpointed(self, x: Tensor, plan: Plan, rows: Tensor | None, selective: bool) -> Tensor:
+        """The same, keeping x alone for the backward; `selective`: also the sum in the middle.
+
+        What makes x, or that sum, of it is computed again, but for its last projection.
+        """
+        if torch.compiler.is_compiling() or is_patched(self.mlp) or is_patched(self.self_attn):
+            return checkpoint(self, x, plan, rows, use_reentrant=False)
+
+        def attended(x: Tensor) -> tuple[Tensor]:
+            return (self.self_attn.attended(self.input_layernorm(x), plan, rows),)
+
+        def gated(x: Tensor) -> tuple[Tensor]:
+            return (self.mlp.gated(self.post_attention_layernorm(x)),)
+
+        def both(x: Tensor) -> tuple[Tensor, Tensor]:
+            x = take(x, rows) + self.self_attn.o_proj(*attended(x))
+            return x, *gated(x)
+
+        if not selective:
+            return torch.add(*recompute(both, self.mlp.down_proj, x))
+        x = take(x, rows) + recompute(attended, self.self_attn.o_proj, x)[0]
+        return x + recompute(gated, self.mlp.down_proj, x)[0]
 
 
 class Body(nn.Module):
@@ -64,17 +93,19 @@ class Body(nn.Module):
 class Decoder(nn.Module):
     """A causal language model of the Llama family.   Touvron et al., arXiv:2302.13971.
 
-    Parameters are named as in transformers' LlamaForCausalLM. With `gradient_checkpointing` set,
-    each block keeps only its input and is run again in the backward.
+    Parameters are named as in transformers' LlamaForCausalLM. With `gradient_checkpointing` True,
+    each block keeps only its input and is run again in the backward, but for its last projection;
+    "selective" keeps a second sum and spares the last projection of the attention, too.
     """
 
     supports_packing = True
+    supports_selective_checkpointing = True
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
         self.name_or_path: str | None = None
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing: bool | str = False
         self.model = Body(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if not self.lm_head.weight.is_meta:
@@ -199,7 +230,8 @@ class Decoder(nn.Module):
         for i, block in enumerate(self.model.layers):
             wanted = rows if i == last else None
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, plan, wanted, use_reentrant=False)
+                selective = self.gradient_checkpointing == "selective"
+                h = block.checkpointed(h, plan, wanted, selective)
             else:
                 h = block(h, plan, wanted)
         if cache is not None:

@@ -5,19 +5,24 @@ from __future__ import annotations
 from torch import nn
 
 
-def can_checkpoint(model: nn.Module) -> bool:
-    """Whether the model has a switch for recomputing activations in the backward."""
+def can_checkpoint(model: nn.Module, how: bool | str = True) -> bool:
+    """Whether the model has a switch for recomputing activations in the backward, with this on it.
+
+    "selective" is for models that say `supports_selective_checkpointing`.
+    """
+    if isinstance(how, str):
+        return how == "selective" and getattr(model, "supports_selective_checkpointing", False)
     return hasattr(model, "gradient_checkpointing") or _stem(model) is not None
 
 
-def is_checkpointing(model: nn.Module) -> bool:
-    """Whether the switch is on."""
+def is_checkpointing(model: nn.Module) -> bool | str:
+    """How the switch stands: False, True or "selective"."""
     if hasattr(model, "gradient_checkpointing"):
-        return bool(model.gradient_checkpointing)
+        return model.gradient_checkpointing
     return bool(getattr(model, f"is_{_stem(model)}", False))
 
 
-def set_checkpointing(model: nn.Module, on: bool) -> None:
+def set_checkpointing(model: nn.Module, on: bool | str) -> None:
     """Recompute activations in the backward, or no longer, through the model's own switch.
 
     That is the attribute `gradient_checkpointing`, or the pair of methods of transformers' models.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import InitVar, asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from lowrank.train.rules import check_fields, check_together, respell
 
@@ -39,7 +39,9 @@ class TrainConfig:
     max_grad_norm: clip the global norm of the gradient to this; 0 does not clip.
     bf16: compute in bfloat16 under autocast.
     fp16: compute in float16 under autocast, the loss scaled against underflow; trains float32 only.
-    gradient_checkpointing: recompute activations in the backward: less memory, more time.
+    gradient_checkpointing: recompute activations in the backward: less memory, more time. True
+        keeps the input of each block; selective, for our decoders, a little more for less time.
+    activation_offloading: keep what is left of them in pinned host memory; for a GPU.
     max_length: tokens an example may have; longer ones are cut.
     padding_free: lay the examples of a batch end to end, if the model confines attention to each.
     packing: fill rows of max_length tokens with whole examples, each attending to itself alone; a
@@ -89,7 +91,8 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     bf16: bool = False
     fp16: bool = False
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["selective"] = False
+    activation_offloading: bool = False
     max_length: int = 1024
     padding_free: bool = True
     packing: bool = False

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 
 from lowrank.errors import ConfigError, TrainingError
-from lowrank.surgery.checkpointing import is_checkpointing, set_checkpointing
+from lowrank.surgery.checkpointing import can_checkpoint, is_checkpointing, set_checkpointing
 
 logger = logging.getLogger("lowrank.train")
 
@@ -68,12 +68,27 @@ def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
+def check_checkpointing(model: nn.Module, wanted: bool | str) -> None:
+    """ConfigError if the model cannot do what `gradient_checkpointing` asks of it."""
+    if not wanted or can_checkpoint(model, wanted):
+        return
+    name = type(model).__name__
+    if wanted == "selective" and can_checkpoint(model):
+        raise ConfigError(
+            f"gradient_checkpointing is 'selective', which {name} cannot do: use true"
+        )
+    raise ConfigError(
+        f"gradient_checkpointing is on, but {name} has no attribute of that name to set: "
+        "turn it off, or give the model one"
+    )
+
+
 @contextlib.contextmanager
-def gradient_checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
+def gradient_checkpointing(model: nn.Module, wanted: bool | str) -> Iterator[None]:
     """Recompute activations in the backward while inside, through the model's own switch."""
     before = is_checkpointing(model)
     if wanted:
-        set_checkpointing(model, True)
+        set_checkpointing(model, wanted)
     try:
         yield
     finally:

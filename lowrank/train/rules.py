@@ -52,7 +52,7 @@ STEPS_OR_SHARE = Rule(
 TEXT = Rule("a text that is not empty", (str,), bool)
 SEED = Rule("a whole number from 0 to below 2**63", (int,), lambda v: 0 <= v < 2**63)
 
-# a field whose default is true or false is a SWITCH and need not be here
+# a field that is not here is a SWITCH
 RULES: dict[str, Rule] = {
     "output_dir": Rule("a path", (str, Path), lambda v: bool(str(v))),
     "learning_rate": NOT_NEGATIVE,
@@ -73,6 +73,9 @@ RULES: dict[str, Rule] = {
     "loraplus_lr_ratio": optional(POSITIVE),
     "loraplus_lr_embedding": POSITIVE,
     "max_grad_norm": NOT_NEGATIVE,
+    "gradient_checkpointing": Rule(
+        "true, false or 'selective'", (bool, str), lambda v: v in (True, False, "selective")
+    ),
     "max_length": WHOLE,
     "eval_strategy": optional(one_of(("no", "steps", "epoch"))),
     "eval_steps": optional(
@@ -126,8 +129,7 @@ def respell(config: Any, other: str, value: Any) -> None:
 def check_fields(config: Any) -> None:
     """ConfigError naming the first field of the dataclass whose value cannot be."""
     for field in fields(config):
-        rule = SWITCH if isinstance(field.default, bool) else RULES[field.name]
-        _check(field.name, rule, getattr(config, field.name))
+        _check(field.name, RULES.get(field.name, SWITCH), getattr(config, field.name))
 
 
 def check_together(config: Any) -> None:

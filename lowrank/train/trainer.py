@@ -15,18 +15,23 @@ from lowrank.data.examples import Formatting
 from lowrank.data.segments import Tokenizer
 from lowrank.errors import ConfigError, TrainingError
 from lowrank.io.versions import versions
-from lowrank.surgery.checkpointing import can_checkpoint
 from lowrank.train.best import Best
 from lowrank.train.callbacks import Callback, Callbacks
 from lowrank.train.config import TrainConfig
 from lowrank.train.dataset import Data, model_number, tokenized
 from lowrank.train.evaluation import ComputeMetrics, Evaluation
 from lowrank.train.feed import Feed
-from lowrank.train.gradients import check_values, gradient_checkpointing, trainable_parameters
+from lowrank.train.gradients import (
+    check_checkpointing,
+    check_values,
+    gradient_checkpointing,
+    trainable_parameters,
+)
 from lowrank.train.history import History
 from lowrank.train.interrupt import Interrupt
 from lowrank.train.loop import Loop
 from lowrank.train.loss import batch_loss, packs
+from lowrank.train.offload import offloaded
 from lowrank.train.packing import check_packing
 from lowrank.train.precision import Precision, check_master_weights
 from lowrank.train.record import Record, TrainResult
@@ -63,11 +68,7 @@ class Trainer:
         formatting_func: Formatting | None = None,
     ) -> None:
         check_output_dir(config.output_dir, config.overwrite_output_dir)
-        if config.gradient_checkpointing and not can_checkpoint(model):
-            raise ConfigError(
-                f"gradient_checkpointing is on, but {type(model).__name__} has no attribute "
-                "of that name to set: turn it off, or give the model one"
-            )
+        check_checkpointing(model, config.gradient_checkpointing)
         if tokenizer is not None and processing_class is not None:
             raise ConfigError("tokenizer and processing_class are one setting: leave one out")
         check_installed(tracker_names(config.report_to))
@@ -85,6 +86,8 @@ class Trainer:
         if config.packing and not self._end_to_end:
             check_packing(model, self.train_data)
         self._batch_loss = batch_loss(model)
+        if config.activation_offloading:
+            self._batch_loss = offloaded(self._batch_loss, model, self.device)
         self.precision = Precision(config, self.device)
         self.feed = self._feed_of(self.train_data, config.per_device_train_batch_size)
         self.total_steps = config.max_steps

@@ -363,6 +363,10 @@ def test_gradient_checkpointing_is_switched_on_and_back(tmp_path, generator):
         ConfigError, match="gradient_checkpointing is on, but Small has no attribute"
     ):
         Trainer(Small(), config(tmp_path / "b", gradient_checkpointing=True), rows)
+    with pytest.raises(ConfigError, match="'selective', which Switched cannot do: use true"):
+        Trainer(model, config(tmp_path / "c", gradient_checkpointing="selective"), rows)
+    with pytest.raises(ConfigError, match="the model is on cpu, so there is nothing to move"):
+        Trainer(model, config(tmp_path / "d", activation_offloading=True), rows)
 
 
 def test_what_cannot_be_trained_is_refused_before_any_file_is_made(tmp_path, generator):
