@@ -30,22 +30,18 @@ def read(source: Any) -> Found:
             if names.endswith(ending):
                 return reader(path)
         return _json(path)
-    got = type(source).__name__
+    remedy = "pass a list"
     if isinstance(source, Mapping):  # a DatasetDict is one
-        some = next(iter(source), None)
-        raise DataError(
-            f"data must be a path or a sequence of dicts; got {got}: pass a list, or one part of "
-            f"it, such as data[{some!r}]"
-        )
-    if hasattr(source, "iloc"):
-        raise DataError(f"data must be a path or a sequence of dicts; got {got}: pass "
-                        "data.to_dict('records')")  # fmt: skip
-    if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
-        raise DataError(
-            f"data must be a path or a sequence of dicts; got {got}: pass list(data)"
-            if hasattr(source, "__iter__")
-            else f"data must be a path or a sequence of dicts; got {got}: pass a list"
-        )
+        remedy = f"pass a list, or one part of it, such as data[{next(iter(source), None)!r}]"
+    elif hasattr(source, "iloc"):
+        remedy = "pass data.to_dict('records')"
+    elif hasattr(source, "__len__") and hasattr(source, "__getitem__"):
+        remedy = ""
+    elif hasattr(source, "__iter__"):
+        remedy = "pass list(data)"
+    if remedy:
+        got = type(source).__name__
+        raise DataError(f"data must be a path or a sequence of dicts; got {got}: {remedy}")
     # by iteration: that is many times faster than by index where rows are stored as columns
     return ((f"example {i}", row) for i, row in zip(range(len(source)), source, strict=False))
 

@@ -125,3 +125,16 @@ def test_best_fit_decreasing(lengths, capacity):
         filled.append(max(fitting, default=0) + length)
     assert sorted(i for pack in packs for i in pack) == list(range(len(lengths)))
     assert sorted(sum(lengths[i] for i in pack) for pack in packs) == sorted(filled)
+
+
+# datasets' own, when it hashes a step from one data set to the next
+@pytest.mark.filterwarnings("ignore:Cannot locate reference")
+def test_packs_are_as_full_as_those_of_trl():
+    datasets = pytest.importorskip("datasets", reason="needs datasets: pip install datasets")
+    trl = pytest.importorskip("trl.data_utils", reason="the oracle; pip install trl")
+    many = lengths(500)
+    rows = datasets.Dataset.from_dict({"input_ids": [[1] * length for length in many]})
+    theirs = trl.pack_dataset(rows, seq_length=64, strategy="bfd")
+    packs = best_fit_decreasing(many, range(500), 64)
+    filled = sorted(sum(many[i] for i in pack) for pack in packs)
+    assert filled == sorted(map(len, theirs["input_ids"]))

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 import lowrank
+from lowrank.data import load_examples
 from lowrank.data.chat import render_chat
 from lowrank.errors import MissingPackageError
 
@@ -15,6 +16,7 @@ from lowrank.errors import MissingPackageError
         ("gguf", lambda folder: lowrank.load_model(folder / "m.gguf")),
         ("tokenizers", lambda folder: lowrank.load_tokenizer(folder)),
         ("huggingface_hub", lambda folder: lowrank.load_model("owner/name")),
+        ("pyarrow", lambda folder: load_examples(folder / "data.parquet")),
         ("jinja2", lambda folder: render_chat([], "{{ messages }} without jinja2")),
     ],
 )
