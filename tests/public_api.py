@@ -8,6 +8,7 @@ from typing_extensions import assert_type
 
 import lowrank
 from lowrank import quant
+from lowrank.optim import Budget, PagedAdamW, PagedAdamW8bit, PagedLion8bit
 from lowrank.quant import bitsandbytes
 from lowrank.train import TrainConfig, Trainer
 
@@ -68,6 +69,14 @@ def methods(model: nn.Module) -> None:
     assert_type(lowrank.initialize_eva(model, [{"input_ids": ids}, ids]), nn.Module)
     assert_type(lowrank.convert_to_lora(model, lowrank.open_weights("path")), nn.Module)
     torch.optim.AdamW(lowrank.lora_plus_groups(model, lr=1e-4, ratio=16))
+
+
+def optimizing(model: nn.Module) -> None:
+    shared = Budget(2**30)
+    PagedAdamW8bit(model.parameters(), lr=2e-4, device_budget=shared, host_budget=2**34)
+    optimizer = PagedAdamW(model.named_parameters(), 2e-4, host_budget=2**28, page_dir="pages")
+    PagedLion8bit([{"params": list(model.parameters()), "lr": 1e-5}], device_budget=shared)
+    assert_type(optimizer.evict(), int)
 
 
 def quantizing(w: Tensor) -> None:

@@ -1,0 +1,98 @@
+"""Whose states are where: parameters of one device, and the chunks of its store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+
+import torch
+from torch import Tensor
+
+from lowrank.optim.layout import Chunk, Part, plan
+from lowrank.optim.pages import PageStore
+from lowrank.optim.rules import Rule
+
+States = dict[str, Tensor]
+
+
+class Ledger:
+    """The states of parameters in the chunks of a store, laid out when they are first wanted."""
+
+    def __init__(self, store: PageStore) -> None:
+        self.store = store
+        self._chunks: list[Chunk] = []
+        self._where: dict[Tensor, list[int]] = {}
+        self._rules: dict[Tensor, Rule] = {}
+
+    def __contains__(self, p: Tensor) -> bool:
+        return p in self._where
+
+    def visit(
+        self, rule: Rule, params: Sequence[Tensor]
+    ) -> Iterator[tuple[list[Part], dict[str, list[Tensor]]]]:
+        """Parts of these parameters and their states, until all of them were there once.
+
+        The states may be changed until the next parts are asked for.
+        """
+        self._lay_out(rule, params)
+        wanted = set(params)
+        numbers = dict.fromkeys(number for p in params for number in self._where[p])
+        with closing(self.store.visit(list(numbers))) as visits:
+            for some in visits:
+                parts: list[Part] = []
+                states: dict[str, list[Tensor]] = {}
+                for number, memory, blank in some:
+                    chunk = self._chunks[number]
+                    if blank:
+                        chunk.fill(memory)
+                    for part in chunk.parts:
+                        if part.p in wanted:
+                            parts.append(part)
+                            for name, place in part.places.items():
+                                states.setdefault(name, []).append(place.view(memory))
+                yield parts, states
+
+    def read(self, params: Sequence[Tensor]) -> dict[Tensor, States]:
+        """Copies of the states of these parameters, in the host's memory."""
+        host = torch.device("cpu")
+        made: dict[Tensor, States] = {}
+        for p in params:
+            made[p] = {name: s.make(host) for name, s in self._rules[p].states(p).items()}
+        numbers = dict.fromkeys(number for p in params for number in self._where[p])
+        for number in numbers:
+            content = self.store.read(number)
+            for part in self._chunks[number].parts:
+                if content is not None and part.p in made:
+                    for name, place in part.places.items():
+                        place.share(made[part.p][name]).copy_(place.view(content))
+        return made
+
+    def write(self, states: Mapping[Tensor, tuple[Rule, Mapping[str, Tensor]]]) -> None:
+        """Make these, of parameters that had none here, their states."""
+        alike: dict[Rule, list[Tensor]] = {}
+        for p, (rule, _) in states.items():
+            alike.setdefault(rule, []).append(p)
+        for rule, params in alike.items():
+            self._lay_out(rule, params)
+        for number, chunk in enumerate(self._chunks):
+            content = torch.empty(chunk.size, dtype=torch.uint8, device="cpu")
+            chunk.fill(content)
+            for part in chunk.parts:
+                tensors = states[part.p][1]
+                for name, place in part.places.items():
+                    place.view(content).copy_(place.share(tensors[name].contiguous()))
+            self.store.write(number, content)
+
+    def _lay_out(self, rule: Rule, params: Sequence[Tensor]) -> None:
+        new = [p for p in params if p not in self._where]
+        if not new:
+            return
+        chunks = plan(rule, new, self.store.chunk_bytes)
+        numbers = self.store.add([chunk.size for chunk in chunks])
+        self._chunks += chunks
+        for p in new:
+            self._where[p], self._rules[p] = [], rule
+        for number, chunk in zip(numbers, chunks, strict=True):
+            for part in chunk.parts:
+                if number not in self._where[part.p][-1:]:
+                    self._where[part.p].append(number)

@@ -1,0 +1,340 @@
+"""Where the state of paged optimizers lies: chunks on the device, in host memory or in a file."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowrank.errors import ConfigError, TrainingError
+
+from .budget import Budget, Memory
+from .homes import Homes
+from .rings import DeviceRing, MappedRing, Ring
+from .streams import streams_of
+from .tiers import Home, anonymous
+
+logger = logging.getLogger("lowrank.optim")
+
+LARGEST, SMALLEST = 8 << 20, 64 << 10  # bytes of a chunk
+SHARE = 4  # of a budget that is not large, one chunk takes this part
+CALM_STEPS = 50  # without a shortage before chunks come back; twice as many each time they do
+
+
+class Visit(NamedTuple):
+    """A chunk while its memory may be read and written on the device; `blank`: never written."""
+
+    chunk: int
+    memory: Tensor
+    blank: bool
+
+
+@dataclass(eq=False)
+class _Chunk:
+    size: int
+    near: bool
+    memory: Tensor | None = None  # on the device, if near and not blank
+    home: Home | None = None  # if not near; a page of the file stays with the chunk
+    blank: bool = True
+
+
+class PageStore:
+    """Chunks of bytes on `device` as far as its budget goes, the others at home on the host.
+
+    `device_budget` is what chunks and the slots that they pass through take on the device together;
+    `host_budget` what they take in the host's memory. What fits neither is in a file without a name
+    in `page_dir`. On a CPU both budgets are of the same memory, and the smaller counts. Without
+    budgets everything is on the device until its memory is short.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        device_budget: Budget,
+        host_budget: Budget,
+        page_dir: str | Path | None = None,
+    ) -> None:
+        self.device = device
+        self.chunk_bytes = chunk_bytes(device_budget, host_budget)
+        self._streams = streams_of(device)
+        self._budget, self._name = device_budget, "device_budget"
+        if self._streams is None and host_budget.limit < device_budget.limit:
+            self._budget, self._name = host_budget, "host_budget"
+        self._homes = Homes(self._streams is not None, host_budget, page_dir, self.chunk_bytes)
+        self._slots = self._homes.slots
+        self._memory = Memory(device)
+        self._chunks: list[_Chunk] = []
+        self._ring: Ring | None = None
+        self._process = os.getpid()
+        self._failed, self._stuck = "", False
+        self._calm, self._patience = 0, CALM_STEPS
+
+    def add(self, sizes: Sequence[int]) -> range:
+        """The numbers of new chunks of `sizes` bytes, at most `chunk_bytes` each.
+
+        What will not be on the device has its home from now on: raises ConfigError where there is
+        no room, and has added none of them then.
+        """
+        self._check()
+        near = [True] * len(sizes)
+        homes: list[Home] = []
+        if self._ring is not None or not self._budget.take(self, sum(sizes)):
+            self._open_ring()
+            near = [self._budget.take(self, size) for size in sizes]
+            try:
+                homes = self._homes.new([s for s, n in zip(sizes, near, strict=True) if not n])
+            except BaseException:
+                self._budget.give(self, sum(s for s, n in zip(sizes, near, strict=True) if n))
+                raise
+        first, left = len(self._chunks), iter(homes)
+        for size, is_near in zip(sizes, near, strict=True):
+            self._chunks.append(_Chunk(size, is_near, home=None if is_near else next(left)))
+        return range(first, len(self._chunks))
+
+    def visit(self, numbers: Sequence[int]) -> Iterator[list[Visit]]:
+        """The chunks of these numbers a few at a time, each with its memory on the device.
+
+        What is computed with that before the next few are asked for may change it. Chunks at home
+        come ahead of their turn and go back after it; those on the device are spread among them.
+        """
+        self._check()
+        self._allocate([self._chunks[i] for i in numbers])
+        near = [i for i in numbers if self._chunks[i].near]
+        away = [i for i in numbers if not self._chunks[i].near]
+        turns = max(len(away), 1)
+        begun = taken = given = 0
+        try:
+            for turn in range(turns):
+                while begun < min(len(away), given + self._slots):
+                    self._begin(away[begun])
+                    begun += 1
+                visits = [
+                    self._visit(i)
+                    for i in near[turn * len(near) // turns : (turn + 1) * len(near) // turns]
+                ]
+                if away:
+                    visits.append(self._visit(away[turn]))
+                    taken += 1
+                yield visits
+                for visit in visits:
+                    self._chunks[visit.chunk].blank = False
+                if away:
+                    self._give(away[turn])
+                    given += 1
+            if self._ring is not None:
+                self._ring.settle()
+        except OSError as error:
+            self._failed = str(error)
+            raise TrainingError(
+                f"optimizer state was lost: {error}; go on from the last checkpoint"
+            ) from error
+        except BaseException:
+            for i in away[given:taken]:
+                self._give(i)
+            for i in away[taken:begun]:  # nothing stays on its way
+                self._visit(i)
+                self._give(i)
+            raise
+
+    def shrink(self, nbytes: int | None) -> int:
+        """Move chunks home until `nbytes` of the device are free or only a ring is left there.
+
+        None: all of them. Returns the bytes that are free now and were not before.
+        """
+        self._check()
+        ring = 0 if self._ring is not None else self._slots * self.chunk_bytes
+        held = sum(chunk.size for chunk in self._chunks if chunk.near)
+        if held <= ring:
+            return 0
+        freed = self._move_home(held if nbytes is None else nbytes + ring)
+        if self._ring is None:
+            self._open_ring()
+            freed -= self._slots * self.chunk_bytes
+        self._calm = 0
+        return freed
+
+    def settle(self) -> None:
+        """After a step: move chunks home if memory is short, or back once it long was not."""
+        left = self._memory.left()
+        if left < 0:
+            self._calm = 0
+            if not self._stuck:
+                self._relieve(-left)
+            return
+        self._calm += 1
+        if self._calm < self._patience or self._ring is None:
+            return
+        self._calm = 0
+        if self._move_back(left // 2):
+            self._patience *= 2  # memory that is short again and again is not asked so often
+
+    def read(self, number: int) -> Tensor | None:
+        """A copy of a chunk in the host's memory; None if it was never written."""
+        self._check()
+        chunk = self._chunks[number]
+        if chunk.blank:
+            return None
+        if self._ring is not None:
+            self._ring.drain()
+        if chunk.near:
+            assert chunk.memory is not None
+            return chunk.memory.to("cpu", copy=True)
+        assert chunk.home is not None
+        copy = torch.empty(chunk.size, dtype=torch.uint8, device="cpu")
+        chunk.home.get(copy)
+        return copy
+
+    def write(self, number: int, content: Tensor) -> None:
+        """Put `content`, uint8 of the chunk's size in the host's memory, into a chunk."""
+        self._check()
+        chunk = self._chunks[number]
+        if self._ring is not None:
+            self._ring.drain()
+        self._allocate([chunk])
+        if chunk.near:
+            assert chunk.memory is not None
+            chunk.memory.copy_(content)
+        else:
+            assert chunk.home is not None
+            chunk.home.put(content)
+        chunk.blank = False
+
+    def _relieve(self, nbytes: int) -> None:
+        try:
+            freed = self.shrink(nbytes)
+        except ConfigError as error:  # no home for them: they stay, as nothing but speed was asked
+            self._stuck = True
+            logger.warning("memory of %s is short, and %s", self.device, error)
+            return
+        if freed:
+            logger.info(
+                "memory of %s is short: %s bytes of optimizer state left it",
+                self.device,
+                f"{freed:,}",
+            )
+
+    def _check(self) -> None:
+        if self._failed:
+            raise TrainingError(
+                f"optimizer state was lost: {self._failed}; go on from the last checkpoint"
+            )
+        if self._homes.may_file and os.getpid() != self._process:
+            raise TrainingError(
+                f"this optimizer's pages belong to process {self._process}, which forked this one: "
+                "make the optimizer in the process that steps it"
+            )
+
+    def _begin(self, number: int) -> None:
+        chunk = self._chunks[number]
+        assert self._ring is not None and chunk.home is not None
+        self._ring.begin(chunk.home, load=not chunk.blank)
+
+    def _visit(self, number: int) -> Visit:
+        chunk = self._chunks[number]
+        if chunk.near:
+            assert chunk.memory is not None
+            return Visit(number, chunk.memory, chunk.blank)
+        assert self._ring is not None and chunk.home is not None
+        return Visit(number, self._ring.take(chunk.home), chunk.blank)
+
+    def _give(self, number: int) -> None:
+        chunk = self._chunks[number]
+        assert self._ring is not None and chunk.home is not None
+        self._ring.give(chunk.home)
+
+    def _allocate(self, chunks: Sequence[_Chunk]) -> None:
+        """Memory for chunks that are to be on the device; where that is short, they go home."""
+        for chunk in chunks:
+            while chunk.near and chunk.memory is None:
+                try:
+                    chunk.memory = self._new(chunk.size)
+                except torch.OutOfMemoryError:
+                    if not self.shrink(sum(c.size for c in chunks if c.near and c.memory is None)):
+                        raise
+
+    def _new(self, nbytes: int) -> Tensor:
+        if self._streams is None:
+            return anonymous(nbytes)
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def _open_ring(self) -> None:
+        """Make room for the slots, of this store's chunks first, then of others'."""
+        if self._ring is not None:
+            return
+        missing = self._budget.taken + self._slots * self.chunk_bytes - self._budget.limit
+        if missing > 0:
+            self._move_home(int(missing))
+        self._slots = self._budget.slots(self, self.chunk_bytes, self._name, self._slots)
+        if self._streams is None:
+            self._ring = MappedRing()
+            return
+        slots = [self._new(self.chunk_bytes) for _ in range(self._slots)]
+        self._ring = DeviceRing(self._streams, slots, self._homes.staging)
+
+    def _close_ring(self) -> None:
+        assert self._ring is not None
+        self._ring.drain()
+        self._ring = None
+        self._budget.give(self, self._slots * self.chunk_bytes)
+
+    def _move_home(self, nbytes: int) -> int:
+        """The last chunks on the device, until they were `nbytes`; returns what they were."""
+        moved: list[_Chunk] = []
+        for chunk in reversed(self._chunks):
+            if sum(c.size for c in moved) >= nbytes:
+                break
+            if chunk.near:
+                moved.append(chunk)
+        homeless = [chunk for chunk in moved if chunk.home is None]
+        for chunk, home in zip(homeless, self._homes.new([c.size for c in homeless]), strict=True):
+            chunk.home = home
+        for chunk in moved:
+            assert chunk.home is not None
+            if chunk.memory is not None and not chunk.blank:
+                chunk.home.put(chunk.memory)  # and wait: the memory is somebody else's after this
+            chunk.memory, chunk.near = None, False
+            self._budget.give(self, chunk.size)
+        if self._streams is None:
+            self._homes.sync()  # else the page cache would have what the process gave
+        return sum(chunk.size for chunk in moved)
+
+    def _move_back(self, nbytes: int) -> bool:
+        """Chunks at home to the device, as far as `nbytes` and the budget go; whether any went."""
+        assert self._ring is not None
+        self._ring.drain()
+        away = [chunk for chunk in self._chunks if not chunk.near]
+        moved = 0
+        for chunk in away:
+            nbytes -= chunk.size
+            if nbytes < 0 or not self._budget.take(self, chunk.size):
+                break
+            assert chunk.home is not None
+            chunk.memory, chunk.near = self._new(chunk.size), True
+            if not chunk.blank:
+                chunk.home.get(chunk.memory)
+            if not chunk.home.mapped:  # a place in the file stays its own
+                self._homes.free(chunk.home)
+                chunk.home = None
+            moved += 1
+        if moved == len(away):
+            self._close_ring()
+        return moved > 0
+
+
+def chunk_bytes(*budgets: Budget) -> int:
+    """What a chunk may take: 8 MiB, or less of a budget of less than four such."""
+    limit = min(budget.limit for budget in budgets)
+    if limit < 2 * SMALLEST:
+        raise ConfigError(
+            f"budget: expected at least {2 * SMALLEST:,} bytes, two chunks; got {limit:,}"
+        )
+    size = LARGEST
+    while size > SMALLEST and size * SHARE > limit:
+        size //= 2
+    return size
