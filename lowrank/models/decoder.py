@@ -175,6 +175,7 @@ class Decoder(nn.Module):
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         copies: int | None = None,
+        label_smoothing: float = 0.0,
     ) -> Tensor:
         """Sum over labelled tokens of the next-token cross entropy, a float32 scalar.
 
@@ -198,11 +199,11 @@ class Decoder(nn.Module):
         h = self._hidden(input_ids, attention_mask, position_ids, None, rows)
         x, target = self.model.norm(h.flatten(0, 1)), target.index_select(0, rows)  # [T, H], [T]
         if copies is None:
-            return _head_loss(self.lm_head, x, target)
+            return _head_loss(self.lm_head, x, target, label_smoothing)
         if len(target) % copies:
             raise ShapeError(f"copies: expected a batch repeated {copies} times; it is not")
         parts = zip(x.chunk(copies), target.chunk(copies), strict=True)
-        return torch.stack([_head_loss(self.lm_head, *part) for part in parts])
+        return torch.stack([_head_loss(self.lm_head, *part, label_smoothing) for part in parts])
 
     def _hidden(
         self,
@@ -258,15 +259,31 @@ def _rows_to_keep(keep: int | Tensor, B: int, S: int, device: torch.device) -> T
     return (torch.arange(B, device=device)[:, None] * S + along).flatten()
 
 
-def _head_loss(head: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-    """Sum of the cross entropy of head(x), x [T, H], at target [T]; logits in chunks of rows."""
+def _head_loss(head: nn.Module, x: Tensor, target: Tensor, smoothing: float) -> Tensor:
+    """Sum of the cross entropy of head(x), x [T, H], at target [T]; logits in chunks of rows.
+
+    With `smoothing` e, target t is a distribution of 1 - e on t and e spread over all words.
+    """
     if type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad:
-        return linear_cross_entropy(x.to(head.weight.dtype), head.weight, target)
+        x = x.to(head.weight.dtype)
+        loss = linear_cross_entropy(x, head.weight, target)
+        return loss + smoothing * _over_the_mean(x, head.weight, target) if smoothing else loss
 
     def chunk_loss(x: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(head(x).float(), target, reduction="sum")
+        logits = head(x).float()
+        return F.cross_entropy(logits, target, reduction="sum", label_smoothing=smoothing)
 
     total = x.new_zeros((), dtype=torch.float32)
     for x_chunk, target_chunk in zip(x.split(_CHUNK_ROWS), target.split(_CHUNK_ROWS), strict=True):
         total = total + checkpoint(chunk_loss, x_chunk, target_chunk, use_reentrant=False)
     return total
+
+
+def _over_the_mean(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Sum over rows of x [T, H] of the target's logit over the mean of all logits of weight [V, H].
+
+    Smoothing moves a loss by a share of it, as log-sum-exp is the same for every word: without a
+    logit of the others, since the mean of all logits is the logit of the mean of all weights.
+    """
+    over = weight[target].float() - weight.mean(0, dtype=torch.float32)
+    return (x.float() * over).sum()

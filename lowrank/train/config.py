@@ -42,6 +42,10 @@ class TrainConfig:
     gradient_checkpointing: recompute activations in the backward: less memory, more time. True
         keeps the input of each block; selective, for our decoders, a little more for less time.
     activation_offloading: keep what is left of them in pinned host memory; for a GPU.
+    label_smoothing_factor: share of each token that is learned as any word; the held-out loss has
+        none of it.
+    neftune_noise_alpha: NEFTune: noise of alpha / sqrt(tokens * width) on the embeddings of what is
+        learned from; 5 is usual. None: no noise.
     max_length: tokens an example may have; longer ones are cut.
     padding_free: lay the examples of a batch end to end, if the model confines attention to each.
     packing: fill rows of max_length tokens with whole examples, each attending to itself alone; a
@@ -67,6 +71,8 @@ class TrainConfig:
     project: what that files the run under.
     run_name: what that calls the run; None: the name of output_dir.
     seed: of the order of the examples and of dropout.
+    data_seed: of the order of the examples alone. None: seed.
+    full_determinism: deterministic algorithms only, on a GPU too; slower.
     """
 
     output_dir: str | Path
@@ -93,6 +99,8 @@ class TrainConfig:
     fp16: bool = False
     gradient_checkpointing: bool | Literal["selective"] = False
     activation_offloading: bool = False
+    label_smoothing_factor: float = 0.0
+    neftune_noise_alpha: float | None = None
     max_length: int = 1024
     padding_free: bool = True
     packing: bool = False
@@ -114,6 +122,8 @@ class TrainConfig:
     project: str = "lowrank"
     run_name: str | None = None
     seed: int = 42
+    data_seed: int | None = None
+    full_determinism: bool = False
 
     # the names that transformers has given up, or has come to
     evaluation_strategy: InitVar[str | None] = None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lowrank.data import Batch
 from lowrank.data.tokens import IGNORED
-from lowrank.errors import ShapeError
+from lowrank.errors import ConfigError, ShapeError
 
 # the batch -> the sum over its labelled tokens of the next-token cross entropy, fp32, a scalar
 BatchLoss = Callable[[Batch], Tensor]
@@ -22,8 +22,10 @@ def packs(model: nn.Module) -> bool:
     return bool(getattr(model, "supports_packing", False)) and hasattr(model, "loss")
 
 
-def batch_loss(model: nn.Module) -> BatchLoss:
+def batch_loss(model: nn.Module, label_smoothing: float = 0.0) -> BatchLoss:
     """How to get this model's loss of a batch: the sum of -log p(labels[s] | input_ids[:s]).
+
+    With `label_smoothing` e it is (1 - e) of that and e of the mean of -log p over all words.
 
     A model that packs has `loss(input_ids, labels, position_ids=, attention_mask=)`, which returns
     that sum over the labels that are not -100. Any other is called with input_ids, also with
@@ -31,6 +33,12 @@ def batch_loss(model: nn.Module) -> BatchLoss:
     With packs it is given position_ids and a mask [B, 1, S, S] to add to the scores of attention.
     """
     if packs(model):
+        options = {"label_smoothing": label_smoothing} if label_smoothing else {}
+        if not options.keys() <= inspect.signature(model.loss).parameters.keys():
+            raise ConfigError(
+                f"label_smoothing_factor is {label_smoothing}, but {type(model).__name__}.loss has "
+                "no argument label_smoothing: leave it at 0, or give it one"
+            )
 
         def loss(batch: Batch) -> Tensor:
             return model.loss(
@@ -38,11 +46,12 @@ def batch_loss(model: nn.Module) -> BatchLoss:
                 batch.labels,
                 position_ids=batch.position_ids,
                 attention_mask=batch.attention_mask,
+                **options,
             )
 
         return loss
 
-    return lambda batch: next_token_loss(logits_of(model, batch), batch.labels)
+    return lambda batch: next_token_loss(logits_of(model, batch), batch.labels, label_smoothing)
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -61,7 +70,7 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
     return getattr(output, "logits", output)
 
 
-def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def next_token_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Sum of -log softmax(logits[b, s - 1])[labels[b, s]] over labels but -100.
 
     logits [B, S, V], labels [B, S]; computed in float32, or float64 if the logits are.
@@ -75,4 +84,5 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     rows, places = torch.nonzero(labels[:, 1:] != IGNORED, as_tuple=True)
     chosen = logits[rows, places]  # [T, V]
     chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
-    return F.cross_entropy(chosen, labels[rows, places + 1], reduction="sum")
+    wanted = labels[rows, places + 1]
+    return F.cross_entropy(chosen, wanted, reduction="sum", label_smoothing=label_smoothing)

@@ -76,6 +76,8 @@ RULES: dict[str, Rule] = {
     "gradient_checkpointing": Rule(
         "true, false or 'selective'", (bool, str), lambda v: v in (True, False, "selective")
     ),
+    "label_smoothing_factor": BELOW_ONE,
+    "neftune_noise_alpha": optional(POSITIVE),
     "max_length": WHOLE,
     "eval_strategy": optional(one_of(("no", "steps", "epoch"))),
     "eval_steps": optional(
@@ -101,6 +103,7 @@ RULES: dict[str, Rule] = {
     "project": TEXT,
     "run_name": optional(TEXT),
     "seed": SEED,
+    "data_seed": optional(SEED),
 }
 
 SCHEDULE_RULES: dict[str, Rule] = {

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 
 from lowrank.data import Sampler, TokenizedExamples
@@ -31,12 +30,14 @@ from lowrank.train.history import History
 from lowrank.train.interrupt import Interrupt
 from lowrank.train.loop import Loop
 from lowrank.train.loss import batch_loss, packs
+from lowrank.train.neftune import input_embedding, neftune
 from lowrank.train.offload import offloaded
 from lowrank.train.packing import check_packing
 from lowrank.train.precision import Precision, check_master_weights
 from lowrank.train.record import Record, TrainResult
 from lowrank.train.remedies import Remedies, is_out_of_memory, out_of_memory
 from lowrank.train.run import CONFIG, RESULTS, RunDirectory, check_output_dir
+from lowrank.train.seeds import deterministic, set_seed
 from lowrank.train.trackers import Trackers, check_installed, tracker_names
 from lowrank.train.update import Update
 
@@ -85,9 +86,11 @@ class Trainer:
         self._end_to_end = packs(model) and (config.padding_free or config.packing)
         if config.packing and not self._end_to_end:
             check_packing(model, self.train_data)
-        self._batch_loss = batch_loss(model)
+        self._batch_loss = batch_loss(model, config.label_smoothing_factor)
         if config.activation_offloading:
             self._batch_loss = offloaded(self._batch_loss, model, self.device)
+        if config.neftune_noise_alpha is not None:
+            input_embedding(model)
         self.precision = Precision(config, self.device)
         self.feed = self._feed_of(self.train_data, config.per_device_train_batch_size)
         self.total_steps = config.max_steps
@@ -99,7 +102,7 @@ class Trainer:
         if self.eval_data is not None:
             feed = self._feed_of(self.eval_data, config.per_device_eval_batch_size)
             self.evaluation = Evaluation(
-                model, self._batch_loss, feed, self.precision, compute_metrics
+                model, batch_loss(model), feed, self.precision, compute_metrics
             )
         self._check_evaluated()
 
@@ -111,12 +114,12 @@ class Trainer:
         nothing is saved.
         """
         config = self.config
-        torch.manual_seed(config.seed)
+        set_seed(config.seed)
         was_training = self.model.training
         run = RunDirectory(config.output_dir, config.overwrite_output_dir)
         try:
             run.write_json(CONFIG, self.resolved())
-            with Interrupt() as interrupt:
+            with Interrupt() as interrupt, deterministic(config.full_determinism):
                 self.model.train()
                 with gradient_checkpointing(self.model, config.gradient_checkpointing):
                     result = self._run(run, interrupt)
@@ -166,8 +169,10 @@ class Trainer:
             evaluation=self.evaluation,
             best=best,
         )
+        noise = config.neftune_noise_alpha
         try:
-            loop.run()
+            with neftune(self.model, loop.batch_loss, noise) as loop.batch_loss:
+                loop.run()
         except BaseException as error:
             record.close(failed=True)
             if is_out_of_memory(error):
@@ -232,7 +237,7 @@ class Trainer:
             data.lengths,
             batch_size,
             config.gradient_accumulation_steps,
-            config.seed,
+            config.seed if config.data_seed is None else config.data_seed,
             pack_to=config.max_length if config.packing else None,
             group_by_length=config.group_by_length,
         )
