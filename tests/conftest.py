@@ -65,6 +65,14 @@ def minilm() -> Path:
     return path
 
 
+@pytest.fixture(autouse=True, scope="session")
+def cache_of_its_own(tmp_path_factory):
+    """No test reads or writes what the user's own runs keep."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOWRANK_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seed(request) -> int:
     """Seeds torch and random; LOWRANK_TEST_SEED repeats a run, and a failing test reports it."""

@@ -52,13 +52,13 @@ def tokenized(
         "vocab_size": model_number(model, "vocab_size"),
     }
     path = _cache_path(config, examples, tokenizer, options)
-    found = None if path is None else load_tokens(path)
+    found = None if path is None else load_tokens(path, examples)
     if found is None:
         begin = time.perf_counter()
         found = tokenize_all(examples, tokenizer, **options)
         took = time.perf_counter() - begin
         if path is not None and (not _is_auto(config) or took > _WORTH_KEEPING):
-            save_tokens(path, found)
+            save_tokens(path, found, examples)
     for note in found.notes:
         logger.warning("%s data: %s", what, note)
     if found.truncated and context is not None and context < config.max_length:

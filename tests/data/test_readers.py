@@ -136,8 +136,6 @@ def test_a_damaged_parquet_is_named(tmp_path):
         load_examples(tmp_path / "folder.parquet")
 
 
-# datasets' own, when it hashes a step from one data set to the next
-@pytest.mark.filterwarnings("ignore:Cannot locate reference")
 def test_data_sets_of_hugging_face():
     datasets = pytest.importorskip("datasets", reason="needs datasets: pip install datasets")
     rows = some("messages", 30)

@@ -127,8 +127,6 @@ def test_best_fit_decreasing(lengths, capacity):
     assert sorted(sum(lengths[i] for i in pack) for pack in packs) == sorted(filled)
 
 
-# datasets' own, when it hashes a step from one data set to the next
-@pytest.mark.filterwarnings("ignore:Cannot locate reference")
 def test_packs_are_as_full_as_those_of_trl():
     datasets = pytest.importorskip("datasets", reason="needs datasets: pip install datasets")
     trl = pytest.importorskip("trl.data_utils", reason="the oracle; pip install trl")
