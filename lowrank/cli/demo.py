@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         max_length=256,
         eval_steps=max(1, steps // 4),
     )
-    check_output_dir(config.output_dir, config.overwrite_output_dir)
+    check_output_dir(config.output_dir, config.overwrite_output_dir, config.resume)
     train, held_out = instruction_set()
     subset = spread(held_out, budget.held_out)
     shown = spread(subset, 3)

@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     settings, config, lora = resolve(args)
-    check_output_dir(config.output_dir, config.overwrite_output_dir)
+    check_output_dir(config.output_dir, config.overwrite_output_dir, config.resume)
     field = config.dataset_text_field
     train_data = load_examples(settings.data, field)
     eval_data = None if settings.eval_data is None else load_examples(settings.eval_data, field)

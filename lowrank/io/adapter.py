@@ -9,7 +9,7 @@ are modules that were trained whole, under the names that they have without an a
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,10 +92,14 @@ def push_adapter(
         return push_folder(folder, repo, message, private, revision, token)
 
 
-def _write_adapter(model: nn.Module, directory: Path, adapter: str) -> None:
+def adapter_writers(
+    model: nn.Module, adapter: str = "default", copied: bool = False
+) -> dict[str, Callable[[Path], None]]:
+    """What writes each file of an adapter, by its name. Raises what `save_adapter` raises.
+
+    copied: its values as they are now, in main memory, whatever becomes of them until it is called.
+    """
     check_adapters(model, [adapter])
-    if directory.exists() and not directory.is_dir():
-        raise FileFormatError(f"{directory}: expected a directory or nothing there; it is a file")
     if any(module.merged for module in adapted_modules(model).values()):
         raise ConfigError(
             "save_adapter: expected unmerged layers; the adapters are merged: call unmerge first, "
@@ -106,16 +110,26 @@ def _write_adapter(model: nn.Module, directory: Path, adapter: str) -> None:
     }
     config = config_of(model, layers, adapter)
     tensors = {PREFIX + name: t for name, t in tensors_of(model, config, adapter).items()}
-    metadata = metadata_of(layers) if config.starts_from_weight else {}
+    if copied:
+        tensors = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
     text = config_text(model, config, layers)
-    write_files(
-        directory,
-        {
-            CARD_FILE: lambda aside: _write(aside, card(config)),
-            WEIGHTS_FILE: lambda aside: write_safetensors(aside, tensors, metadata),
-            CONFIG_FILE: lambda aside: _write(aside, text),
-        },
-    )
+
+    def write_weights(path: Path) -> None:
+        metadata = metadata_of(layers) if config.starts_from_weight else {}
+        write_safetensors(path, tensors, metadata)
+
+    return {
+        CARD_FILE: lambda path: _write(path, card(config)),
+        WEIGHTS_FILE: write_weights,
+        CONFIG_FILE: lambda path: _write(path, text),
+    }
+
+
+def _write_adapter(model: nn.Module, directory: Path, adapter: str) -> None:
+    writers = adapter_writers(model, adapter)
+    if directory.exists() and not directory.is_dir():
+        raise FileFormatError(f"{directory}: expected a directory or nothing there; it is a file")
+    write_files(directory, writers)
 
 
 def load_adapter(

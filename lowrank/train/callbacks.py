@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lowrank.train.loop import Loop
@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 class Callback:
     """Override what you need; `loop` has model, config, history, update, and stop().
 
-    An exception ends the run, as one of the loop's own does.
+    An exception ends the run, as one of the loop's own does. What must outlive a kill goes through
+    `state_dict`, of numbers, text, lists, dicts and tensors, into every checkpoint.
     """
 
     def on_train_begin(self, loop: Loop) -> None:
@@ -26,6 +27,13 @@ class Callback:
 
     def on_train_end(self, loop: Loop) -> None:
         """After the last step, also if the run was stopped or interrupted before it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` is given when a run goes on from a checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Before on_train_begin of a run that goes on; not called if there was no such callback."""
 
 
 class Callbacks(Callback):
@@ -49,3 +57,20 @@ class Callbacks(Callback):
     def on_train_end(self, loop: Loop) -> None:
         for callback in self._all:
             callback.on_train_end(loop)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: callback.state_dict() for name, callback in self._named().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, callback in self._named().items():
+            if name in state:
+                callback.load_state_dict(state[name])
+
+    def _named(self) -> dict[str, Callback]:
+        """Each by its class, and its number among those of that class."""
+        found: dict[str, Callback] = {}
+        for callback in self._all:
+            name = type(callback).__name__
+            number = sum(n.partition(" ")[0] == name for n in found)
+            found[f"{name} {number}"] = callback
+        return found

@@ -105,7 +105,7 @@ def checkpoints(root: Path) -> list[Path]:
     try:
         # by the step of the name: clocks and times of files mean nothing
         steps = {path: step_of(path) for path in root.iterdir() if path.is_dir()}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     found = {path: step for path, step in steps.items() if step is not None}
     return sorted(found, key=found.__getitem__, reverse=True)

@@ -65,6 +65,10 @@ class TrainConfig:
     dataset_text_field: the field that holds the text of an example, where it is not "text".
     token_cache: a directory that keeps tokenized data for the next run; auto: the user's own, if
         tokenizing took over two seconds; none: nowhere.
+    save_strategy: no, or a checkpoint after every save_steps steps or every epoch; and at the end.
+    save_steps: steps between checkpoints.
+    save_total_limit: checkpoints that are kept, the newest; None: all.
+    resume: auto: go on from the newest checkpoint in output_dir, if any; or a checkpoint's path.
     logging_steps: steps between lines of the log; metrics.jsonl has every step.
     disable_tqdm: lines of the log in place of the progress bar, as where there is no terminal.
     report_to: what is told of every step: tensorboard, wandb, trackio, a list of them, or none.
@@ -116,6 +120,10 @@ class TrainConfig:
     assistant_only_loss: bool | None = None
     dataset_text_field: str | None = None
     token_cache: str | Path | None = "auto"
+    save_strategy: str = "steps"
+    save_steps: int = 500
+    save_total_limit: int | None = 2
+    resume: str | Path | None = None
     logging_steps: int = 10
     disable_tqdm: bool = False
     report_to: str | list[str] | None = None
@@ -129,11 +137,13 @@ class TrainConfig:
     evaluation_strategy: InitVar[str | None] = None
     max_seq_length: InitVar[int | None] = None
     activation_checkpointing: InitVar[bool | None] = None
+    resume_from_checkpoint: InitVar[str | Path | bool | None] = None
 
     SPELLINGS: ClassVar[dict[str, str]] = {
         "evaluation_strategy": "eval_strategy",
         "max_seq_length": "max_length",
         "activation_checkpointing": "gradient_checkpointing",
+        "resume_from_checkpoint": "resume",
     }
 
     def __post_init__(
@@ -141,10 +151,14 @@ class TrainConfig:
         evaluation_strategy: str | None,
         max_seq_length: int | None,
         activation_checkpointing: bool | None,
+        resume_from_checkpoint: str | Path | bool | None,
     ) -> None:
         respell(self, "evaluation_strategy", evaluation_strategy)
         respell(self, "max_seq_length", max_seq_length)
         respell(self, "activation_checkpointing", activation_checkpointing)
+        if isinstance(resume_from_checkpoint, bool):  # there, true means the newest
+            resume_from_checkpoint = "auto" if resume_from_checkpoint else None
+        respell(self, "resume_from_checkpoint", resume_from_checkpoint)
         check_fields(self)
         check_together(self)
 

@@ -1,15 +1,19 @@
-"""Ctrl-C as a wish: the first is noted, for the loop to act on; the second interrupts at once."""
+"""Signals as a wish: the first is noted, for the loop to act on; the second interrupts at once."""
 
 from __future__ import annotations
 
 import signal
 import threading
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 class Interrupt:
-    """A context in which the first SIGINT sets `requested` instead of raising KeyboardInterrupt.
+    """A context in which the first SIGINT (Ctrl-C) or SIGTERM only sets `requested`.
 
-    Only the main thread is given signals; in any other this does nothing.
+    SIGTERM is how schedulers and containers end a process, with some time to save. The second of
+    them raises KeyboardInterrupt. Only the main thread is given signals; in any other this does
+    nothing.
     """
 
     def __init__(self) -> None:
@@ -18,15 +22,14 @@ class Interrupt:
     def __enter__(self) -> Interrupt:
         self._main = threading.current_thread() is threading.main_thread()
         if self._main:
-            self._previous = signal.signal(signal.SIGINT, self._note)
+            self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._main:
-            # None: the previous handler was not set from Python
-            signal.signal(
-                signal.SIGINT, self._previous if self._previous is not None else signal.SIG_DFL
-            )
+            for number, previous in self._previous.items():
+                # None: the previous handler was not set from Python
+                signal.signal(number, previous if previous is not None else signal.SIG_DFL)
 
     def _note(self, number: int, frame: object) -> None:
         if self.requested:

@@ -20,7 +20,8 @@ LOCK = ".lock"
 
 
 class RunLock:
-    """Holds `directory` until closed; ConfigError if another run, of any process, has it.
+    """Holds `directory`, which it makes, until closed; ConfigError if another run, of this or any
+    process, has it, or if it cannot be written.
 
     The file names the process; it is the lock on it that counts, so one left by a kill is free.
     """
@@ -30,7 +31,7 @@ class RunLock:
         if fcntl is None:
             return
         while True:
-            handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            handle = self._open()
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -59,6 +60,16 @@ class RunLock:
             self._path.unlink(missing_ok=True)  # while it is held, so that nobody's goes
         os.close(self._handle)
         self._handle = None
+
+    def _open(self) -> int:
+        directory = self._path.parent
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise ConfigError(
+                f"output_dir {directory} cannot be written: {error.strerror}"
+            ) from None
 
     def _is_there(self, handle: int) -> bool:
         """Whether the file that was locked is still the one of that name."""

@@ -20,6 +20,8 @@ from lowrank.train.interrupt import Interrupt
 from lowrank.train.loss import BatchLoss
 from lowrank.train.precision import Precision
 from lowrank.train.record import Record
+from lowrank.train.resume import Resumed
+from lowrank.train.saving import Saver
 from lowrank.train.update import Update
 
 
@@ -44,19 +46,34 @@ class Loop:
     total_steps: int
     evaluation: Evaluation | None = None
     best: Best | None = None
+    saver: Saver | None = None
+    resumed: Resumed | None = None
     stopped: bool = False
 
     def run(self) -> None:
         """Take the steps, until the last, until stopped or until interrupted."""
+        saved = self.history.steps
+        if self.resumed is not None:
+            self.resumed.restore(self)
         self.callbacks.on_train_begin(self)
-        if not self.history.steps:
+        if self.resumed is not None:
+            self.resumed.restore_rng()
+        if self._evaluation_is_due():  # none is, in a run that goes on after one
             self._evaluate()
-        while self.history.steps < self.total_steps and not self.stopped:
-            if not self._step():
-                break
+        while not self._is_over():
+            self._step()
             if self._evaluation_is_due():
                 self._evaluate()
             self.callbacks.on_step_end(self)
+            if self.saver is not None:
+                self.saver.check()
+                if self._save_is_due():
+                    self.saver.save(self)
+                    saved = self.history.steps
+        if self.saver is not None:
+            if self.history.steps > saved:
+                self.saver.save(self)
+            self.saver.wait()
         if self.best is not None and self.best.restore():
             step, metric = self.history.best_step, self.history.best_metric
             self.record.say(f"what is kept is of step {step}, the best evaluation: {metric:.4f}")
@@ -66,32 +83,27 @@ class Loop:
         """End the run after this step."""
         self.stopped = True
 
-    def _step(self) -> bool:
-        """One optimizer step; False: interrupted before it was whole, and nothing has changed."""
+    def _step(self) -> None:
+        """One optimizer step; a signal waits until it is whole."""
         start, step = time.perf_counter(), self.history.steps
         rate = self.update.set_rate(step)
         batches = self.feed.of_step(self.history.samples)
         measured = self._gradient(batches)
-        while measured is not None and self._overflows(batches, *measured):
+        while self._overflows(batches, *measured):
             measured = self._gradient(batches)
-        if measured is None:
-            return False
         self.update.apply()
         losses, norm = measured
         seconds, loss = time.perf_counter() - start, sum(losses)
         self.history.add(batches, loss, seconds)
         self.record.step(batches, loss, norm, rate, seconds)
-        return True
 
-    def _gradient(self, batches: list[Batch]) -> tuple[list[float], float] | None:
+    def _gradient(self, batches: list[Batch]) -> tuple[list[float], float]:
         """The gradient of the step's mean loss in .grad; each batch's part of that loss, and the
-        gradient's norm before clipping. None: interrupted.
+        gradient's norm before clipping.
         """
         scale = 1.0 / sum(batch.labelled for batch in batches)
         losses = []
         for batch in batches:
-            if self.interrupt.requested:
-                return None
             with self.precision.autocast():
                 loss = self.batch_loss(batch) * scale
             self.update.backward(loss)
@@ -118,18 +130,32 @@ class Loop:
             "data and weights"
         )
 
+    def _is_over(self) -> bool:
+        return self.history.steps >= self.total_steps or self.stopped or self.interrupt.requested
+
     def _evaluation_is_due(self) -> bool:
+        """Before the first step, after the last, and when the config says; unless it is done."""
         config, steps = self.config, self.history.steps
-        if steps == self.total_steps:
+        if any(found["step"] == steps for found in self.history.evaluations[-1:]):
+            return False
+        if steps in (0, self.total_steps):
             return True
         if config.evaluates_by == "epoch":
-            return self.history.samples % len(self.feed.data) == 0
+            return self._epoch_is_over()
         return config.evaluates_by == "steps" and steps % self._eval_every == 0
 
     @property
     def _eval_every(self) -> int:
         every = self.config.eval_steps or self.config.logging_steps
         return int(every) if every >= 1 else math.ceil(every * self.total_steps)
+
+    def _epoch_is_over(self) -> bool:
+        return self.history.samples % len(self.feed.data) == 0
+
+    def _save_is_due(self) -> bool:
+        if self.config.save_strategy == "epoch":
+            return self._epoch_is_over()
+        return self.history.steps % self.config.save_steps == 0
 
     def _evaluate(self) -> None:
         """Record an evaluation, if there is held-out data and no interrupt, and judge it."""

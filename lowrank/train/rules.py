@@ -94,6 +94,10 @@ RULES: dict[str, Rule] = {
     "assistant_only_loss": optional(SWITCH),
     "dataset_text_field": optional(TEXT),
     "token_cache": optional(Rule("a path", (str, Path), lambda v: bool(str(v)))),
+    "save_strategy": one_of(("no", "steps", "epoch")),
+    "save_steps": WHOLE,
+    "save_total_limit": optional(WHOLE),
+    "resume": optional(Rule("'auto' or a path", (str, Path), lambda v: bool(str(v)))),
     "logging_steps": WHOLE,
     "report_to": Rule(
         f"none or some of {', '.join(TRACKERS)}",

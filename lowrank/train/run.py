@@ -13,39 +13,53 @@ from torch import nn
 
 from lowrank.errors import ConfigError
 from lowrank.io.adapter import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, save_adapter
-from lowrank.io.atomic import write_files, write_text
+from lowrank.io.atomic import sync, write_files, write_text
 from lowrank.io.safetensors import save_safetensors
-from lowrank.nn.adapted import AdaptedLayer
-from lowrank.surgery.targets import adapted_modules
+from lowrank.train.checkpoint import checkpoints, remove_checkpoints
+from lowrank.train.lock import check_unlocked
 from lowrank.train.plots import run_figure
+from lowrank.train.weights import TRAINED, other_trained, trained_adapters
 
 logger = logging.getLogger("lowrank.train")
 
 CONFIG, METRICS, RESULTS = "train_config.json", "metrics.jsonl", "results.json"
-PLOT, TRAINED = "loss.png", "trained.safetensors"
+PLOT = "loss.png"
 
 # what a run writes under names that a model, an adapter or a project may have there already
 _FOREIGN = (CARD_FILE, CONFIG_FILE, "tokenizer.json", "tokenizer_config.json")
 
 
-def check_output_dir(path: str | Path, overwrite: bool = False) -> None:
-    """Raise ConfigError if `path` is not a directory, or holds a run or files of others' that a run
-    would replace, unless `overwrite`.
+def check_output_dir(
+    path: str | Path, overwrite: bool = False, resume: str | Path | None = None
+) -> None:
+    """Raise ConfigError if a run has `path` now, or it is not a directory, or it holds a run or
+    files of others' that a run would replace, unless `overwrite`, or `resume` goes on with it.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"output_dir must be a directory; {path} is a file: name another")
+    check_unlocked(path)
+    if not overwrite:
+        _check_free(path, resume)
+
+
+def _check_free(path: Path, resume: str | Path | None) -> None:
+    found = [checkpoint.name for checkpoint in checkpoints(path)]
+    if resume == "auto" and found:
+        return
+    if resume is not None and Path(resume).resolve().parent == path.resolve():
+        return
     files = (METRICS, WEIGHTS_FILE, TRAINED)
     held = [n for n in files if (path / n).exists() and (path / n).stat().st_size]
-    if held == [METRICS] and not _has_steps(path / METRICS):
-        held = []  # a run that ended before its first step: there is nothing to lose
-    if held and not overwrite:
+    if held == [METRICS] and (resume == "auto" or not _has_steps(path / METRICS)):
+        held = []  # a run that ended before its first step or checkpoint: nothing can be lost
+    if held + found:
         raise ConfigError(
-            f"output_dir {path} already holds a run ({', '.join(held)}): "
-            "name another, or set overwrite_output_dir to replace it"
+            f"output_dir {path} already holds a run ({', '.join(held + found[:1])}): name another, "
+            'set resume="auto" to go on with it, or overwrite_output_dir to replace it'
         )
     foreign = [name for name in _FOREIGN if (path / name).exists()]
-    if foreign and not overwrite:
+    if foreign:
         raise ConfigError(
             f"output_dir {path} has files that a run would replace ({', '.join(foreign)}): "
             "name another, or set overwrite_output_dir if they may go"
@@ -76,20 +90,18 @@ def metrics_lines(directory: str | Path, last: int | None = None) -> list[dict[s
 class RunDirectory:
     """Writes a run's files into `path`; each is whole at every moment, the metrics line by line.
 
-    `lines`: what metrics.jsonl begins with, if this goes on with an earlier run; `path` may hold
-    that run then.
+    `lines`: what metrics.jsonl begins with, if this goes on with an earlier run, whose files are
+    then kept; without them those of any earlier run go. Whoever makes one has the RunLock.
     """
 
-    def __init__(
-        self, path: str | Path, overwrite: bool, lines: Sequence[Mapping[str, Any]] | None = None
-    ) -> None:
-        check_output_dir(path, overwrite or lines is not None)
+    def __init__(self, path: str | Path, lines: Sequence[Mapping[str, Any]] | None = None) -> None:
         self.path = Path(path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if lines is None:  # else what was saved stays until something newer takes its place
                 for name in (CONFIG, RESULTS, PLOT, TRAINED, WEIGHTS_FILE, CONFIG_FILE):
                     (self.path / name).unlink(missing_ok=True)
+                remove_checkpoints(checkpoints(self.path))
             # renamed into place: a crash here leaves the old lines or these
             text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines or ())
             write_text(self.path / METRICS, text)
@@ -105,25 +117,19 @@ class RunDirectory:
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path / METRICS)) from error
 
+    def sync(self) -> None:
+        """Have metrics.jsonl on the disk, where it survives a loss of power."""
+        sync(self.path / METRICS)
+
     def write_json(self, name: str, values: dict[str, Any]) -> None:
         """Write `name` whole or not at all."""
         write_text(self.path / name, json.dumps(values, indent=2, allow_nan=False) + "\n")
 
     def save_model(self, model: nn.Module) -> Path:
         """Save adapters in PEFT's format, other trained tensors by name; returns where they are."""
-        of_adapters: set[int] = set()
-        adapters = {}  # in order of appearance
-        for layer in adapted_modules(model).values():
-            for name in layer.config:
-                own = isinstance(layer, AdaptedLayer)
-                tensors = layer.tensors(name).values() if own else layer.trained(name)
-                of_adapters.update(map(id, tensors))
-                if any(p.requires_grad for p in tensors):
-                    adapters[name] = True
-        for adapter in adapters:
+        for adapter in trained_adapters(model):
             save_adapter(model, self.path, adapter=adapter)
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        others = {name: p for name, p in trained.items() if id(p) not in of_adapters}
+        others = other_trained(model)
         if others:
             save_safetensors(self.path / TRAINED, others)
         return self.path

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from lowrank.errors import FileFormatError, TrainingError
 
 # keys of JSON objects that stand for what JSON does not have
-_TENSOR, _TUPLE, _PAIRS, _FLOAT = "$tensor", "$tuple", "$pairs", "$float"
+_TENSOR, _FLOATS, _FLOAT = "$tensor", "$floats", "$float"
+_TUPLE, _PAIRS = "$tuple", "$pairs"
+_FEW = 16  # floats that JSON shows; a longer list of them, as of losses, is a tensor
 
 
 def split(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
@@ -34,15 +36,18 @@ def split(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else {_FLOAT: repr(value)}
-    if isinstance(value, tuple):
-        return {_TUPLE: [split(v, f"{name}//{i}", tensors) for i, v in enumerate(value)]}
-    if isinstance(value, list):
-        return [split(v, f"{name}//{i}", tensors) for i, v in enumerate(value)]
+    within = f"{name}//" if name else ""
+    if isinstance(value, list) and len(value) > _FEW and all(type(v) is float for v in value):
+        tensors[name] = torch.tensor(value, dtype=torch.float64)
+        return {_FLOATS: name}
+    if isinstance(value, list | tuple):
+        parts = [split(v, f"{within}{i}", tensors) for i, v in enumerate(value)]
+        return parts if isinstance(value, list) else {_TUPLE: parts}
     if isinstance(value, Mapping):
-        parts = [(key, split(v, f"{name}//{key}", tensors)) for key, v in value.items()]
-        if all(isinstance(key, str) and not key.startswith("$") for key, _ in parts):
-            return dict(parts)
-        return {_PAIRS: [[split(key, f"{name}//key", tensors), part] for key, part in parts]}
+        pairs = [(key, split(v, f"{within}{key}", tensors)) for key, v in value.items()]
+        if all(isinstance(key, str) and not key.startswith("$") for key, _ in pairs):
+            return dict(pairs)
+        return {_PAIRS: [[split(key, f"{within}key", tensors), part] for key, part in pairs]}
     raise TrainingError(
         f"{name.replace('//', '.')}: expected numbers, text, lists, dicts or tensors, which a "
         f"checkpoint can hold; got {type(value).__name__}"
@@ -55,10 +60,11 @@ def join(part: Any, tensors: Mapping[str, Tensor]) -> Any:
         return [join(p, tensors) for p in part]
     if not isinstance(part, dict):
         return part
-    if _TENSOR in part:
-        if part[_TENSOR] not in tensors:
-            raise FileFormatError(f"the checkpoint has no tensor {part[_TENSOR]!r}")
-        return tensors[part[_TENSOR]]
+    if _TENSOR in part or _FLOATS in part:
+        name = part.get(_TENSOR, part.get(_FLOATS))
+        if name not in tensors:
+            raise FileFormatError(f"the checkpoint has no tensor {name!r}")
+        return tensors[name] if _TENSOR in part else tensors[name].tolist()
     if _FLOAT in part:
         return float(part[_FLOAT])
     if _TUPLE in part:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -27,7 +30,9 @@ from lowrank.train.gradients import (
     trainable_parameters,
 )
 from lowrank.train.history import History
+from lowrank.train.identity import identity
 from lowrank.train.interrupt import Interrupt
+from lowrank.train.lock import RunLock
 from lowrank.train.loop import Loop
 from lowrank.train.loss import batch_loss, packs
 from lowrank.train.neftune import input_embedding, neftune
@@ -36,7 +41,9 @@ from lowrank.train.packing import check_packing
 from lowrank.train.precision import Precision, check_master_weights
 from lowrank.train.record import Record, TrainResult
 from lowrank.train.remedies import Remedies, is_out_of_memory, out_of_memory
+from lowrank.train.resume import Resumed, find_checkpoint
 from lowrank.train.run import CONFIG, RESULTS, RunDirectory, check_output_dir
+from lowrank.train.saving import Saver
 from lowrank.train.seeds import deterministic, set_seed
 from lowrank.train.trackers import Trackers, check_installed, tracker_names
 from lowrank.train.update import Update
@@ -68,7 +75,7 @@ class Trainer:
         processing_class: Tokenizer | None = None,
         formatting_func: Formatting | None = None,
     ) -> None:
-        check_output_dir(config.output_dir, config.overwrite_output_dir)
+        check_output_dir(config.output_dir, config.overwrite_output_dir, config.resume)
         check_checkpointing(model, config.gradient_checkpointing)
         if tokenizer is not None and processing_class is not None:
             raise ConfigError("tokenizer and processing_class are one setting: leave one out")
@@ -105,6 +112,7 @@ class Trainer:
                 model, batch_loss(model), feed, self.precision, compute_metrics
             )
         self._check_evaluated()
+        self._find_resumed()
 
     def train(self) -> TrainResult:
         """Run all steps, evaluating before and after; save; return losses and metrics.
@@ -114,21 +122,14 @@ class Trainer:
         nothing is saved.
         """
         config = self.config
-        set_seed(config.seed)
-        was_training = self.model.training
-        run = RunDirectory(config.output_dir, config.overwrite_output_dir)
-        try:
-            run.write_json(CONFIG, self.resolved())
-            with Interrupt() as interrupt, deterministic(config.full_determinism):
-                self.model.train()
-                with gradient_checkpointing(self.model, config.gradient_checkpointing):
-                    result = self._run(run, interrupt)
-                self._save(run, result)
-        finally:
-            run.close()
-            self.model.train(was_training)
-            self.model.zero_grad(set_to_none=True)
-        return result
+        with contextlib.closing(RunLock(Path(config.output_dir))):
+            resumed = self._find_resumed()
+            lines = None
+            if resumed is not None:
+                lines = resumed.metrics()
+                resumed.rewind(Path(config.output_dir))
+            with contextlib.closing(RunDirectory(config.output_dir, lines)) as run:
+                return self._train(run, resumed)
 
     def evaluate(self) -> float:
         """Mean loss per labelled token of eval_data, in eval mode."""
@@ -138,9 +139,25 @@ class Trainer:
         assert found is not None
         return found["eval_loss"]
 
-    def _run(self, run: RunDirectory, interrupt: Interrupt) -> TrainResult:
+    def _train(self, run: RunDirectory, resumed: Resumed | None) -> TrainResult:
+        """Run and save, and leave the model as it was but for what was trained."""
+        set_seed(self.config.seed)
+        was_training = self.model.training
+        try:
+            run.write_json(CONFIG, self.resolved())
+            with Interrupt() as interrupt, deterministic(self.config.full_determinism):
+                self.model.train()
+                with gradient_checkpointing(self.model, self.config.gradient_checkpointing):
+                    result = self._run(run, resumed, interrupt)
+                self._save(run, result)
+        finally:
+            self.model.train(was_training)
+            self.model.zero_grad(set_to_none=True)
+        return result
+
+    def _run(self, run: RunDirectory, resumed: Resumed | None, interrupt: Interrupt) -> TrainResult:
         """Put the parts of the run together, and run it."""
-        config, history = self.config, History()
+        config, history = self.config, History() if resumed is None else resumed.history
         quiet, examples = config.disable_tqdm, len(self.train_data)
         trackers = Trackers(
             tracker_names(config.report_to),
@@ -154,6 +171,7 @@ class Trainer:
             trackers,
         )  # fmt: skip
         best = Best(self.parameters, config, history) if self._judges else None
+        saver = None if config.save_strategy == "no" else Saver(run, lambda: self._identity)
         loop = Loop(
             config=config,
             model=self.model,
@@ -168,12 +186,16 @@ class Trainer:
             total_steps=self.total_steps,
             evaluation=self.evaluation,
             best=best,
+            saver=saver,
+            resumed=resumed,
         )
         noise = config.neftune_noise_alpha
         try:
             with neftune(self.model, loop.batch_loss, noise) as loop.batch_loss:
                 loop.run()
         except BaseException as error:
+            if saver is not None:
+                saver.close()
             record.close(failed=True)
             if is_out_of_memory(error):
                 step, remedies = history.steps + 1, out_of_memory(config, self.model)
@@ -198,6 +220,26 @@ class Trainer:
         for name, is_asked in asked.items():
             if is_asked and self.eval_data is None:
                 raise ConfigError(f"{name} needs held-out data; got none: pass eval_data")
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        """What a run that goes on with this one must agree in."""
+        return identity(self.model, self.config, self.train_data, self.eval_data)
+
+    def _find_resumed(self) -> Resumed | None:
+        """The run to go on with, if there is one; ConfigError if it is not this one."""
+        path = find_checkpoint(self.config)
+        if path is None:
+            return None
+        resumed = Resumed(path)
+        resumed.check(self._identity)
+        done = resumed.history.steps
+        if done > self.total_steps:
+            raise ConfigError(
+                f"{path} cannot be resumed: it has taken {done} steps, and this run is to take "
+                f"{self.total_steps}: raise max_steps or num_train_epochs"
+            )
+        return resumed
 
     def _save(self, run: RunDirectory, result: TrainResult) -> None:
         """Save what was trained, the tokenizer, the plot and the results; say where they lie."""

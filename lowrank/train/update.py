@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from lowrank.train.config import TrainConfig
 from lowrank.train.gradients import check_gradients, clip
 from lowrank.train.optimizer import OPTIMIZERS, parameter_groups
 from lowrank.train.schedule import lr_multiplier, warmup_steps
+from lowrank.train.state import optimizer_state, set_optimizer_state
 
 
 class Update:
@@ -27,7 +29,7 @@ class Update:
         config: TrainConfig,
         total_steps: int,
     ) -> None:
-        self._parameters, self._config, self._total_steps = parameters, config, total_steps
+        self.parameters, self._config, self._total_steps = parameters, config, total_steps
         self._options = schedule_options(config)
         self._warmup = warmup_steps(total_steps, config.warmup_steps, config.warmup_ratio)
         groups = parameter_groups(model, parameters.values(), config)
@@ -60,8 +62,8 @@ class Update:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         if first:
-            check_gradients(self._parameters)
-        norm = clip(self._parameters.values(), self._config.max_grad_norm)
+            check_gradients(self.parameters)
+        norm = clip(self.parameters.values(), self._config.max_grad_norm)
         # the step's only wait for the device
         *values, norm_value = torch.stack([*losses, norm.to(losses[0])]).tolist()
         return values, norm_value
@@ -82,6 +84,20 @@ class Update:
         self.optimizer.zero_grad()
         if self.scaler is not None:
             self.scaler.update()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What later steps depend on, with the names of parameters."""
+        scaler = None if self.scaler is None else self.scaler.state_dict()
+        return {"optimizer": optimizer_state(self.optimizer, self._names()), "scaler": scaler}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with what `state_dict` gave; it may have more."""
+        set_optimizer_state(self.optimizer, self._names(), state["optimizer"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
+
+    def _names(self) -> dict[nn.Parameter, str]:
+        return {p: name for name, p in self.parameters.items()}
 
 
 def schedule_options(config: TrainConfig) -> dict[str, Any]:

@@ -84,3 +84,9 @@ def test_a_setting_by_another_name(other, name, value):
 def test_two_names_of_a_setting_with_two_values_are_refused():
     with pytest.raises(ConfigError, match="max_seq_length is max_length by another name; got 7 an"):
         TrainConfig("out", max_seq_length=7, max_length=8)
+
+
+def test_resume_as_transformers_spells_it():
+    assert TrainConfig("out", resume_from_checkpoint=True).resume == "auto"
+    assert TrainConfig("out", resume_from_checkpoint=False).resume is None
+    assert TrainConfig("out", resume_from_checkpoint="a/checkpoint-5").resume == "a/checkpoint-5"

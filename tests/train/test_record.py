@@ -45,7 +45,7 @@ def untimed(lines: list[dict]) -> list[dict]:
 def test_a_resumed_record_is_that_of_one_run(tmp_path):
     """Killed in the middle of step 5's line, resumed from a checkpoint of step 3."""
     losses, linear = [3.0, 2.5, 0.1 + 0.2, 1.75, 1.5], torch.nn.Linear(2, 3)
-    whole, history = RunDirectory(tmp_path / "whole", False), History()
+    whole, history = RunDirectory(tmp_path / "whole"), History()
     record = record_of(whole, history)
     evaluate(record, history, 4.0)
     take_steps(record, history, losses)
@@ -54,7 +54,7 @@ def test_a_resumed_record_is_that_of_one_run(tmp_path):
     record.close()
     whole.close()
 
-    run, history = RunDirectory(tmp_path / "run", False), History()
+    run, history = RunDirectory(tmp_path / "run"), History()
     record = record_of(run, history)
     evaluate(record, history, 4.0)
     take_steps(record, history, losses[:3])
@@ -66,7 +66,7 @@ def test_a_resumed_record_is_that_of_one_run(tmp_path):
     (tmp_path / "run" / "adapter_model.safetensors").write_text("of before")
 
     lines = metrics_lines(tmp_path / "run", last=3)
-    run = RunDirectory(tmp_path / "run", False, lines)
+    run = RunDirectory(tmp_path / "run", lines)
     assert (tmp_path / "run" / "adapter_model.safetensors").read_text() == "of before"
     assert [line["step"] for line in metrics_lines(tmp_path / "run")] == [0, 1, 2, 3]
     record = record_of(run, kept)

@@ -40,7 +40,7 @@ def test_a_run_leaves_its_files(tmp_path, generator):
     names = {path.name for path in result.output_dir.iterdir()}
     assert names == {
         "train_config.json", "metrics.jsonl", "results.json", "loss.png", "trained.safetensors",
-        "tokenizer.json",
+        "tokenizer.json", "checkpoint-4",
     }  # fmt: skip
     saved = load_file(result.output_dir / "trained.safetensors")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -67,13 +67,16 @@ def test_a_directory_with_others_files_is_refused_and_kept(tmp_path, generator, 
 
 def test_a_directory_that_holds_a_run_is_refused_and_kept(tmp_path, generator):
     first = run(tmp_path, generator)
-    before = {path.name: path.read_bytes() for path in first.output_dir.iterdir()}
+    files = [path for path in first.output_dir.rglob("*") if path.is_file()]
+    before = {path: path.read_bytes() for path in files}
     with pytest.raises(
-        ConfigError, match=r"already holds a run \(metrics.jsonl, trained.safetensors\)"
+        ConfigError,
+        match=r"already holds a run \(metrics.jsonl, trained.safetensors, checkpoint-4\)",
     ):
         run(tmp_path, generator)
-    assert before == {path.name: path.read_bytes() for path in first.output_dir.iterdir()}
+    assert before == {path: path.read_bytes() for path in files}
     second = run(tmp_path, generator, overwrite_output_dir=True, max_steps=2)
+    assert not (second.output_dir / "checkpoint-4").exists()
     assert [line["step"] for line in metrics_lines(second.output_dir)] == [0, 1, 2, 2]
 
 
@@ -140,27 +143,28 @@ def test_a_bar_on_a_terminal_lines_elsewhere(tmp_path, generator, monkeypatch, c
 
 
 class Interrupted(Small):
-    """Sends SIGINT `times` times in forward number `call`."""
+    """Sends a signal `times` times in forward number `call`."""
 
-    def __init__(self, call, times=1):
+    def __init__(self, call, times=1, number=signal.SIGINT):
         super().__init__()
-        self.call, self.times, self.calls, self.kept = call, times, 0, []
+        self.call, self.times, self.number, self.calls, self.kept = call, times, number, 0, []
 
     def forward(self, input_ids):
         self.kept.append(copy.deepcopy(self.state_dict()))
         self.calls += 1
         if self.calls == self.call:
             for _ in range(self.times):
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(self.number)
         return super().forward(input_ids)
 
 
-def test_ctrl_c_saves_the_last_whole_step(tmp_path, generator, caplog):
-    """In the first of step 3's two batches: what steps 1 and 2 made is saved."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_the_step(tmp_path, generator, caplog, number):
+    """In the first of step 2's two batches: that step is taken, and what it made is saved."""
     rows = examples(12, generator)
     settings = {"max_steps": 6, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    model = Interrupted(call=5)
-    handler = signal.getsignal(signal.SIGINT)
+    model = Interrupted(call=3, number=number)
+    handler = signal.getsignal(number)
     config = TrainConfig(tmp_path / "run", warmup_ratio=0.0, **settings)
     result = Trainer(model, config, rows).train()
     assert result.interrupted and len(result.losses) == 2
@@ -168,9 +172,10 @@ def test_ctrl_c_saves_the_last_whole_step(tmp_path, generator, caplog):
     assert "interrupted after 2 of 6 steps" in caplog.text
     assert [line["step"] for line in metrics_lines(tmp_path / "run")] == [1, 2]
     saved = load_file(tmp_path / "run" / "trained.safetensors")
-    assert all(torch.equal(value, model.kept[4][name]) for name, value in saved.items())
-    assert any(not torch.equal(value, model.kept[0][name]) for name, value in saved.items())
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert len(model.kept) == 4
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in saved.items())
+    assert any(not torch.equal(value, model.kept[-1][name]) for name, value in saved.items())
+    assert signal.getsignal(number) is handler
 
 
 def test_ctrl_c_before_the_first_step_saves_nothing(tmp_path, generator, caplog):
@@ -208,7 +213,7 @@ def test_training_in_a_thread_leaves_signals_alone(tmp_path, generator):
 def test_a_run_that_ended_before_its_first_step_is_in_nobodys_way(tmp_path, lines):
     (tmp_path / "metrics.jsonl").write_text(lines)
     check_output_dir(tmp_path)
-    RunDirectory(tmp_path, overwrite=False).close()
+    RunDirectory(tmp_path).close()
     assert (tmp_path / "metrics.jsonl").read_text() == ""
     (tmp_path / "metrics.jsonl").write_text(lines + '\n{"step": 1, "loss": 5.0}\n')
     with pytest.raises(ConfigError, match="already holds a run"):

@@ -1,0 +1,129 @@
+"""What a run is a run of: the settings, weights and data that a checkpoint goes on with, or not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import MISSING, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.data import TokenizedExamples
+from lowrank.io.adapter_config import config_of
+from lowrank.surgery.targets import adapted_layers
+from lowrank.train.config import TrainConfig
+from lowrank.train.weights import other_trained, trained_adapters
+
+# What may differ when a run goes on: how far, in what batches, in how much memory, what is shown
+# and kept. Everything else decides what is learned.
+FREE = {
+    "output_dir",
+    "overwrite_output_dir",
+    "resume",
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "per_device_eval_batch_size",
+    "gradient_checkpointing",
+    "token_cache",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "logging_steps",
+    "disable_tqdm",
+    "report_to",
+    "project",
+    "run_name",
+}
+# of an adapter's config, what says where it comes from and not what it computes
+_FREE_OF_ADAPTERS = {"base_model_name_or_path", "inference_mode", "revision", "auto_mapping"}
+
+
+def identity(
+    model: nn.Module,
+    config: TrainConfig,
+    train_data: TokenizedExamples,
+    eval_data: TokenizedExamples | None,
+) -> dict[str, Any]:
+    """All that must agree, as JSON has it: {kind: {name: value}}."""
+    settings = {k: v for k, v in config.to_dict().items() if k not in FREE}
+    settings["examples in a step"] = (
+        config.per_device_train_batch_size * config.gradient_accumulation_steps
+    )
+    found = {
+        "settings": settings,
+        **{f"adapter {name!r}": _adapter(model, name) for name in trained_adapters(model)},
+        "trained tensors": {
+            name: f"{list(p.shape)} {str(p.dtype).removeprefix('torch.')}"
+            for name, p in model.named_parameters()
+            if p.requires_grad
+        },
+        "model": {"frozen weights": frozen_hash(model)},
+        "data": {
+            "training": train_data.fingerprint,
+            "held out": None if eval_data is None else eval_data.fingerprint,
+        },
+    }
+    return json.loads(json.dumps(found, default=sorted))  # tuples are lists and sets sorted there
+
+
+def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """What of two identities is not the same, each in words."""
+    defaults = {f.name: f.default for f in fields(TrainConfig) if f.default is not MISSING}
+    found = []
+    for kind in dict.fromkeys([*there, *here]):
+        if kind not in there or kind not in here:
+            where = "here" if kind in here else "in the checkpoint"
+            found.append(f"{kind} is only {where}")
+            continue
+        for name in dict.fromkeys([*there[kind], *here[kind]]):
+            # a setting that is newer than the checkpoint was then what it is by default
+            absent = defaults.get(name) if kind == "settings" else None
+            old, new = there[kind].get(name, absent), here[kind].get(name, absent)
+            if old != new:
+                found.append(_in_words(kind, name, old, new))
+    return found
+
+
+def frozen_hash(model: nn.Module) -> str:
+    """SHA-256 of the parameters that no training touches, of any name, dtype and device.
+
+    Without those of adapters that are trained in part, and without weights that an adapter has
+    changed when it started (LoftQ, PiSSA, OLoRA): its file says itself which base it belongs to.
+    """
+    skipped = set().union(*trained_adapters(model).values(), map(id, other_trained(model).values()))
+    for layer in adapted_layers(model).values():
+        if any(config.starts_from_weight for config in layer.config.values()):
+            skipped.update(map(id, layer.unmerged_base.parameters()))
+    digest = hashlib.sha256()
+    for name, p in model.named_parameters():
+        if not p.requires_grad and id(p) not in skipped:
+            digest.update(f"{name} {p.dtype} {list(p.shape)}\n".encode())
+            for part in _bytes(p):
+                digest.update(part)
+    return digest.hexdigest()
+
+
+def _adapter(model: nn.Module, adapter: str) -> dict[str, Any]:
+    layers = {n: layer for n, layer in adapted_layers(model).items() if adapter in layer.config}
+    config = config_of(model, layers, adapter).to_peft()
+    return {name: value for name, value in config.items() if name not in _FREE_OF_ADAPTERS}
+
+
+def _bytes(tensor: Tensor) -> Iterator[Any]:
+    flat = tensor.detach().reshape(-1)
+    for part in flat.split(1 << 24) if len(flat) else ():  # not all of a GPU's at once
+        yield part.cpu().view(torch.uint8).numpy()
+
+
+def _in_words(kind: str, name: str, old: Any, new: Any) -> str:
+    if kind == "model":
+        return "the frozen weights are others: another base model, or quantized otherwise"
+    if kind == "data":
+        return f"the {name} data is not what it was" if old and new else f"{name} data came or went"
+    of = "" if kind == "settings" else f" of {kind}"
+    return f"{name}{of} was {json.dumps(old)} and is {json.dumps(new)}"
