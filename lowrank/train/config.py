@@ -30,6 +30,8 @@ class TrainConfig:
     per_device_train_batch_size: examples in one forward and backward.
     per_device_eval_batch_size: examples in one forward of the evaluation.
     gradient_accumulation_steps: batches whose gradients make one optimizer step.
+    auto_find_batch_size: when memory does not suffice, halve the batches and double their number in
+        a step, from there on; what is learned is the same.
     optim: the optimizer: adamw_torch is torch's fused AdamW, adamw_8bit a quarter of its memory.
     weight_decay: decoupled, on matrices only (not on biases and norms).
     adam_beta1, adam_beta2: decay of the means of the gradient and of its square.
@@ -91,6 +93,7 @@ class TrainConfig:
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 8
     gradient_accumulation_steps: int = 1
+    auto_find_batch_size: bool = False
     optim: str = "adamw_torch"
     weight_decay: float = 0.0
     adam_beta1: float = 0.9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 
 import torch
@@ -11,6 +12,10 @@ from lowrank.errors import ConfigError
 from lowrank.train.feed import Feed
 from lowrank.train.loss import BatchLoss
 from lowrank.train.precision import Precision
+from lowrank.train.relief import free_cached
+from lowrank.train.remedies import is_out_of_memory
+
+logger = logging.getLogger("lowrank.train")
 
 # the model, in eval mode -> {name: number}
 ComputeMetrics = Callable[[nn.Module], Mapping[str, float]]
@@ -19,7 +24,8 @@ ComputeMetrics = Callable[[nn.Module], Mapping[str, float]]
 class Evaluation:
     """Measures `model` over the batches of `feed`, in eval mode, without gradients.
 
-    The random numbers to come are the same as without it.
+    The random numbers to come are the same as without it. If it `halves`, batches become smaller
+    where memory does not suffice.
     """
 
     def __init__(
@@ -29,10 +35,12 @@ class Evaluation:
         feed: Feed,
         precision: Precision,
         compute_metrics: ComputeMetrics | None = None,
+        halves: bool = False,
     ) -> None:
         self._model, self._batch_loss = model, batch_loss
         self.feed, self._precision = feed, precision
         self._compute_metrics = compute_metrics
+        self._size, self._halves = feed.sampler.batch_size, halves
 
     def metrics(self, stop: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
         """eval_loss, the mean per labelled token, and what compute_metrics returns, as eval_NAME.
@@ -50,8 +58,20 @@ class Evaluation:
             self._model.train(was_training)
 
     def _loss(self, stop: Callable[[], bool]) -> float | None:
+        while True:
+            try:
+                return self._mean(stop)
+            except (MemoryError, RuntimeError) as error:
+                if not self._halves or self._size == 1 or not is_out_of_memory(error):
+                    raise
+            # after the except block, which holds on to what was allocated
+            self._size //= 2
+            free_cached()
+            logger.warning("out of memory: evaluating in batches of %d from here on", self._size)
+
+    def _mean(self, stop: Callable[[], bool]) -> float | None:
         total = 0.0
-        for batch in self.feed.in_order():
+        for batch in self.feed.in_order(self._size):
             if stop():
                 return None
             with self._precision.autocast():

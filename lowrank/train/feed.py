@@ -27,15 +27,22 @@ class Feed:
         self.data, self.sampler, self.device = data, sampler, device
         self.end_to_end, self.pad_token_id = end_to_end, pad_token_id
 
-    def of_step(self, consumed: int) -> list[Batch]:
-        """The batches of the step that comes after `consumed` examples."""
-        return [self._batch(rows) for rows in self.sampler.step(consumed)]
+    def of_step(self, consumed: int, batch_size: int | None = None) -> list[Batch]:
+        """The batches of the step that comes after `consumed` examples.
 
-    def in_order(self) -> Iterator[Batch]:
+        With `batch_size`, the same rows in batches of so many, which changes memory alone.
+        """
+        parts = self.sampler.step(consumed)
+        if batch_size is not None:
+            rows = [row for part in parts for row in part]
+            parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+        return [self._batch(rows) for rows in parts]
+
+    def in_order(self, batch_size: int) -> Iterator[Batch]:
         """Every example once, as they lie."""
-        size = self.sampler.batch_size
-        for start in range(0, len(self.data), size):
-            yield self._batch([[i] for i in range(start, min(start + size, len(self.data)))])
+        for start in range(0, len(self.data), batch_size):
+            stop = min(start + batch_size, len(self.data))
+            yield self._batch([[i] for i in range(start, stop)])
 
     def _batch(self, rows: Rows) -> Batch:
         return collate(self.data, rows, self.end_to_end, self.pad_token_id).to(self.device)

@@ -19,6 +19,7 @@ class History:
     samples: examples taken so far, which is where the sampler goes on.
     tokens, labelled: how many tokens those had, and how many of them were learned.
     seconds: what the steps alone took.
+    batch_size: rows of a batch since memory did not suffice for those of the config.
     best_step, best_metric: of the best evaluation so far, and its metric_for_best_model.
     evaluations_without_gain: those since the metric last improved by early_stopping_threshold.
     """
@@ -29,6 +30,7 @@ class History:
     tokens: int = 0
     labelled: int = 0
     seconds: float = 0.0
+    batch_size: int | None = None
     best_step: int | None = None
     best_metric: float | None = None
     evaluations_without_gain: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from lowrank.train.interrupt import Interrupt
 from lowrank.train.loss import BatchLoss
 from lowrank.train.precision import Precision
 from lowrank.train.record import Record
+from lowrank.train.relief import free_cached, make_room
+from lowrank.train.remedies import is_out_of_memory
 from lowrank.train.resume import Resumed
 from lowrank.train.saving import Saver
 from lowrank.train.update import Update
@@ -87,15 +90,35 @@ class Loop:
         """One optimizer step; a signal waits until it is whole."""
         start, step = time.perf_counter(), self.history.steps
         rate = self.update.set_rate(step)
-        batches = self.feed.of_step(self.history.samples)
-        measured = self._gradient(batches)
-        while self._overflows(batches, *measured):
-            measured = self._gradient(batches)
+        batches, losses, norm = self._measure()
         self.update.apply()
-        losses, norm = measured
         seconds, loss = time.perf_counter() - start, sum(losses)
         self.history.add(batches, loss, seconds)
         self.record.step(batches, loss, norm, rate, seconds)
+
+    def _measure(self) -> tuple[list[Batch], list[float], float]:
+        """The batches of the step and what `_gradient` says of them, taken again until the scale of
+        the loss is low enough and memory suffices.
+        """
+        while True:
+            batches = self.feed.of_step(self.history.samples, self.history.batch_size)
+            try:
+                found = self._gradient(batches)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                halves = self.config.auto_find_batch_size
+                done = make_room(self.update, self.history, self.feed, halves)
+                if done is None:
+                    raise
+            else:
+                if self._overflows(batches, *found):
+                    continue
+                return batches, *found
+            # after the except block, which holds on to what was allocated
+            free_cached()
+            step = self.history.steps + 1
+            self.record.say(f"step {step}: out of memory: {done}", logging.WARNING)
 
     def _gradient(self, batches: list[Batch]) -> tuple[list[float], float]:
         """The gradient of the step's mean loss in .grad; each batch's part of that loss, and the

@@ -109,7 +109,12 @@ class Trainer:
         if self.eval_data is not None:
             feed = self._feed_of(self.eval_data, config.per_device_eval_batch_size)
             self.evaluation = Evaluation(
-                model, batch_loss(model), feed, self.precision, compute_metrics
+                model,
+                batch_loss(model),
+                feed,
+                self.precision,
+                compute_metrics,
+                config.auto_find_batch_size,
             )
         self._check_evaluated()
         self._find_resumed()
