@@ -59,6 +59,13 @@ def tokenized(
         took = time.perf_counter() - begin
         if path is not None and (not _is_auto(config) or took > _WORTH_KEEPING):
             save_tokens(path, found, examples)
+    dated = "strftime_now" in (getattr(tokenizer, "chat_template", None) or "")
+    if dated and examples.kind in ("messages", "instruction"):
+        logger.warning(
+            "%s data: the chat template writes today's date into every conversation: the data of a "
+            "run that goes on tomorrow are others, unless token_cache keeps these",
+            what,
+        )
     for note in found.notes:
         logger.warning("%s data: %s", what, note)
     if found.truncated and context is not None and context < config.max_length:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from types import SimpleNamespace
@@ -196,6 +197,62 @@ def test_the_run_says_what_it_was_trained_on(tmp_path, generator):
     prints = {name: resolved["train_data_sha256"] for name, resolved in found.items()}
     assert prints["list"] == prints["file"] != prints["fewer"]
     assert len(prints["list"]) == 64
+
+
+def test_a_data_file_that_has_changed_is_not_gone_on_with(tmp_path, generator):
+    """Since the checkpoint was made; what only looks otherwise in the file is no change."""
+    rows = examples(9, generator)
+    path, out = tmp_path / "data.jsonl", tmp_path / "run"
+
+    def train(rows, **settings):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return Trainer(Small(), TrainConfig(out, **settings), path).train()
+
+    train(rows, max_steps=2)
+    spaced = [{**row, "id": i} for i, row in enumerate(rows)]
+    assert len(train(spaced, max_steps=4, resume="auto").losses) == 4
+    kept = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
+    swapped, shorter = [rows[1], rows[0], *rows[2:]], rows[:-1]
+    edited = [*rows[:-1], {"input_ids": [*rows[-1]["input_ids"], 3]}]
+    for changed in (swapped, shorter, edited):
+        with pytest.raises(ConfigError, match="the training data is not what it was"):
+            train(changed, max_steps=6, resume="auto")
+    assert kept == {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
+
+
+@pytest.mark.parametrize("way", ["packing", "group_by_length"])
+def test_a_run_goes_on_where_the_sampler_was(tmp_path, generator, way):
+    """In the middle of an epoch, also where a step takes a number of examples of its own."""
+    rows = examples(40, generator)
+    start = Alone() if way == "packing" else Small()
+    settings = {"per_device_train_batch_size": 2, "max_length": 24, way: True, "max_steps": 12}
+    settings["save_total_limit"] = None
+    whole, again = copy.deepcopy(start), copy.deepcopy(start)
+    first = Trainer(whole, TrainConfig(tmp_path / "a", save_steps=5, **settings), rows).train()
+    resume = tmp_path / "a" / "checkpoint-5"
+    second = Trainer(again, TrainConfig(tmp_path / "b", resume=resume, **settings), rows).train()
+    assert first.losses == second.losses and first.metrics["epochs"] == second.metrics["epochs"]
+    state = again.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in whole.state_dict().items())
+
+
+class Alone(Small):
+    """Of each token only its own embedding: whatever shares a row with it, it does not see."""
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None):
+        return self.head(self.embed(input_ids))
+
+
+def test_a_template_that_writes_the_date_is_named(tmp_path, caplog):
+    tokenizer = Printed()
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}"
+    tokenizer.apply_chat_template = lambda messages, **_: " ".join(m["content"] for m in messages)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    made(tmp_path, [{"messages": turns}], tokenizer)
+    assert "the chat template writes today's date" in caplog.text
+    caplog.clear()
+    made(tmp_path, ROWS, tokenizer)
+    assert "date" not in caplog.text
 
 
 def test_formatting_func_and_text_field_reach_the_data(tmp_path):
