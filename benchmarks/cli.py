@@ -18,6 +18,7 @@ BENCHMARKS = {
     "dora_linear": "the same with a DoRA adapter, whose norms each forward needs anew",
     "linear_cross_entropy": "a language model's head and its loss, forward and dX",
     "adamw8bit": "a step of AdamW with 8-bit moments, over one float32 parameter",
+    "paged": "steps of optimizers with a tenth of their state in memory, the rest in a file",
     "training_step": "QLoRA steps of SmolLM2-135M (its GGUF file is named by LOWRANK_SMOLLM2)",
     "loading": "a bfloat16 checkpoint read and quantized to NF4; a packed state dict loaded",
     "adapters": "inject, forward, merge, load and switch of adapters, beyond their arithmetic",

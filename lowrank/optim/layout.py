@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank.optim.rules import Piece, Rule, State, pieces
+from lowrank.optim.rules import Piece, Rule, State, next_piece
 
 ALIGNMENT = 64  # bytes: of every state in a chunk
+LEAST = 1 / 8  # of a chunk: what is left of one is not filled up with smaller pieces
 
 
 class Place(NamedTuple):
@@ -60,43 +61,48 @@ class Chunk(NamedTuple):
 
 
 def plan(rule: Rule, params: Iterable[Tensor], chunk_bytes: int) -> list[Chunk]:
-    """The states of these parameters by that rule in as many chunks as it takes.
+    """The states of these parameters by that rule in as few chunks as may be.
 
-    A parameter with more than one chunk's worth is in pieces; in its flat states, theirs follow
-    one another in the order of the plan.
+    A parameter that does not fit what is left of a chunk is in pieces; in its flat states, theirs
+    follow one another in the order of the plan.
     """
     chunks: list[Chunk] = []
     parts: list[Part] = []
     size = 0
     for p in params:
         first: dict[str, int] = {}
-        for piece in _pieces(rule, p, chunk_bytes):
-            states = rule.states(p if piece is None else _like(p, (piece.rows, piece.columns)))
-            if parts and size + _bytes(states) > chunk_bytes:
+        start = 0
+        while start < p.numel():
+            piece = _piece(rule, p, start, chunk_bytes - size, chunk_bytes)
+            if piece is None:
                 chunks.append(Chunk(parts, size))
                 parts, size = [], 0
+                piece = _piece(rule, p, start, chunk_bytes, chunk_bytes)
+                assert piece is not None
+            elements = piece.rows * piece.columns
+            whole = elements == p.numel()
+            states = rule.states(p if whole else _like(p, (piece.rows, piece.columns)))
             places = {}
             for name, state in states.items():
                 places[name] = Place(size, first.get(name, 0), state)
                 size += _bytes({name: state})
                 first[name] = places[name].first + math.prod(state.shape)
-            parts.append(Part(p, piece, places))
+            parts.append(Part(p, None if whole else piece, places))
+            start += elements
     return [*chunks, Chunk(parts, size)] if parts else chunks
 
 
-def _pieces(rule: Rule, p: Tensor, chunk_bytes: int) -> list[Piece | None]:
-    if p.numel() == 0:
-        return []
+def _piece(rule: Rule, p: Tensor, start: int, left: int, chunk_bytes: int) -> Piece | None:
+    """What of p, from `start` on, `left` bytes have room for; None: begin another chunk."""
     states = rule.states(p)
-    if _bytes(states) <= chunk_bytes:
-        return [None]
     exact = sum(math.prod(state.shape) * state.dtype.itemsize for state in states.values())
-    most = (chunk_bytes - ALIGNMENT * len(states)) * p.numel() // exact
-    rows, columns = rule.layout(p.shape)
-    if columns <= most:  # pieces of about the same size: a small one would be a chunk of its own
-        count = -(-rows // (most // columns))
-        most = -(-rows // count) * columns
-    return list(pieces(rule, p.shape, most))
+    most, ever = (
+        (room - ALIGNMENT * len(states)) * p.numel() // exact for room in (left, chunk_bytes)
+    )
+    columns = rule.layout(p.shape)[1]
+    if p.numel() - start > most and (left < chunk_bytes * LEAST or most < columns <= ever):
+        return None  # too little for a piece, or a row would be cut that need not be
+    return next_piece(rule, p.shape, start, most)
 
 
 def _like(p: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -4,13 +4,13 @@
     rule.step(params, grads, states, step=1, **rule.defaults)
 
 moves params and states in place, under torch.no_grad(); 1 is the first step. A parameter may be
-stepped in `pieces`, views of it with states of their own: to the same bits, as no block of 256
+stepped in pieces, views of it with states of their own: to the same bits, as no block of 256
 elements is cut.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -57,24 +57,18 @@ class Piece(NamedTuple):
         return elements.view(self.rows, self.columns)
 
 
-def pieces(rule: Rule, shape: torch.Size, most: int) -> Iterator[Piece]:
-    """A parameter of this shape in parts of at most `most` elements, which is 256 or more.
+def next_piece(rule: Rule, shape: torch.Size, start: int, most: int) -> Piece:
+    """The part of a parameter of this shape from element `start` on, of at most `most` elements.
 
-    Whole rows, or, of rows longer than that, whole blocks of 256. In the flat states of the whole
-    parameter those of its pieces lie one after another.
+    Whole rows; or, of a row longer than `most`, which is 256 or more, whole blocks of 256. In the
+    flat states of the whole parameter those of its pieces lie one after another.
     """
     rows, columns = rule.layout(shape)
-    if rows == 0 or columns == 0:
-        return
-    if columns <= most:
-        together = most // columns
-        for row in range(0, rows, together):
-            yield Piece(row * columns, min(together, rows - row), columns)
-        return
-    width = most // BLOCK * BLOCK
-    for row in range(rows):
-        for column in range(0, columns, width):
-            yield Piece(row * columns + column, 1, min(width, columns - column))
+    row, column = divmod(start, columns)
+    if column == 0 and columns <= most:
+        return Piece(start, min(most // columns, rows - row), columns)
+    left = columns - column
+    return Piece(start, 1, left if left <= most else most // BLOCK * BLOCK)
 
 
 def _one_row(shape: torch.Size) -> tuple[int, int]:
