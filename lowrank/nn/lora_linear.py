@@ -76,9 +76,13 @@ class LoRALinear(StartedLayer):
     def bare(cls, linear: nn.Linear) -> LoRALinear:
         """The layer around `linear`, which has no adapter yet."""
         layer = cls.__new__(cls)
-        StartedLayer.__init__(layer, linear)
-        layer.out_features, layer.in_features = layer.matrix_shape
+        layer._around(linear)
         return layer
+
+    def _around(self, base: nn.Module) -> None:
+        super().__init__(base)
+        N, K = self.matrix_shape
+        vars(self).update(out_features=N, in_features=K)
 
     def _init_around(
         self,
@@ -88,19 +92,28 @@ class LoRALinear(StartedLayer):
         name: str,
         quantizer: str | Quantizer | None,
     ) -> None:
-        demands = config.init_lora_weights == "loftq" or not is_dense_linear(linear)
-        if config.starts_from_weight and quantizer is None and demands:
+        if (
+            config.starts_from_weight
+            and quantizer is None
+            and (config.init_lora_weights == "loftq" or not is_dense_linear(linear))
+        ):
             raise ConfigError(
                 f"init_lora_weights={config.init_lora_weights!r}: expected an nn.Linear and a "
                 f"quantizer; got {type(linear).__name__} and None; pass quantizer='nf4'"
             )
         base = linear if quantizer is None else QuantLinear.from_linear(linear, quantizer)
-        super().__init__(base)
-        self.out_features, self.in_features = self.matrix_shape
+        self._around(base)
         self.add_adapter(adapter, config.with_fresh_start(), name)
         self.set_adapter([adapter])
         if config.starts_from_weight:
             self.initialise(adapter, config, linear.weight)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        self.__dict__["at_hand"] = None  # what is set may be what it was found by
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"at_hand": None}
 
     def forward(self, x: Tensor) -> Tensor:
         y = None if torch.compiler.is_compiling() else small_product(self, x)
@@ -179,7 +192,7 @@ class LoRALinear(StartedLayer):
     def _dropped(self, adapter: str) -> float:
         """The share of x that the adapter's dropout takes away, now."""
         dropout = self.lora_dropout[adapter]
-        return dropout.p if dropout.training else 0.0
+        return dropout.p if dropout.training and type(dropout) is not nn.Identity else 0.0
 
     is_linear = True
 
@@ -299,7 +312,9 @@ class LoRALinear(StartedLayer):
             return replaced(base, weight=matrix)  # a class of the user's own
         linear = nn.Linear.__new__(nn.Linear)  # what it does to make one is to fill a weight
         nn.Module.__init__(linear)
-        vars(linear).update(in_features=self.in_features, out_features=self.out_features)
+        vars(linear).update(
+            in_features=self.in_features, out_features=self.out_features, training=self.training
+        )
         weight = nn.Parameter(matrix, requires_grad=False)
         linear._parameters.update(weight=weight, bias=base.bias)  # adapters do not change the bias
         return linear

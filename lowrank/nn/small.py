@@ -17,18 +17,21 @@ _ELEMENTS = 1 << 16  # of y; from there on the choice costs less than the parts 
 
 
 class AtHand(NamedTuple):
-    """Where the tensors of a layer with one active adapter lie, found once.
+    """What a layer with one active adapter of plain LoRA computes with, found once.
 
-    A model of 32 blocks has 224 such layers, and finding them takes as long as computing with them.
-    Parameters may be replaced: what is kept are the dicts that they are in.
+    A model of 32 blocks has 224 such layers, and what they look up is no longer in the caches when
+    its turn comes again: each dict that is passed by counts. The layer forgets it when one of its
+    attributes is set. Parameters may be replaced: what is kept are the dicts that they are in.
     """
 
-    adapter: str
     base: nn.Linear
     base_parameters: dict[str, Tensor | None]
     A_parameters: dict[str, Tensor | None]
     B_parameters: dict[str, Tensor | None]
-    dropout: nn.Dropout
+    scaling: dict[str, float]
+    adapter: str
+    dropout: nn.Dropout | None
+    most: int  # elements of x
 
 
 def small_product(layer: AdaptedLayer, x: Tensor) -> Tensor | None:
@@ -36,39 +39,39 @@ def small_product(layer: AdaptedLayer, x: Tensor) -> Tensor | None:
 
     It is for float32 on a CPU, where the operator would do the same; not for a compiler to trace.
     """
-    state = layer.__dict__
-    names, at_hand = state["active_adapters"], state["at_hand"]
-    if len(names) != 1 or state["disabled"] or state.get("_aside") or state["rows"] is not None:
-        return None
-    base = state["_modules"]["base_layer"]
-    if at_hand is None or at_hand[0] is not names[0] or at_hand[1] is not base:
-        at_hand = state["at_hand"] = _find(layer)
+    at_hand = layer.__dict__["at_hand"]
+    if at_hand is None:
+        at_hand = layer.__dict__["at_hand"] = _find(layer)
         if at_hand is None:
             return None
-    adapter, _, base_parameters, A_parameters, B_parameters, dropout = at_hand
-    weight = base_parameters.get("weight")
-    A, B = A_parameters.get("weight"), B_parameters.get("weight")
-    if weight is None or A is None or B is None or is_patched(base):
-        return None  # one of them is made of others, each time that it is asked for
-    if not float32 is x.dtype is weight.dtype is A.dtype is B.dtype or not x.is_cpu:
+    base, base_parameters, A_parameters, B_parameters, scaling, adapter, dropout, most = at_hand
+    if x.numel() > most or is_patched(base) or is_named() or is_autocast_enabled("cpu"):
         return None
-    (N, K), shape = weight.shape, x.shape
-    if x.numel() * N > _ELEMENTS * K or not shape or shape[-1] != K or weight.requires_grad:
+    if dropout is not None and dropout.training and dropout.p:
         return None
-    if dropout.training and dropout.p or is_named() or is_autocast_enabled("cpu"):
+    try:
+        y = linear(x, base_parameters["weight"], base_parameters["bias"])
+        branch = linear(linear(x, A_parameters["weight"]), B_parameters["weight"])
+    except (KeyError, RuntimeError):  # a weight made of others; x that the operator may refuse
         return None
-    rows = x if len(shape) == 2 else x.reshape(-1, K)
-    y = linear(rows, weight, base_parameters["bias"])
-    y.addmm_(linear(rows, A), B.mT, alpha=state["scaling"][adapter])
-    if rows is x:
-        return y
-    return y.view(shape[0], shape[1], N) if len(shape) == 3 else y.view(*shape[:-1], N)
+    return y.add_(branch, alpha=scaling[adapter])
 
 
 def _find(layer: AdaptedLayer) -> AtHand | None:
-    (adapter,), base = layer.active_adapters, layer.base_layer
-    plain = layer.config[adapter].method == "lora" and not layer.spans[adapter]
-    if type(base) is not nn.Linear or not plain:
+    base, adapters = layer._modules["base_layer"], layer.active_adapters
+    if type(base) is not nn.Linear or len(adapters) != 1:
+        return None
+    if layer.disabled or layer.merged or layer.rows is not None:
+        return None
+    (adapter,), weight = adapters, base._parameters.get("weight")
+    if layer.config[adapter].method != "lora" or layer.spans[adapter]:
         return None
     A, B, dropout = (part[adapter] for part in (layer.lora_A, layer.lora_B, layer.lora_dropout))
-    return AtHand(adapter, base, base._parameters, A._parameters, B._parameters, dropout)
+    held = [weight, A._parameters.get("weight"), B._parameters.get("weight")]
+    if not all(t is not None and t.is_cpu and t.dtype is float32 for t in held):
+        return None
+    return AtHand(
+        base, base._parameters, A._parameters, B._parameters, layer.scaling, adapter,
+        None if isinstance(dropout, nn.Identity) else dropout,
+        _ELEMENTS * layer.in_features // layer.out_features,
+    )  # fmt: skip

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+import lowrank
 from lowrank import LoRAConfig, LoRALinear, ops
+from lowrank.errors import ShapeError
 
 
 def layer(generator, **options) -> LoRALinear:
@@ -95,3 +97,48 @@ def test_dropout_is_the_operators(generator):
     assert torch.equal(lora.eval()(x), lora(x))
     lora.lora_dropout["default"].train()  # as those do who sample with dropout
     assert not torch.equal(lora(x), lora(x))
+
+
+def test_what_a_layer_is_told_between_calls_counts(generator):
+    lora = layer(generator)
+    x = torch.randn(2, 63, generator=generator)
+    base, adapted = lora.base_layer(x), lora(x)
+    assert not torch.allclose(base, adapted)
+    lora.disabled = True
+    assert torch.equal(lora(x), base)
+    lora.disabled = False
+    assert torch.equal(lora(x), adapted)
+    lora.merge()
+    torch.testing.assert_close(lora(x), adapted, rtol=1e-4, atol=1e-4)
+    lora.unmerge()
+    assert torch.equal(lora(x), adapted)
+    with lowrank.adapter_rows(nn.Sequential(lora), [None, "default"]):
+        torch.testing.assert_close(lora(x), torch.stack([base[0], adapted[1]]))
+    assert torch.equal(lora(x), adapted)
+    with pytest.raises(ShapeError, match="K=63"):
+        lora(x[:, :-1])
+    nn.utils.parametrize.register_parametrization(lora.base_layer, "weight", nn.Tanh())
+    y = x.double() @ lora.base_layer.weight.double().T + lora.base_layer.bias.double()
+    branch = (adapted - base).double()
+    torch.testing.assert_close(lora(x), (y + branch).float(), rtol=1e-4, atol=1e-4)
+
+
+def test_another_dtype_after_the_first_call(generator):
+    lora = layer(generator)
+    x = torch.randn(2, 63, generator=generator)
+    y = lora(x)
+    torch.testing.assert_close(lora.double()(x.double()), y.double(), rtol=1e-5, atol=1e-4)
+    assert lora.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(generator)(x).dtype == torch.bfloat16
+
+
+def test_a_further_adapters_dropout_follows_the_layer(generator):
+    lora = layer(generator).eval()
+    lora.add_adapter("second", LoRAConfig(r=2, lora_dropout=0.5, init_lora_weights=False))
+    lora.set_adapter(["second"])
+    x = torch.randn(64, 63, generator=generator)
+    assert torch.equal(lora(x), lora(x))
+    assert not torch.equal(lora.train()(x), lora(x))
+    assert all(module.training for module in lora.modules())
+    assert not any(module.training for module in lora.eval().modules())
