@@ -182,4 +182,7 @@ class LoRAConfig:
 
 
 def _first_match(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
-    return next((v for key, v in pattern.items() if checks.pattern_matches(key, name)), default)
+    for key, value in pattern.items():
+        if checks.pattern_matches(key, name):
+            return value
+    return default

@@ -88,23 +88,23 @@ def _orthogonal_(A: Tensor, B: Tensor) -> None:
         some_B.copy_(torch.randn(len(some_B), R // 2, **wide) @ Q[1::2] / 10)
 
 
-@torch.no_grad()
 def merged_weight(
     weight: Tensor, branches: Iterable[tuple[Tensor, Tensor, float]], dtype: torch.dtype
 ) -> Tensor:
     """W + Σ s·B A over branches (A, B, s): a new [N, K] of `dtype`, or [E, N, K] of experts.
 
-    Summed in at least float32 and rounded once.
+    Summed in at least float32 and rounded once; to be called without gradients.
 
     Raises WeightError if the result is not finite.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
-    merged = weight.to(wide)
+    merged = weight if weight.dtype is wide else weight.to(wide)
     for A, B, s in branches:
         add = torch.addmm if merged.dim() == 2 else torch.baddbmm
         own = {} if merged is weight else {"out": merged}  # the first product is a new tensor
         merged = add(merged, B.to(wide), A.to(wide), alpha=s, **own)
-    merged = merged.to(dtype, copy=merged is weight)
+    if merged.dtype is not dtype or merged is weight:
+        merged = merged.to(dtype, copy=True)
     if not math.isfinite(merged.sum()) and not merged.isfinite().all():  # a sum may overflow
         raise WeightError(
             f"merged weight: expected finite values in {dtype}; got NaN or inf: damaged adapter?"

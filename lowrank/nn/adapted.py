@@ -17,6 +17,7 @@ from lowrank.nn.quant_weight import QuantWeight
 from lowrank.nn.rescaled import RescaledLayer
 from lowrank.nn.rows import Rows
 from lowrank.nn.small import AtHand
+from lowrank.nn.with_base import parameters_of
 from lowrank.quant import Quantizer
 
 
@@ -54,11 +55,10 @@ class AdaptedLayer(RescaledLayer, InFiles):
             config={}, r={}, lora_alpha={}, active_adapters=[], disabled=False, rows=None,
             at_hand=None, spans={}, _parts={}, _shared={},
         )  # fmt: skip
-        self.base_layer = base.requires_grad_(False)
+        for parameter in parameters_of(base):
+            parameter.requires_grad_(False)
         tables = {name: nn.ModuleDict() for name in ("lora_dropout", "lora_A", "lora_B")}
-        self._modules.update(tables)
-        self.register_load_state_dict_pre_hook(_take_plain_keys)
-        self.register_load_state_dict_post_hook(_start_noted)
+        self._modules.update(base_layer=base, **tables)
 
     @classmethod
     def wrap(
@@ -90,10 +90,9 @@ class AdaptedLayer(RescaledLayer, InFiles):
         """Raises TargetError if `base` is not what this kind is for, ConfigError for the config."""
         if not isinstance(config, LoRAConfig):
             raise ConfigError(f"config: expected a LoRAConfig; got {type(config).__name__}")
-        start = f"init_lora_weights={config.init_lora_weights!r}" * config.starts_from_weight
-        field = "target_rows" if config.spans(name) else start
-        if field and not cls.is_linear:
-            kind = type(base).__name__
+        if not cls.is_linear and (config.spans(name) or config.starts_from_weight):
+            start, kind = f"init_lora_weights={config.init_lora_weights!r}", type(base).__name__
+            field = "target_rows" if config.spans(name) else start
             raise ConfigError(f"{field}: expected linear layers; {name or 'the layer'} is {kind}")
         if isinstance(base, AdaptedLayer):
             raise TargetError(
@@ -157,7 +156,7 @@ class AdaptedLayer(RescaledLayer, InFiles):
     def dropped(self, adapter: str, x: Tensor) -> Tensor:
         """x as it comes to the adapter; x itself if nothing is dropped."""
         dropout = self.lora_dropout[adapter]
-        return dropout(x) if dropout.training and dropout.p > 0 else x
+        return dropout(x) if dropout.training else x
 
     def init_(self, tensors: dict[str, Tensor], config: LoRAConfig) -> None:
         """Fill a fresh adapter's tensors in place."""
@@ -178,8 +177,7 @@ class AdaptedLayer(RescaledLayer, InFiles):
                 f"init_lora_weights={config.init_lora_weights!r}: changes the base, so it is for a "
                 "first adapter only: LoRALinear.wrap(linear, config, quantizer=...)"
             )
-        weight = next(self.base_layer.parameters())
-        dtype = torch.float32
+        weight, dtype = parameters_of(self.base_layer)[0], torch.float32
         if weight.is_floating_point():
             dtype = torch.promote_types(weight.dtype, dtype)
         tensors = {
@@ -191,8 +189,9 @@ class AdaptedLayer(RescaledLayer, InFiles):
             if part not in self._modules:
                 self.add_module(part, nn.ModuleDict())
             self._modules[part][adapter] = Held(tensor)
-        self.lora_dropout[adapter] = nn.Dropout(config.lora_dropout)
-        self.lora_dropout[adapter].training = self.training
+        p = config.lora_dropout
+        self.lora_dropout[adapter] = nn.Dropout(p) if p > 0 else nn.Identity()  # as in PEFT
+        _tell_mode(self.lora_dropout, self.training)
         self.config[adapter], self.r[adapter] = config, config.rank(name)
         self.spans[adapter] = config.spans(name)
         self._parts[adapter] = tuple(tensors)
@@ -200,6 +199,8 @@ class AdaptedLayer(RescaledLayer, InFiles):
         self.lora_alpha[adapter] = config.alpha(name)
         self.scale_adapter(adapter, 1.0)
         if hasattr(self.method(adapter), "magnitude"):
+            if not self.magnitudes:
+                self.register_load_state_dict_post_hook(_start_noted)
             self.magnitudes[adapter] = self.method(adapter).magnitude
             self.start_magnitude(adapter)
 
@@ -217,9 +218,10 @@ class AdaptedLayer(RescaledLayer, InFiles):
 
     def _share(self, adapter: str) -> None:
         """Find what the adapter's method shares among layers, on the device that this one is on."""
-        shared = getattr(self.method(adapter), "shared", lambda *_: {})
-        device = next(iter(self.tensors(adapter).values())).device
-        self._shared[adapter] = shared(*self.matrix_shape, self.r[adapter], device)
+        method, self._shared[adapter] = self.method(adapter), {}
+        if hasattr(method, "shared"):
+            device = next(iter(self.tensors(adapter).values())).device
+            self._shared[adapter] = method.shared(*self.matrix_shape, self.r[adapter], device)
 
     def set_adapter(self, adapters: Iterable[str]) -> None:
         """Make these, as far as they are here, active: they add up, and only they train."""
@@ -231,9 +233,9 @@ class AdaptedLayer(RescaledLayer, InFiles):
         for adapter in {*before, *self.active_adapters}:  # the others are idle, and frozen, as ever
             trains = adapter in self.active_adapters and not self.config[adapter].inference_mode
             frozen = getattr(self.method(adapter), "frozen", ())
-            for part, tensor in self.tensors(adapter).items():
-                if isinstance(tensor, nn.Parameter):  # not another layer's, transposed
-                    tensor.requires_grad_(trains and part not in frozen)
+            for part in self._parts[adapter]:
+                for parameter in self._modules[part][adapter]._parameters.values():
+                    parameter.requires_grad_(trains and part not in frozen)
 
     def scale_adapter(self, adapter: str, factor: float) -> None:
         """s = factor · alpha / R (sqrt(R) if rank-stabilized); never cumulative."""
@@ -297,7 +299,42 @@ class AdaptedLayer(RescaledLayer, InFiles):
                 f"{what}: expected unmerged layers; the adapters are merged: call unmerge first"
             )
 
+    def train(self, mode: bool = True) -> AdaptedLayer:
+        """As of any module; the six in which a layer holds its adapter are only told the mode."""
+        vars(self)["training"] = mode
+        for child in self._modules.values():
+            if type(child) is nn.ModuleDict:
+                _tell_mode(child, mode)
+            else:
+                child.train(mode)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: object) -> None:
+        """A plain layer's keys go to `base_layer`, the adapters stay as they are.
+
+        But an adapter that starts from the weight, and its base, are made of the plain weight anew,
+        and a magnitude that nobody has trained yet is that of the new weight.
+        """
+        self.forget_base()
+        plain = {
+            key[len(prefix) :]
+            for key in state_dict
+            if key.startswith(prefix) and key[len(prefix) :].split(".")[0] not in self._modules
+        }
+        moved = {f"base_layer.{name}": state_dict.pop(prefix + name) for name in plain}
+        if plain - {"bias"}:
+            keys = {a: f"{prefix}{part}.{a}.weight" for a, part in self.magnitudes.items()}
+            self.note_starts([adapter for adapter, key in keys.items() if key in state_dict])
+            moved = self.started_again(moved, prefix)
+        if plain:
+            own = self.state_dict()
+            moved = {name: own[name] for name in own if not name.startswith("base_layer.")} | moved
+        for name, value in moved.items():
+            state_dict.setdefault(prefix + name, value)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def _apply(self, fn: Callable, recurse: bool = True) -> AdaptedLayer:
+        self.at_hand = None
         self.forget_base()
         super()._apply(fn, recurse)
         for adapter in self.config:
@@ -313,28 +350,10 @@ def check_name(adapter: str) -> None:
         raise ConfigError(f"adapter: expected a name without slashes; got {adapter!r}")
 
 
-def _take_plain_keys(layer: AdaptedLayer, state_dict: dict, prefix: str, *_: object) -> None:
-    """Before loading: a plain layer's keys go to `base_layer`, the adapters stay as they are.
-
-    But an adapter that starts from the weight, and its base, are made of the plain weight anew, and
-    a magnitude that nobody has trained yet is that of the new weight.
-    """
-    layer.forget_base()
-    plain = {
-        key[len(prefix) :]
-        for key in state_dict
-        if key.startswith(prefix) and key[len(prefix) :].split(".")[0] not in layer._modules
-    }
-    moved = {f"base_layer.{name}": state_dict.pop(prefix + name) for name in plain}
-    if plain - {"bias"}:
-        keys = {a: f"{prefix}{part}.{a}.weight" for a, part in layer.magnitudes.items()}
-        layer.note_starts([adapter for adapter, key in keys.items() if key in state_dict])
-        moved = layer.started_again(moved, prefix)
-    if plain:
-        own = layer.state_dict()
-        moved = {name: own[name] for name in own if not name.startswith("base_layer.")} | moved
-    for name, value in moved.items():
-        state_dict.setdefault(prefix + name, value)
+def _tell_mode(module: nn.Module, training: bool) -> None:
+    vars(module)["training"] = training
+    for child in module._modules.values():
+        _tell_mode(child, training)
 
 
 def _start_noted(layer: AdaptedLayer, _: object) -> None:

@@ -175,10 +175,11 @@ def dense_matrix(linear: nn.Module) -> Tensor:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether this is GPT-2's linear layer, whoever wrote it: y = x W + b with W [K, N = nf]."""
+    if type(module).__name__ != "Conv1D":
+        return False
     weight = getattr(module, "weight", None)
     return (
-        type(module).__name__ == "Conv1D"
-        and isinstance(weight, Tensor)
+        isinstance(weight, Tensor)
         and weight.dim() == 2
         and getattr(module, "nf", None) == weight.shape[1]
     )

@@ -28,13 +28,13 @@ class WithBase(nn.Module):
     @property
     def unmerged_base(self) -> nn.Module:
         """The base layer as it is without any adapter, merged or not."""
-        return self._aside[0] if self._aside else self.base_layer
+        return self._aside[0] if self._aside else self._modules["base_layer"]
 
     def stand_in(self, merged: nn.Module) -> None:
         """Let `merged` be the base until `unmerge`."""
         if merged.training != self.training:
             merged.train(self.training)
-        self._aside, self._modules["base_layer"] = (self.base_layer,), merged
+        self._aside, self._modules["base_layer"] = (self._modules["base_layer"],), merged
 
     def unmerge(self) -> None:
         """Put the base layer back as it was before `merge`, bit for bit."""
@@ -49,3 +49,10 @@ class WithBase(nn.Module):
     def extra_repr(self) -> str:
         state = "merged" if self.merged else "disabled" if self.disabled else "active"
         return f"{state}={self.active_adapters}"
+
+
+def parameters_of(base: nn.Module) -> list[nn.Parameter]:
+    """`base.parameters()`; of a layer that is not made of others, in a tenth of the time."""
+    if base._modules:
+        return list(base.parameters())
+    return [parameter for parameter in base._parameters.values() if parameter is not None]

@@ -181,13 +181,9 @@ def attach(
     for layer in wrapped.values():
         layer.train(model.training)
     active = list(dict.fromkeys(a for layer in before for a in layer.active_adapters))
-    if not is_first:  # whatever trains by now goes on training
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-    else:
-        model.requires_grad_(False)
-        active = [adapter]
-    activate(model, active)
+    for parameter, flag in flags:  # whatever trains beside other adapters goes on training
+        parameter.requires_grad_(flag and not is_first)
+    activate(model, [adapter] if is_first else active)
     for name in later:  # in place: to keep what was there would be to hold a second model
         layer = wrapped[modules[name]]
         layer.initialise(adapter, config, weights[f"{name}.weight"])
@@ -226,10 +222,11 @@ def replace_modules(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
         return
     for parent in named_modules(model).values():
         for name, child in list(parent._modules.items()):
-            if isinstance(new.get(child), DenseExperts):
-                restore_parameter(parent, name, new[child].weight)
-            elif child in new and parent is not new[child]:
-                setattr(parent, name, new[child])
+            instead = new.get(child)
+            if isinstance(instead, DenseExperts):
+                restore_parameter(parent, name, instead.weight)
+            elif instead is not None and parent is not instead:
+                parent._modules[name] = instead
         # torch's encoder has a way for inference that reads its layers' weights and calls no layer
         if isinstance(parent, nn.TransformerEncoderLayer):
             parent.activation_relu_or_gelu = 0

@@ -18,6 +18,8 @@ from .start import check_may_go
 from .targets import adapted_modules, check_adapters
 from .tied import tie_merged, tied_modules
 
+Layers = dict[str, AdaptedLayer | AdaptedModule]
+
 
 def merge(
     model: nn.Module, adapters: Iterable[str] | None = None, dtype: torch.dtype | None = None
@@ -28,12 +30,22 @@ def merge(
     quantization: rounding it back to codes would lose most of what was learned. The base layers are
     kept aside meanwhile. Raises WeightError, all as before, if a merged weight is not finite.
     """
+    _merge(model, adapted_modules(model), adapters, dtype)
+
+
+def _merge(
+    model: nn.Module,
+    layers: Layers,
+    adapters: Iterable[str] | None,
+    dtype: torch.dtype | None,
+) -> list[list[str]]:
+    """`merge` of these layers; returns the groups of modules that are tied."""
     if dtype is not None and not dtype.is_floating_point:
         raise ConfigError(
             f"dtype: expected a floating-point dtype for the merged weights; got {dtype}"
         )
-    layers, adapters = layers_to_merge(model, adapters, "merge")
-    groups = tied_modules(model)
+    adapters = _check_to_merge(model, layers, adapters, "merge")
+    tied = tied_modules(model)
     try:
         for name, layer in bar("merging", layers.items(), len(layers)):
             try:
@@ -41,10 +53,11 @@ def merge(
             except WeightError as error:
                 raise WeightError(f"{name}: {error}") from error
         active = [a for layer in layers.values() for a in layer.active_adapters]
-        tie_merged(model, groups, active if adapters is None else adapters)
+        tie_merged(layers, tied, active if adapters is None else adapters)
     except BaseException:
         unmerge(model)
         raise
+    return tied
 
 
 def unload(model: nn.Module) -> nn.Module:
@@ -62,16 +75,22 @@ def unload(model: nn.Module) -> nn.Module:
 
 def layers_to_merge(
     model: nn.Module, adapters: Iterable[str] | None, what: str
-) -> tuple[dict[str, AdaptedLayer | AdaptedModule], list[str] | None]:
+) -> tuple[Layers, list[str] | None]:
     """The layers with adapters, none of them merged, and the adapters as a list."""
     layers = adapted_modules(model)
+    return layers, _check_to_merge(model, layers, adapters, what)
+
+
+def _check_to_merge(
+    model: nn.Module, layers: Layers, adapters: Iterable[str] | None, what: str
+) -> list[str] | None:
     if not layers:
         raise TargetError(f"{what}: no layer of the model has adapters; inject or load one first")
     if any(layer.merged for layer in layers.values()):
         raise ConfigError(
             f"{what}: expected unmerged layers; the adapters are merged: call unmerge first"
         )
-    return layers, None if adapters is None else check_adapters(model, adapters)
+    return None if adapters is None else check_adapters(model, adapters)
 
 
 def unmerge(model: nn.Module) -> None:
@@ -89,13 +108,14 @@ def merge_and_unload(
     """
     layers = adapted_modules(model)
     if not any(layer.merged for layer in layers.values()):
-        merge(model, adapters, dtype)
+        tied = _merge(model, layers, adapters, dtype)
     elif adapters is not None or dtype is not None:
         raise ConfigError(
             "merge_and_unload: expected neither adapters nor dtype, the adapters are merged "
             "already: call unmerge first"
         )
-    tied = tied_modules(model)
+    else:
+        tied = tied_modules(model)
     merged = {layer: layer.base_layer for layer in layers.values()}
     replace_modules(model, merged)
     for layer, new in merged.items():

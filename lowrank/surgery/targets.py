@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -22,7 +22,8 @@ from lowrank.nn.token_rows import TiedRows
 from .parameters import expert_parameters, find_parameters
 from .presets import default_targets, strategy_targets
 
-LINEAR = (nn.Linear, QuantLinear, LoRALinear)
+ADAPTED = (AdaptedLayer, AdaptedModule)
+_WHOLE = (nn.Linear, QuantLinear, *ADAPTED)  # walk does not look into these
 CONDENSE_FROM = 20  # names, from which PEFT shortens the list
 
 
@@ -35,18 +36,24 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def walk(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """(name, module) of all below `module`; shared modules each time, and never the inside of
     linears and of what has adapters.
 
     Without the output projection of nn.MultiheadAttention, whose weight is read and which nobody
     calls.
     """
-    for name, child in module._modules.items():
-        if child is not None and not isinstance(child, NonDynamicallyQuantizableLinear):
-            yield prefix + name, child
-            if not isinstance(child, (*LINEAR, AdaptedLayer, AdaptedModule)):
-                yield from walk(child, f"{prefix}{name}.")
+    found = []
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        for name, child in module._modules.items():
+            if child is not None and not isinstance(child, NonDynamicallyQuantizableLinear):
+                found.append((prefix + name, child))
+                if child._modules and not isinstance(child, _WHOLE):
+                    visit(child, f"{prefix}{name}.")
+
+    visit(module, "")
+    return found
 
 
 def named_bases(model: nn.Module) -> dict[str, nn.Module]:
@@ -69,7 +76,7 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
         if module in found:
             return
         found[module] = name
-        adapted = isinstance(module, AdaptedLayer | AdaptedModule)
+        adapted = module._modules and isinstance(module, ADAPTED)
         for key, child in module._modules.items():
             if child is not None and not (adapted and isinstance(child, nn.ModuleDict)):
                 visit(child, f"{name}.{key}" if name else key)
@@ -85,8 +92,7 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
 
 def adapted_modules(model: nn.Module) -> dict[str, AdaptedLayer | AdaptedModule]:
     """Those, and the modules that adapters replace or replace rows of; what is tied comes last."""
-    kinds = AdaptedLayer | AdaptedModule
-    found = {name: m for name, m in named_modules(model).items() if isinstance(m, kinds)}
+    found = {name: m for name, m in named_modules(model).items() if isinstance(m, ADAPTED)}
     return dict(sorted(found.items(), key=lambda item: isinstance(item[1], TiedRows)))
 
 
@@ -136,18 +142,18 @@ def _find_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
     for name, module in walk(model):
         modules.setdefault(module, name)
     wanted = wanted_targets(model, config)
-    strategy, linears = checks.strategy(wanted), [n for _, n in _linears(modules)]
+    strategy = checks.strategy(wanted)
     if strategy == "all-linear":
         heads = _output_heads(model)
         chosen = [(n, m) for m, n in modules.items() if is_linear(m) and m not in heads]
     elif strategy is not None:
-        named = set(strategy_targets(strategy, linears))
+        named = set(strategy_targets(strategy, _linears(modules)))
         chosen = [(n, m) for m, n in modules.items() if n in named]
     else:
         chosen = [(n, m) for m, n in modules.items() if matches(n, wanted)]
     if not chosen:
         what = f"target_modules={config.target_modules!r}"
-        raise TargetError(nothing(what, [] if strategy else wanted, linears))
+        raise TargetError(nothing(what, [] if strategy else wanted, _linears(modules)))
     chosen = [(n, m) for n, m in chosen if _in_layers(n, config)]
     if not chosen:
         raise TargetError(
@@ -162,7 +168,8 @@ def _find_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
                 f"target_modules={wanted!r} matches"
             )
     saved = config.modules_to_save or []
-    chosen = [(n, m) for n, m in chosen if not any(matches(outer, saved) for outer in _prefixes(n))]
+    if saved:
+        chosen = [(n, m) for n, m in chosen if not any(matches(p, saved) for p in _prefixes(n))]
     if not chosen:
         raise TargetError(
             f"modules_to_save={saved!r} has all of what target_modules={wanted!r} matches"
@@ -179,7 +186,7 @@ def _find_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
 def check_each_matches(model: nn.Module, entries: list[str] | str | None, field: str) -> None:
     """Raises TargetError at the first of a list of names that is no module of the model."""
     if isinstance(entries, list):
-        modules = list(walk(model))
+        modules = walk(model)
         for entry in entries:
             if not any(matches(name, [entry]) for name, _ in modules):
                 linears = [name for name, module in modules if is_linear(module)]
@@ -196,8 +203,8 @@ def condense(model: nn.Module, names: list[str], many: int = 0) -> list[str]:
     return list(dict.fromkeys(next((s for s in _suffixes(n) if s not in others), n) for n in names))
 
 
-def _linears(modules: dict[nn.Module, str]) -> list[tuple[nn.Module, str]]:
-    return [(m, n) for m, n in modules.items() if is_linear(m)]
+def _linears(modules: dict[nn.Module, str]) -> list[str]:
+    return [name for module, name in modules.items() if is_linear(module)]
 
 
 def _output_heads(model: nn.Module) -> set[nn.Module]:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
 from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import ConfigError
-from lowrank.nn.adapted import AdaptedLayer
-from lowrank.nn.adapted_module import AdaptedModule
 from lowrank.nn.held import Transposed
 from lowrank.nn.lora_embedding import LoRAEmbedding
 from lowrank.nn.lora_linear import LoRALinear
 from lowrank.nn.quant_embedding import QuantEmbedding
 
-from .targets import adapted_layers, walk
+from .targets import ADAPTED, adapted_layers, walk
 
 EMBEDDINGS = (nn.Embedding, QuantEmbedding)
 
@@ -28,8 +26,7 @@ def tied_modules(model: nn.Module) -> list[list[str]]:
         if module in seen:
             continue
         seen.add(module)
-        adapted = isinstance(module, AdaptedLayer | AdaptedModule)
-        base = module.unmerged_base if adapted else module
+        base = module.unmerged_base if isinstance(module, ADAPTED) else module
         for parameter in base._parameters.values():
             if parameter is not None:
                 holders.setdefault(id(parameter), []).append(name)
@@ -73,9 +70,10 @@ def tie_adapters(model: nn.Module, names: Iterable[str], adapter: str) -> None:
                 head.lora_B[adapter] = Transposed(embedding.lora_A[adapter])
 
 
-def tie_merged(model: nn.Module, groups: list[list[str]], adapters: list[str]) -> None:
+def tie_merged(
+    layers: Mapping[str, nn.Module], groups: list[list[str]], adapters: list[str]
+) -> None:
     """After merging these adapters: heads that followed an embedding share its weight again."""
-    layers = adapted_layers(model)
     for group in groups:
         held = [layers[name] for name in group if name in layers]
         for embedding in (layer for layer in held if isinstance(layer, LoRAEmbedding)):
