@@ -189,6 +189,23 @@ void wide_rows(const WideProduct<T>& p, const Table& shared, int64_t n0, int64_t
   }
 }
 
+// Floats that a thread keeps from call to call: a model's forward keeps what each product gives, so
+// fresh memory would lie elsewhere in every layer, and be faulted in.
+struct Scratch {
+  float* at = nullptr;
+  size_t size = 0;
+  ~Scratch() { free(at); }
+
+  float* of(size_t floats) {
+    if (floats > size) {
+      free(at);
+      at = static_cast<float*>(aligned_alloc(64, floats * sizeof(float)));
+      size = at ? floats : 0;
+    }
+    return at;
+  }
+};
+
 // One pass over the weight; returns false where memory is short.
 template <class T>
 bool wide_multiply(WideProduct<T> p, int32_t threads) {
@@ -197,8 +214,8 @@ bool wide_multiply(WideProduct<T> p, int32_t threads) {
   const int64_t for_decoded = WIDE_BLOCKS * BLOCK_N * DEPTH;  // of a thread, like the next two
   const int64_t for_sums = WIDE_BLOCKS * BLOCK_N * stripes * STRIPE;
   const int64_t for_rows = for_decoded + for_sums + SPAN * STRIPE;
-  p.laid = static_cast<float*>(
-      aligned_alloc(64, size_t(for_x + threads * for_rows) * sizeof(float)));
+  thread_local Scratch scratch;
+  p.laid = scratch.of(size_t(for_x + threads * for_rows));
   if (!p.laid) return false;
 #pragma omp parallel num_threads(threads) if (w.N * w.K > WORTH_THREADS)
   {
@@ -227,7 +244,6 @@ bool wide_multiply(WideProduct<T> p, int32_t threads) {
         wide_rows(p, shared, n, smaller(n + WIDE_BLOCKS * BLOCK_N, last), room_of(t));
     }
   }
-  free(p.laid);
   return true;
 }
 

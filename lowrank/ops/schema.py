@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import dispatch
+from . import autograd, dispatch
 
 
 class Operator(NamedTuple):
@@ -153,9 +153,9 @@ def _lora_backward(ctx, dy: Tensor, _):
     dx = dA = dB = dbias = None
     if any(ctx.needs):
         x, h = (dy.new_empty(0) if t is None else t for t in (x, h))
-        gradients = torch.ops.lowrank.lora_linear_backward(
-            dy, x, h, *weight, ctx.block_size, A, B, ctx.scale, order, offsets, ctx.p, seed,
-            ctx.needs,
+        gradients = dispatch.call(
+            "lora_linear_backward", dy, x, h, *weight, ctx.block_size, A, B, ctx.scale, order,
+            offsets, ctx.p, seed, ctx.needs,
         )  # fmt: skip
         dx, dA, dB = (g if n else None for g, n in zip(gradients, ctx.needs, strict=True))
     if ctx.needs_input_grad[_LORA_BIAS]:
@@ -244,6 +244,4 @@ for _name, _op in OPERATORS.items():
     _library.impl(_name, dispatch.runner(_name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"lowrank::{_name}", _op.fake, lib=_library)
     if _op.backward is not None:
-        torch.library.register_autograd(
-            f"lowrank::{_name}", _op.backward, setup_context=_op.setup, lib=_library
-        )
+        autograd.register(_library, _name, _op.setup, _op.backward)
