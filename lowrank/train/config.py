@@ -32,7 +32,12 @@ class TrainConfig:
     gradient_accumulation_steps: batches whose gradients make one optimizer step.
     auto_find_batch_size: when memory does not suffice, halve the batches and double their number in
         a step, from there on; what is learned is the same.
-    optim: the optimizer: adamw_torch is torch's fused AdamW, adamw_8bit a quarter of its memory.
+    optim: the optimizer: adamw_torch is torch's fused AdamW, adamw_8bit a quarter of its
+        memory, paged_adamw_8bit that with what does not fit in host memory or a file.
+    device_budget: of a paged optimizer: bytes of its state that may lie on the device. None: all,
+        until memory is short. What that changes is the time of a step, not its result.
+    host_budget: bytes of the rest that may lie in host memory; on a CPU, of all.
+    page_dir: where what is left goes, to a file without a name. None: TMPDIR or /var/tmp.
     weight_decay: decoupled, on matrices only (not on biases and norms).
     adam_beta1, adam_beta2: decay of the means of the gradient and of its square.
     adam_epsilon: added to the root of the latter.
@@ -95,6 +100,9 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     auto_find_batch_size: bool = False
     optim: str = "adamw_torch"
+    device_budget: int | None = None
+    host_budget: int | None = None
+    page_dir: str | Path | None = None
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -9,16 +10,28 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lowrank.optim import AdamW, AdamW8bit, Lion, Lion8bit
+from lowrank.optim import (
+    AdamW,
+    AdamW8bit,
+    Lion,
+    Lion8bit,
+    PagedAdamW,
+    PagedAdamW8bit,
+    PagedLion,
+    PagedLion8bit,
+)
 from lowrank.surgery import lora_plus_groups
 
 if TYPE_CHECKING:
     from lowrank.train.config import TrainConfig
 
 Groups = Iterable[dict[str, Any]]  # with params, lr and weight_decay
+Maker = Callable[[Groups, "TrainConfig"], Optimizer]
+Family = Callable[[Callable[..., Optimizer]], Maker]
+BUDGETS = ("device_budget", "host_budget", "page_dir")  # fields of the config
 
 
-def adamw(kind: Callable[..., Optimizer]) -> Callable[[Groups, TrainConfig], Optimizer]:
+def adamw(kind: Callable[..., Optimizer]) -> Maker:
     """Makes that kind of AdamW as the config says."""
 
     def make(groups: Groups, config: TrainConfig) -> Optimizer:
@@ -28,7 +41,7 @@ def adamw(kind: Callable[..., Optimizer]) -> Callable[[Groups, TrainConfig], Opt
     return make
 
 
-def lion(kind: Callable[..., Optimizer]) -> Callable[[Groups, TrainConfig], Optimizer]:
+def lion(kind: Callable[..., Optimizer]) -> Maker:
     """Makes that kind of Lion, with AdamW's betas as in transformers."""
 
     def make(groups: Groups, config: TrainConfig) -> Optimizer:
@@ -43,7 +56,17 @@ def sgd(groups: Groups, config: TrainConfig) -> Optimizer:
     return torch.optim.SGD(groups, lr=config.learning_rate)
 
 
-OPTIMIZERS: dict[str, Callable[[Groups, TrainConfig], Optimizer]] = {
+def paged(family: Family, kind: Callable[..., Optimizer]) -> Maker:
+    """Makes that kind of a family, with the budgets of the config for what is in pages."""
+
+    def make(groups: Groups, config: TrainConfig) -> Optimizer:
+        budgets = {name: getattr(config, name) for name in BUDGETS}
+        return family(functools.partial(kind, **budgets))(groups, config)
+
+    return make
+
+
+OPTIMIZERS: dict[str, Maker] = {
     "adamw_torch": adamw(AdamW),
     "adamw_torch_fused": adamw(AdamW),
     "adamw_8bit": adamw(AdamW8bit),
@@ -51,6 +74,10 @@ OPTIMIZERS: dict[str, Callable[[Groups, TrainConfig], Optimizer]] = {
     "adamw_torch_8bit": adamw(AdamW8bit),
     "lion_32bit": lion(Lion),
     "lion_8bit": lion(Lion8bit),
+    "paged_adamw_32bit": paged(adamw, PagedAdamW),
+    "paged_adamw_8bit": paged(adamw, PagedAdamW8bit),
+    "paged_lion_32bit": paged(lion, PagedLion),
+    "paged_lion_8bit": paged(lion, PagedLion8bit),
     "sgd": sgd,
 }
 

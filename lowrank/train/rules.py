@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lowrank.errors import ConfigError
-from lowrank.train.optimizer import OPTIMIZERS
+from lowrank.train.optimizer import BUDGETS, OPTIMIZERS
 from lowrank.train.schedule import SCHEDULES, SHAPES
 from lowrank.train.trackers import TRACKERS, tracker_names
 
@@ -49,6 +49,7 @@ STEPS_OR_SHARE = Rule(
     NUMBER,
     lambda v: 0 <= v < math.inf and (v < 1 or v == int(v)),
 )
+BYTES = Rule("a number of bytes, at least two chunks of 65536", (int,), lambda v: v >= 2 << 16)
 TEXT = Rule("a text that is not empty", (str,), bool)
 SEED = Rule("a whole number from 0 to below 2**63", (int,), lambda v: 0 <= v < 2**63)
 
@@ -66,6 +67,9 @@ RULES: dict[str, Rule] = {
     "per_device_eval_batch_size": WHOLE,
     "gradient_accumulation_steps": WHOLE,
     "optim": one_of(OPTIMIZERS),
+    "device_budget": optional(BYTES),
+    "host_budget": optional(BYTES),
+    "page_dir": optional(Rule("a path", (str, Path), lambda v: bool(str(v)))),
     "weight_decay": NOT_NEGATIVE,
     "adam_beta1": BELOW_ONE,
     "adam_beta2": BELOW_ONE,
@@ -148,6 +152,12 @@ def check_together(config: Any) -> None:
             raise ConfigError(
                 f"{name} needs evaluations between the steps; got none: "
                 "set eval_strategy to 'steps' or 'epoch'"
+            )
+    for name in BUDGETS:
+        if getattr(config, name) is not None and not config.optim.startswith("paged_"):
+            raise ConfigError(
+                f"{name} is for a paged optimizer; got optim={config.optim!r}: take one of "
+                + ", ".join(name for name in OPTIMIZERS if name.startswith("paged_"))
             )
     if config.packing and config.group_by_length:
         raise ConfigError("packing and group_by_length are both on: packs are full, turn one off")
