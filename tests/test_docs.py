@@ -24,7 +24,8 @@ def folder(tmp_path, monkeypatch):
     """Where a reader sits: the tiny model stands for the one on the hub, and there is some data."""
     shutil.copytree(TINY, tmp_path / HUB_NAME)
     pairs = [{"prompt": f"What is {n}?\n", "completion": "A number."} for n in range(12)]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    for name in ("train.jsonl", "held_out.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

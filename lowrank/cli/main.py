@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
-from lowrank.cli import demo, env, generate, merge, quantize, report, train
+from lowrank.cli import demo, env, generate, merge, quantize, report, sweep, train
 from lowrank.errors import LowrankError
 from lowrank.train.remedies import is_out_of_memory
 
-COMMANDS = (train, generate, merge, quantize, report, env, demo)
+COMMANDS = (train, sweep, generate, merge, quantize, report, env, demo)
 
 OK, USER_ERROR, INTERRUPTED = 0, 2, 130
 

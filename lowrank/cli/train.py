@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class Run(Source):
 TABLES = {"run": Run, "train": TrainConfig, "lora": lowrank.LoRAConfig}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, tables: Mapping[str, type] = TABLES) -> None:
     parser.add_argument(
         "--config", type=Reader([Path]), metavar="FILE", help="a TOML file of all this"
     )
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="settings to begin with, which the file and the flags beat: "
         + "; ".join(f"{name}: {found.about}" for name, found in PRESETS.items()),
     )
-    for name, config in TABLES.items():
+    for name, config in tables.items():
         add_fields(parser, config, name, f"{config.__name__}: [{name}] in a TOML file")
 
 
@@ -96,16 +96,16 @@ def padded(data: TokenizedExamples, size: int, model: nn.Module) -> Iterator[dic
         yield {name: getattr(batch, name) for name in names}
 
 
-def resolve(args: argparse.Namespace) -> tuple[Run, TrainConfig, lowrank.LoRAConfig]:
-    """The three dataclasses: the preset, the file of --config over it, the flags over both."""
-    from_file = read_toml(args.config, TABLES) if args.config else {}
-    tables = {name: from_file.get(name, {}) | given_fields(args, name) for name in TABLES}
+def resolve(args: argparse.Namespace, kinds: Mapping[str, type] = TABLES) -> tuple[Any, ...]:
+    """The dataclasses of `kinds`: the preset, the file of --config over it, the flags over both."""
+    from_file = read_toml(args.config, kinds) if args.config else {}
+    tables = {name: from_file.get(name, {}) | given_fields(args, name) for name in kinds}
     if args.preset is not None:
         chosen = preset(args.preset).at_rank(tables["lora"].get("r"))
         tables["train"] = {**chosen.train, **tables["train"]}
         tables["lora"] = {**chosen.lora, **tables["lora"]}
     elsewhere = ", or set it in the TOML file"
-    return tuple(make(config, tables[name], elsewhere) for name, config in TABLES.items())
+    return tuple(make(config, tables[name], elsewhere) for name, config in kinds.items())
 
 
 def report(result: Any) -> str:

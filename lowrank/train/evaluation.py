@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
 from lowrank.errors import ConfigError
+from lowrank.train.config import TrainConfig
 from lowrank.train.feed import Feed
+from lowrank.train.history import History
 from lowrank.train.loss import BatchLoss
 from lowrank.train.precision import Precision
 from lowrank.train.relief import free_cached
@@ -88,3 +91,17 @@ class Evaluation:
             raise ConfigError(
                 f"compute_metrics must return a dict of names and numbers; got {found!r}"
             ) from None
+
+
+def is_due(config: TrainConfig, history: History, total_steps: int, examples: int) -> bool:
+    """Before the first step, after the last, and when the config says; unless it is done."""
+    steps = history.steps
+    if any(found["step"] == steps for found in history.evaluations[-1:]):
+        return False
+    if steps in (0, total_steps):
+        return True
+    if config.evaluates_by == "epoch":
+        return history.epoch_is_over(examples)
+    every = config.eval_steps or config.logging_steps
+    every = int(every) if every >= 1 else math.ceil(every * total_steps)
+    return config.evaluates_by == "steps" and steps % every == 0

@@ -45,6 +45,10 @@ class History:
         """(steps done, held-out loss) of each evaluation."""
         return [(int(found["step"]), found["eval_loss"]) for found in self.evaluations]
 
+    def epoch_is_over(self, examples: int) -> bool:
+        """Whether each of so many has been taken equally often."""
+        return self.samples % examples == 0
+
     def add(self, batches: list[Batch], loss: float, seconds: float) -> None:
         """Count a step over `batches`."""
         self.samples += sum(batch.examples for batch in batches)

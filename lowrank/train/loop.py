@@ -14,7 +14,7 @@ from lowrank.errors import TrainingError
 from lowrank.train.best import Best
 from lowrank.train.callbacks import Callback
 from lowrank.train.config import TrainConfig
-from lowrank.train.evaluation import Evaluation
+from lowrank.train.evaluation import Evaluation, is_due
 from lowrank.train.feed import Feed
 from lowrank.train.history import History
 from lowrank.train.interrupt import Interrupt
@@ -157,27 +157,11 @@ class Loop:
         return self.history.steps >= self.total_steps or self.stopped or self.interrupt.requested
 
     def _evaluation_is_due(self) -> bool:
-        """Before the first step, after the last, and when the config says; unless it is done."""
-        config, steps = self.config, self.history.steps
-        if any(found["step"] == steps for found in self.history.evaluations[-1:]):
-            return False
-        if steps in (0, self.total_steps):
-            return True
-        if config.evaluates_by == "epoch":
-            return self._epoch_is_over()
-        return config.evaluates_by == "steps" and steps % self._eval_every == 0
-
-    @property
-    def _eval_every(self) -> int:
-        every = self.config.eval_steps or self.config.logging_steps
-        return int(every) if every >= 1 else math.ceil(every * self.total_steps)
-
-    def _epoch_is_over(self) -> bool:
-        return self.history.samples % len(self.feed.data) == 0
+        return is_due(self.config, self.history, self.total_steps, len(self.feed.data))
 
     def _save_is_due(self) -> bool:
         if self.config.save_strategy == "epoch":
-            return self._epoch_is_over()
+            return self.history.epoch_is_over(len(self.feed.data))
         return self.history.steps % self.config.save_steps == 0
 
     def _evaluate(self) -> None:

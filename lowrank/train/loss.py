@@ -86,3 +86,22 @@ def next_token_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0
     chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
     wanted = labels[rows, places + 1]
     return F.cross_entropy(chosen, wanted, reduction="sum", label_smoothing=label_smoothing)
+
+
+def takes_copies(model: nn.Module) -> bool:
+    """Whether the loss of each copy of a repeated batch can be had in one forward."""
+    return not packs(model) or "copies" in inspect.signature(model.loss).parameters
+
+
+def losses_of_copies(model: nn.Module, batch: Batch, copies: int) -> Tensor:
+    """The loss of each copy, as `batch_loss` has it, of a batch repeated that often: [copies]."""
+    if packs(model):
+        return model.loss(
+            batch.input_ids,
+            batch.labels,
+            position_ids=batch.position_ids,
+            attention_mask=batch.attention_mask,
+            copies=copies,
+        )
+    parts = zip(logits_of(model, batch).chunk(copies), batch.labels.chunk(copies), strict=True)
+    return torch.stack([next_token_loss(logits, labels) for logits, labels in parts])

@@ -48,14 +48,18 @@ class Progress:
 
     def step(self, line: dict[str, Any]) -> None:
         """Show a finished step from its line of metrics.jsonl."""
-        step, memory = line["step"], line.get("peak_device_memory_bytes")
-        self._recent.append((line["tokens"], line["seconds"]))
-        tokens, seconds = (sum(values) for values in zip(*self._recent, strict=True))
-        shown = (
+        memory = line.get("peak_device_memory_bytes", line["peak_memory_bytes"])
+        what = (
             f"loss {line['loss']:.4f}, lr {line['learning_rate']:.2e}, "
-            f"grad norm {line['grad_norm']:.3f}, {tokens / seconds:.0f} tokens/s, "
-            f"{(line['peak_memory_bytes'] if memory is None else memory) / 2**30:.2f} GiB"
+            f"grad norm {line['grad_norm']:.3f}"
         )
+        self.show(line["step"], what, line["tokens"], line["seconds"], memory)
+
+    def show(self, step: int, what: str, tokens: int, seconds: float, memory: int) -> None:
+        """Show `what` of a finished step, its speed, the memory in bytes, and the time left."""
+        self._recent.append((tokens, seconds))
+        tokens, seconds = (sum(values) for values in zip(*self._recent, strict=True))
+        shown = f"{what}, {tokens / seconds:.0f} tokens/s, {memory / 2**30:.2f} GiB"
         if self._bar is not None:
             self._bar.set_postfix_str(shown, refresh=False)
             self._bar.update()

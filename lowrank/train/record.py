@@ -40,7 +40,11 @@ class TrainResult:
 
 
 class Record:
-    """Writes each step of a run's `history` to metrics.jsonl and to the screen, as it comes."""
+    """Writes each step of a run's `history` to metrics.jsonl and to the screen, as it comes.
+
+    With a `progress`, that of several runs at once, whoever has it shows the steps; what is said
+    begins with `name`.
+    """
 
     def __init__(
         self,
@@ -52,11 +56,14 @@ class Record:
         quiet: bool,
         device: torch.device,
         trackers: Trackers | None = None,
+        progress: Progress | None = None,
+        name: str = "",
     ) -> None:
         self._run, self._total_steps, self._examples = run, total_steps, examples
         self._history, self._device = history, device
         self._trackers = trackers or Trackers([])
-        self._progress = Progress(total_steps, log_every, quiet, done=history.steps)
+        self._shows_steps, self._name = progress is None, name
+        self._progress = progress or Progress(total_steps, log_every, quiet, done=history.steps)
         self._begin = time.perf_counter()
 
     def step(
@@ -76,7 +83,8 @@ class Record:
         }
         self._run.log(line)
         self._trackers.step(line)
-        self._progress.step(line)
+        if self._shows_steps:
+            self._progress.step(line)
 
     def evaluation(self) -> None:
         """Show the last evaluation of the history."""
@@ -90,7 +98,7 @@ class Record:
 
     def say(self, text: str, level: int = logging.INFO) -> None:
         """Show a line of text, without breaking a bar."""
-        self._progress.line(text, level)
+        self._progress.line(f"{self._name}: {text}" if self._name else text, level)
 
     def result(
         self, trained: Iterable[nn.Parameter], interrupted: bool, saved_step: int | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 import lowrank
@@ -36,3 +38,17 @@ def test_a_file_beats_a_preset_and_a_flag_beats_both(tmp_path):
     assert (config.learning_rate, config.warmup_ratio) == (0.5, 0.1)
     _, _, lora = resolve(build_parser().parse_args([*words, "--lora-alpha", "7"]))
     assert (lora.r, lora.lora_alpha) == (5, 7)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_table_of_the_docs_is_what_the_presets_are(name):
+    page = (Path(__file__).parents[2] / "docs" / "choosing.md").read_text(encoding="utf-8")
+    (row,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]
+    cells = [cell.strip().strip("`") for cell in row.split("|")[3:-1]]
+    found = preset(name)
+    lora, train = found.lora, found.train
+    wanted = (
+        lora["r"], lora["lora_alpha"], lora["target_modules"], lora["lora_dropout"],
+        train["learning_rate"], train["num_train_epochs"],
+    )  # fmt: skip
+    assert [type(w)(cell) for w, cell in zip(wanted, cells, strict=True)] == list(wanted)
