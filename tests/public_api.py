@@ -117,3 +117,4 @@ def models() -> None:
     config = TrainConfig(output_dir="out", learning_rate=2e-4)
     result = Trainer(model, config, "train.jsonl", "eval.jsonl", tokenizer=tok).train()
     assert_type(result.losses, list[float])
+    Trainer(model, config, [{"q": "a"}], tokenizer=tok, formatting_func=lambda row: str(row["q"]))

@@ -65,6 +65,9 @@ def load_examples(
     as above. Raises DataError with the place of what is wrong.
     """
     if isinstance(source, Examples):
+        if formatting_func is not None:
+            raise DataError("formatting_func takes rows as they are read; got Examples: pass it to "
+                            "load_examples")  # fmt: skip
         return source
     kind, rows, places = "", [], []
     for place, row in read(source):

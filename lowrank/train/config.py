@@ -6,7 +6,7 @@ from dataclasses import InitVar, asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from lowrank.train.rules import check_fields, check_together, respell
+from lowrank.train.rules import check_fields, check_together, grouped_by, respell
 
 
 @dataclass
@@ -149,12 +149,14 @@ class TrainConfig:
     max_seq_length: InitVar[int | None] = None
     activation_checkpointing: InitVar[bool | None] = None
     resume_from_checkpoint: InitVar[str | Path | bool | None] = None
+    train_sampling_strategy: InitVar[str | None] = None
 
     SPELLINGS: ClassVar[dict[str, str]] = {
         "evaluation_strategy": "eval_strategy",
         "max_seq_length": "max_length",
         "activation_checkpointing": "gradient_checkpointing",
         "resume_from_checkpoint": "resume",
+        "train_sampling_strategy": "group_by_length",
     }
 
     def __post_init__(
@@ -163,6 +165,7 @@ class TrainConfig:
         max_seq_length: int | None,
         activation_checkpointing: bool | None,
         resume_from_checkpoint: str | Path | bool | None,
+        train_sampling_strategy: str | None,
     ) -> None:
         respell(self, "evaluation_strategy", evaluation_strategy)
         respell(self, "max_seq_length", max_seq_length)
@@ -170,6 +173,8 @@ class TrainConfig:
         if isinstance(resume_from_checkpoint, bool):  # there, true means the newest
             resume_from_checkpoint = "auto" if resume_from_checkpoint else None
         respell(self, "resume_from_checkpoint", resume_from_checkpoint)
+        if train_sampling_strategy is not None:
+            respell(self, "train_sampling_strategy", grouped_by(train_sampling_strategy))
         check_fields(self)
         check_together(self)
 

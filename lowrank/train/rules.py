@@ -137,6 +137,12 @@ def respell(config: Any, other: str, value: Any) -> None:
     setattr(config, name, value)
 
 
+def grouped_by(strategy: Any) -> bool:
+    """group_by_length, as transformers says it by now."""
+    _check("train_sampling_strategy", one_of(("random", "group_by_length")), strategy)
+    return strategy == "group_by_length"
+
+
 def check_fields(config: Any) -> None:
     """ConfigError naming the first field of the dataclass whose value cannot be."""
     for field in fields(config):

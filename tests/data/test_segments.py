@@ -200,6 +200,8 @@ def test_a_formatting_func_makes_examples():
         load_examples(rows, formatting_func=lambda row: row["text"])
     with pytest.raises(DataError, match="^example 0: formatting_func must return text, .*got list"):
         load_examples(rows, formatting_func=lambda row: [row["q"]])
+    with pytest.raises(DataError, match="got Examples: pass it to load_examples"):
+        load_examples(texts, formatting_func=lambda row: row["q"])
 
 
 def test_a_text_field_of_another_name():

@@ -91,3 +91,10 @@ def test_resume_as_transformers_spells_it():
     assert TrainConfig("out", resume_from_checkpoint=True).resume == "auto"
     assert TrainConfig("out", resume_from_checkpoint=False).resume is None
     assert TrainConfig("out", resume_from_checkpoint="a/checkpoint-5").resume == "a/checkpoint-5"
+
+
+def test_grouping_as_transformers_spells_it():
+    assert TrainConfig("out", train_sampling_strategy="group_by_length").group_by_length is True
+    assert TrainConfig("out", train_sampling_strategy="random").group_by_length is False
+    with pytest.raises(ConfigError, match="^train_sampling_strategy must be one of random, group_"):
+        TrainConfig("out", train_sampling_strategy="sequential")
