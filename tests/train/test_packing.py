@@ -170,7 +170,7 @@ def test_smollm2_on_packs_is_smollm2_on_each_example(smollm2, data_dir):
     )
     data = tokenize_all(load_examples(random.sample(pairs.rows, 5)), tokenizer, max_length=48)
     packs = best_fit_decreasing(data.lengths, range(5), 160)
-    assert len(packs) == 2
+    assert len(packs) < 3
     found = []
     for batches in ([packs], [[[i]] for i in range(5)]):
         model.zero_grad()
