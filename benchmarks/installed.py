@@ -22,6 +22,7 @@ PEERS = {
     "bitsandbytes": "its NF4 layer, functions and 8-bit AdamW",
     "torchao": "its NF4 tensor and 8-bit AdamW",
     "peft": "its LoRA layers over dense and bitsandbytes bases",
+    "trl": "its SFTTrainer",
     "unsloth": "its LoRA and dequantization kernels (CUDA)",
     "liger": "its fused linear and cross entropy (CUDA)",
 }
@@ -33,6 +34,7 @@ _INSTALL = {
     "bitsandbytes": "pip install 'bitsandbytes>=0.50.2'",
     "torchao": "pip install torchao",
     "peft": "pip install peft",
+    "trl": "pip install trl",
     "unsloth": "pip install unsloth",
     "liger": "pip install --no-deps liger-kernel",
 }

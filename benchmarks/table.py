@@ -26,6 +26,7 @@ STEP_COLUMNS = (
     "p10–p90",
     "real tokens/s",
     "speed",
+    "over plain",
     "TFLOP/s",
     "of ceiling",
     "peak MB",
@@ -145,13 +146,14 @@ def _step_cells(row: dict) -> list[str]:
         f"{row['p10_ms'] * 1e-3:.2f}–{row['p90_ms'] * 1e-3:.2f}",
         f"{row['tokens_per_second']:.0f}",
         f"{row['speed']:.2f}×",
+        f"{row['over_plain']:.2f}×" if "over_plain" in row else "",
         _rate(row.get("tflops")),
         _share(row),
         megabytes(row["peak_bytes"]),
         megabytes(row["load_peak_bytes"]),
         f"{losses[0]:.4f}",
         f"{losses[-1]:.4f}",
-        f"{row['loss_difference']:.1e}",
+        "" if row["loss_difference"] is None else f"{row['loss_difference']:.1e}",
     ]
 
 

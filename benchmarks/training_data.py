@@ -5,7 +5,7 @@ once by transformers to a directory of float32 safetensors that every side then 
 are E2E pairs, "meaning representation -> sentence", cut at 128 tokens; the loss is on the sentence
 alone.
 
-As a script, `python -m benchmarks.training_data GGUF E2E DIRECTORY STEPS` writes both into
+As a script, `python -m benchmarks.training_data GGUF E2E DIRECTORY STEPS` writes them into
 DIRECTORY.
 """
 
@@ -17,6 +17,7 @@ import logging
 import random
 import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ IGNORED = -100
 
 def write(gguf: Path, pairs: Path, directory: Path, steps: int) -> None:
     """Write the model and batches.json: steps x 4 x {"input_ids", "labels"}, unpadded, labels
-    unshifted.
+    unshifted. And full.json: steps x {...} as many as together have 4 x 128 tokens or few less.
     """
     logging.disable(logging.WARNING)
     import safetensors.torch
@@ -55,6 +56,9 @@ def write(gguf: Path, pairs: Path, directory: Path, steps: int) -> None:
     examples = [_example(row, tokenizer) for row in chosen]
     batches = [examples[i : i + BATCH] for i in range(0, len(examples), BATCH)]
     (directory / "batches.json").write_text(json.dumps(batches))
+    others = iter(random.Random(1).sample(rows, len(rows)))
+    full = [_full(_example(row, tokenizer) for row in others) for _ in range(steps)]
+    (directory / "full.json").write_text(json.dumps(full))
 
 
 def _example(row: dict, tokenizer) -> dict[str, list[int]]:
@@ -64,6 +68,16 @@ def _example(row: dict, tokenizer) -> dict[str, list[int]]:
     ]
     labels = [IGNORED] * len(prompt) + completion
     return {"input_ids": (prompt + completion)[:POSITIONS], "labels": labels[:POSITIONS]}
+
+
+def _full(examples: Iterator[dict[str, list[int]]]) -> list[dict[str, list[int]]]:
+    """As many of the next examples as fit into the positions of a batch."""
+    batch: list[dict[str, list[int]]] = []
+    for example in examples:
+        if real_tokens([*batch, example]) > BATCH * POSITIONS:
+            break
+        batch.append(example)
+    return batch
 
 
 def padded(batch: list[dict[str, list[int]]]) -> dict[str, Tensor]:

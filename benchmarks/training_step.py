@@ -1,7 +1,8 @@
 """QLoRA steps of a real model beside transformers + peft + bitsandbytes, on the same tokens.
 
 SmolLM2-135M, NF4 with double quantization, LoRA r=16 on every linear, float32, AdamW, batches of
-four E2E pairs of up to 128 tokens, no dropout, no gradient checkpointing, the adapters begun alike.
+four E2E pairs of up to 128 tokens, no dropout, the adapters begun alike. "packed" has as many pairs
+in a batch as fit into its positions, so other ones, and more.
 Every side is a process; step i is done by each in turn before step i + 1. Peak memory is that of
 the steps above the process with `import torch` done; the peak while loading is beside it.
 """
@@ -21,11 +22,19 @@ from benchmarks.errors import MissingInputError
 from benchmarks.harness import spread
 from benchmarks.settings import Settings
 from benchmarks.training_data import labelled_tokens, padding_share, real_tokens
+from benchmarks.training_worker import FULL
 
 ROOT = Path(__file__).parent.parent
-PEER = "peft + bitsandbytes"
+PEER, TRL = "peft + bitsandbytes", "trl"
 WARM_UP = 2  # steps left out of the times: the first allocate and initialise
-OURS = ("lowrank", "lowrank, padding computed", "lowrank, padding and all logits")
+OURS = (
+    "lowrank",
+    "lowrank, packed",
+    "lowrank, padding computed",
+    "lowrank, padding and all logits",
+    "lowrank, checkpointing",
+    "lowrank, selective",
+)
 LOSS_LIMIT = 1e-2  # relative, from the peer at any step
 
 
@@ -34,14 +43,20 @@ def run(settings: Settings) -> list[dict]:
     gguf, pairs = _inputs()
     sides = [*OURS]
     if {"peft", "bitsandbytes"} <= set(settings.against):
-        sides.append(PEER)
+        sides += [PEER, f"{PEER}, checkpointing"]
+    if {"peft", "bitsandbytes", "trl"} <= set(settings.against):
+        sides.append(TRL)
     if {"peft", "torch"} <= set(settings.against):
         sides.append("peft, dense fp32")
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         settings.tell("training_step: converting the model")
         _convert(gguf, pairs, directory, settings.steps)
-        batches = json.loads((directory / "batches.json").read_text())
+        batches = {
+            side: json.loads((directory / file).read_text())
+            for side in sides
+            for file in ["full.json" if side in FULL else "batches.json"]
+        }
         config = json.loads((directory / "config.json").read_text())
         workers: list[Worker] = []
         try:
@@ -138,20 +153,20 @@ def _take_turns(workers: list[Worker], settings: Settings) -> list[list[dict]]:
 
 
 def _rows(
-    sides: list[str], workers: list[Worker], answers: list[list[dict]], batches: list, head: int
+    sides: list[str], workers: list[Worker], answers: list[list[dict]], batches: dict, head: int
 ) -> list[dict]:
-    tokens = [real_tokens(batch) for batch in batches]
-    labels = [labelled_tokens(batch) for batch in batches]
     reference = PEER if PEER in sides else sides[0]
     losses = {
         side: [answer["loss"] for answer in done] for side, done in zip(sides, answers, strict=True)
     }
     case = (
         "SmolLM2-135M QLoRA, NF4 + double quantization, r=16, float32, batch 4 x 128 positions, "
-        f"of which {100 * padding_share(batches):.0f} % are padding"
+        f"of which {100 * padding_share(batches[sides[0]]):.0f} % are padding"
     )
     rows = []
     for side, worker, done in zip(sides, workers, answers, strict=True):
+        tokens = [real_tokens(batch) for batch in batches[side]]
+        labels = [labelled_tokens(batch) for batch in batches[side]]
         timed = [answer["seconds"] for answer in done[WARM_UP:]]
         rates = [count / took for count, took in zip(tokens[WARM_UP:], timed, strict=True)]
         sizes = (worker.loaded["adapted"], worker.loaded["trainable"], head)
@@ -170,17 +185,25 @@ def _rows(
                 "peak_bytes": max(answer["peak_bytes"] for answer in done),
                 "load_peak_bytes": max(answer["load_peak_bytes"] for answer in done),
                 "losses": losses[side],
-                "loss_difference": _difference(losses[side], losses[reference]),
+                "loss_difference": None
+                if side in FULL
+                else _difference(losses[side], losses[reference]),
                 **{key: worker.loaded[key] for key in ("layers", "trainable")},
             }
         )
+        plain = side.split(",")[0]
+        if side.endswith(("checkpointing", "selective")):
+            # of the same batches, step by step
+            whole = [answer["seconds"] for answer in answers[sides.index(plain)][WARM_UP:]]
+            shares = (took / of for took, of in zip(timed, whole, strict=True))
+            rows[-1]["over_plain"] = statistics.median(shares)
     by_side = {row["contender"]: row for row in rows}
     for row in rows:
         row["baseline"] = reference
         row["speed"] = row["tokens_per_second"] / by_side[reference]["tokens_per_second"]
         if row["trainable"] != by_side[reference]["trainable"]:
             row["wrong"] = f"{row['trainable']} trainable parameters, {reference} has others"
-        elif row["contender"] in OURS and not row["loss_difference"] <= LOSS_LIMIT:
+        elif row["contender"] in OURS and not (row["loss_difference"] or 0) <= LOSS_LIMIT:
             row["wrong"] = f"losses differ from {reference} by more than {LOSS_LIMIT:.0e} relative"
     return rows
 

@@ -7,6 +7,7 @@ Sides take turns in time, and their memory is apart. What libraries print goes t
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -15,61 +16,128 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from benchmarks.harness import reset_peak, status_bytes
 from benchmarks.training_data import IGNORED, adapted_elements, initialise_adapter, packed, padded
 
 RANK, ALPHA, LEARNING_RATE = 16, 32, 2e-4
-Loss = Callable[[list], torch.Tensor]  # a batch -> mean loss over its labelled tokens
+Loss = Callable[[nn.Module, list], Tensor]  # a batch -> mean loss over its labelled tokens
+Step = Callable[[int], float]  # what step I does; returns its loss
+Side = Callable[[Path], tuple[nn.Module, Callable[[list], Step]]]
 
 
-def lowrank_packed(directory: Path) -> tuple[torch.nn.Module, Loss]:
+def _loop(model: nn.Module, loss: Loss) -> tuple[nn.Module, Callable[[list], Step]]:
+    """The loop that is the same for all: forward, backward, torch's fused AdamW."""
+
+    def begin(batches: list) -> Step:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True)
+
+        def step(index: int) -> float:
+            value = loss(model, batches[index])
+            value.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return value.item()
+
+        return step
+
+    return model, begin
+
+
+def end_to_end(model: nn.Module, batch: list) -> Tensor:
     """lowrank's default: examples end to end, no padding, logits where there are labels."""
-    model = _lowrank_model(directory)
-
-    def loss(batch: list) -> torch.Tensor:
-        inputs = packed(batch)
-        return model.loss(**inputs) / (inputs["labels"] != IGNORED).sum()
-
-    return model, loss
+    inputs = packed(batch)
+    return model.loss(**inputs) / (inputs["labels"] != IGNORED).sum()
 
 
-def lowrank_padded(directory: Path) -> tuple[torch.nn.Module, Loss]:
+def with_padding(model: nn.Module, batch: list) -> Tensor:
     """lowrank with `padding_free=False`: every padded position, logits where there are labels."""
-    model = _lowrank_model(directory)
-
-    def loss(batch: list) -> torch.Tensor:
-        inputs = padded(batch)
-        return model.loss(**inputs) / (inputs["labels"] != IGNORED).sum()
-
-    return model, loss
+    inputs = padded(batch)
+    return model.loss(**inputs) / (inputs["labels"] != IGNORED).sum()
 
 
-def lowrank_all_logits(directory: Path) -> tuple[torch.nn.Module, Loss]:
+def with_all_logits(model: nn.Module, batch: list) -> Tensor:
     """lowrank doing all that its peers do: every padded position, every logit."""
-    model = _lowrank_model(directory)
-
-    def loss(batch: list) -> torch.Tensor:
-        inputs = padded(batch)
-        logits = model(inputs["input_ids"], attention_mask=inputs["attention_mask"])
-        # the labels move, as in transformers: moving the logits would copy 100 MB
-        labels = torch.nn.functional.pad(inputs["labels"], (0, 1), value=IGNORED)[:, 1:]
-        return torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED
-        )
-
-    return model, loss
+    inputs = padded(batch)
+    logits = model(inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    # the labels move, as in transformers: moving the logits would copy 100 MB
+    labels = torch.nn.functional.pad(inputs["labels"], (0, 1), value=IGNORED)[:, 1:]
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED
+    )
 
 
-def peft_bitsandbytes(directory: Path) -> tuple[torch.nn.Module, Loss]:
+def as_transformers(model: nn.Module, batch: list) -> Tensor:
+    """What a model of transformers does with a padded batch."""
+    return model(**padded(batch), use_cache=False).loss
+
+
+def lowrank_side(directory: Path, loss: Loss = end_to_end, checkpointing: bool | str = False):
+    """lowrank: a plain loop over a model of `lowrank.load_model`."""
+    import lowrank
+
+    model = lowrank.load_model(str(directory), quantizer="nf4", dtype=torch.float32)
+    model.gradient_checkpointing = checkpointing
+    config = lowrank.LoRAConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules="all-linear", lora_dropout=0.0
+    )
+    return _loop(lowrank.inject(model, config), loss)
+
+
+def peft_side(directory: Path, checkpointing: bool = False):
     """transformers + peft + bitsandbytes as their tutorials set them up for QLoRA."""
-    from benchmarks import peers
+    model = _quantized(directory)
+    import peft
 
-    peers.bitsandbytes()
+    model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
+    return _loop(peft.get_peft_model(model, _peft_config()), as_transformers)
+
+
+def dense_side(directory: Path):
+    """transformers + peft over the dense float32 weights: LoRA without quantization."""
     import peft
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return _loop(peft.get_peft_model(model, _peft_config()), as_transformers)
+
+
+def trl_side(directory: Path):
+    """TRL's SFTTrainer over the same quantized model: its own loss, loop and collation."""
+    model = _quantized(directory)
+    import peft
+
+    from benchmarks.training_trl import begin
+
+    model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    model = peft.get_peft_model(model, _peft_config())
+    return model, functools.partial(begin, model, directory, LEARNING_RATE)
+
+
+SIDES: dict[str, Side] = {
+    "lowrank": lowrank_side,
+    "lowrank, packed": lowrank_side,
+    "lowrank, padding computed": functools.partial(lowrank_side, loss=with_padding),
+    "lowrank, padding and all logits": functools.partial(lowrank_side, loss=with_all_logits),
+    "lowrank, checkpointing": functools.partial(lowrank_side, checkpointing=True),
+    "lowrank, selective": functools.partial(lowrank_side, checkpointing="selective"),
+    "peft + bitsandbytes": peft_side,
+    "peft + bitsandbytes, checkpointing": functools.partial(peft_side, checkpointing=True),
+    "trl": trl_side,
+    "peft, dense fp32": dense_side,
+}
+FULL = ("lowrank, packed",)  # those that train on full.json
+
+
+def _quantized(directory: Path) -> nn.Module:
+    from benchmarks import peers
+
+    peers.bitsandbytes()
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=torch.float32,
         quantization_config=transformers.BitsAndBytesConfig(
@@ -80,50 +148,18 @@ def peft_bitsandbytes(directory: Path) -> tuple[torch.nn.Module, Loss]:
         ),
         device_map="cpu",
     )
-    model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    return _peft(model)
 
 
-def peft_dense(directory: Path) -> tuple[torch.nn.Module, Loss]:
-    """transformers + peft over the dense float32 weights: LoRA without quantization."""
-    import transformers
-
-    return _peft(transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32))
-
-
-SIDES = {
-    "lowrank": lowrank_packed,
-    "lowrank, padding computed": lowrank_padded,
-    "lowrank, padding and all logits": lowrank_all_logits,
-    "peft + bitsandbytes": peft_bitsandbytes,
-    "peft, dense fp32": peft_dense,
-}
-
-
-def _lowrank_model(directory: Path) -> torch.nn.Module:
-    import lowrank
-
-    model = lowrank.load_model(str(directory), quantizer="nf4", dtype=torch.float32)
-    return lowrank.inject(
-        model,
-        lowrank.LoRAConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", lora_dropout=0.0),
-    )
-
-
-def _peft(model: torch.nn.Module) -> tuple[torch.nn.Module, Loss]:
+def _peft_config():
     import peft
 
-    model = peft.get_peft_model(
-        model,
-        peft.LoraConfig(
-            r=RANK,
-            lora_alpha=ALPHA,
-            target_modules="all-linear",
-            lora_dropout=0.0,
-            task_type="CAUSAL_LM",
-        ),
+    return peft.LoraConfig(
+        r=RANK,
+        lora_alpha=ALPHA,
+        target_modules="all-linear",
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
     )
-    return model, lambda batch: model(**padded(batch), use_cache=False).loss
 
 
 def main(side: str, directory: Path) -> None:
@@ -131,13 +167,11 @@ def main(side: str, directory: Path) -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     base = status_bytes("VmRSS")  # torch is imported, nothing else
-    model, loss = SIDES[side](directory)
+    model, begin = SIDES[side](directory)
     model.train()
     layers = initialise_adapter(model)
-    optimizer = torch.optim.AdamW(
-        (p for p in model.parameters() if p.requires_grad), lr=LEARNING_RATE, fused=True
-    )
-    batches = json.loads((directory / "batches.json").read_text())
+    batches = "full.json" if side in FULL else "batches.json"
+    step = begin(json.loads((directory / batches).read_text()))
     load_peak = status_bytes("VmHWM") - base
     separate = reset_peak()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -154,17 +188,14 @@ def main(side: str, directory: Path) -> None:
     )
     for line in sys.stdin:
         start = time.perf_counter()
-        value = loss(batches[int(line)])
-        value.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        loss = step(int(line))
         took = time.perf_counter() - start
         peak = status_bytes("VmHWM") - base
         print(
             json.dumps(
                 {
                     "seconds": took,
-                    "loss": value.item(),
+                    "loss": loss,
                     "peak_bytes": peak,
                     "load_peak_bytes": load_peak if separate else peak,
                 }

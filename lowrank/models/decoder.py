@@ -72,9 +72,11 @@ class Block(nn.Module):
             return x, *gated(x)
 
         if not selective:
-            return torch.add(*recompute(both, self.mlp.down_proj, x))
-        x = take(x, rows) + recompute(attended, self.self_attn.o_proj, x)[0]
-        return x + recompute(gated, self.mlp.down_proj, x)[0]
+            return torch.add(*recompute(both, [self], self.mlp.down_proj, x))
+        within = [self.input_layernorm, self.self_attn]
+        x = take(x, rows) + recompute(attended, within, self.self_attn.o_proj, x)[0]
+        within = [self.post_attention_layernorm, self.mlp]
+        return x + recompute(gated, within, self.mlp.down_proj, x)[0]
 
 
 class Body(nn.Module):
