@@ -49,6 +49,8 @@ class TrainConfig:
     gradient_checkpointing: recompute activations in the backward: less memory, more time. True
         keeps the input of each block; selective, for our decoders, a little more for less time.
     activation_offloading: keep what is left of them in pinned host memory; for a GPU.
+    torch_compile: compile what computes the loss; takes minutes before the first step.
+    torch_compile_backend: of torch.compile, and turns it on. None: inductor.
     label_smoothing_factor: share of each token that is learned as any word; the held-out loss has
         none of it.
     neftune_noise_alpha: NEFTune: noise of alpha / sqrt(tokens * width) on the embeddings of what is
@@ -114,6 +116,8 @@ class TrainConfig:
     fp16: bool = False
     gradient_checkpointing: bool | Literal["selective"] = False
     activation_offloading: bool = False
+    torch_compile: bool = False
+    torch_compile_backend: str | None = None
     label_smoothing_factor: float = 0.0
     neftune_noise_alpha: float | None = None
     max_length: int = 1024

@@ -105,3 +105,17 @@ def losses_of_copies(model: nn.Module, batch: Batch, copies: int) -> Tensor:
         )
     parts = zip(logits_of(model, batch).chunk(copies), batch.labels.chunk(copies), strict=True)
     return torch.stack([next_token_loss(logits, labels) for logits, labels in parts])
+
+
+def compiled(batch_loss: BatchLoss, backend: str | None) -> BatchLoss:
+    """`batch_loss` through torch.compile, sizes left open; one graph for each number of examples.
+
+    No backend: torch's own. ConfigError for one that torch does not know.
+    """
+    backend = backend or "inductor"
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend not in known:
+        raise ConfigError(
+            f"torch_compile_backend must be one of {', '.join(known)}; got {backend!r}"
+        )
+    return torch.compile(batch_loss, dynamic=True, backend=backend)

@@ -80,6 +80,7 @@ RULES: dict[str, Rule] = {
     "gradient_checkpointing": Rule(
         "true, false or 'selective'", (bool, str), lambda v: v in (True, False, "selective")
     ),
+    "torch_compile_backend": optional(Rule("a name", (str,), bool)),
     "label_smoothing_factor": BELOW_ONE,
     "neftune_noise_alpha": optional(POSITIVE),
     "max_length": WHOLE,

@@ -34,7 +34,7 @@ from lowrank.train.identity import identity
 from lowrank.train.interrupt import Interrupt
 from lowrank.train.lock import RunLock
 from lowrank.train.loop import Loop
-from lowrank.train.loss import batch_loss, packs
+from lowrank.train.loss import batch_loss, compiled, packs
 from lowrank.train.neftune import input_embedding, neftune
 from lowrank.train.offload import offloaded
 from lowrank.train.packing import check_packing
@@ -94,6 +94,8 @@ class Trainer:
         if config.packing and not self._end_to_end:
             check_packing(model, self.train_data)
         self._batch_loss = batch_loss(model, config.label_smoothing_factor)
+        if config.torch_compile or config.torch_compile_backend:
+            self._batch_loss = compiled(self._batch_loss, config.torch_compile_backend)
         if config.activation_offloading:
             self._batch_loss = offloaded(self._batch_loss, model, self.device)
         if config.neftune_noise_alpha is not None:

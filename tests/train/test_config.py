@@ -33,6 +33,7 @@ from lowrank.train import TrainConfig
         ("completion_only_loss", "no"), ("logging_steps", 0),
         ("disable_tqdm", 2), ("report_to", "mlflow"), ("project", ""), ("run_name", 3),
         ("label_smoothing_factor", 1.0), ("neftune_noise_alpha", 0),
+        ("torch_compile", "yes"), ("torch_compile_backend", ""),
         ("data_seed", "1"), ("auto_find_batch_size", 4), ("full_determinism", 1),
         ("seed", -1), ("seed", 2**63),
     ],
