@@ -20,6 +20,9 @@ OPTIONAL = {
     "jinja2": "pip install 'lowrank-torch[text]'",
     "gguf": "pip install 'lowrank-torch[gguf]'",
     "matplotlib": "pip install 'lowrank-torch[plots]'",
+    "tensorboard": "pip install tensorboard",
+    "wandb": "pip install wandb",
+    "trackio": "pip install trackio",
 }
 REQUIRED = ("numpy", "huggingface_hub", "tqdm")
 

@@ -118,10 +118,11 @@ def out_of_memory(config: TrainConfig, model: nn.Module) -> str:
     """What to change, of what is not yet done, so that a run needs less memory."""
     size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     remedies = []
-    if size > 1:
+    if size > 1 and not config.auto_find_batch_size:
         remedies.append(
             f"per_device_train_batch_size={size // 2} with gradient_accumulation_steps="
-            f"{accumulation * -(-size // (size // 2))}, which learns the same"
+            f"{accumulation * -(-size // (size // 2))}, which learns the same "
+            "(auto_find_batch_size=True does it)"
         )
     if not config.gradient_checkpointing and can_checkpoint(model):
         remedies.append("gradient_checkpointing=True")

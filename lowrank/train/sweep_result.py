@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowrank.io.atomic import write_files
-from lowrank.io.versions import processor, versions
+from lowrank.io.versions import versions
 from lowrank.train.plots import running_mean
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Trial:
         self.parameters = sum(p.numel() for p in trainer.parameters.values())
         self.losses, self.eval_losses = list(losses), list(eval_losses)
         self.steps, self.seconds, self.eval_loss = len(losses), seconds, eval_loss
-        self.about = {"processor": processor(trainer.device), "config": trainer.resolved()}
+        self.about = trainer.resolved()
 
 
 @dataclass

@@ -16,7 +16,7 @@ from lowrank.data import Sampler, TokenizedExamples
 from lowrank.data.examples import Formatting
 from lowrank.data.segments import Tokenizer
 from lowrank.errors import ConfigError, TrainingError
-from lowrank.io.versions import versions
+from lowrank.io.versions import processor, versions
 from lowrank.train.best import Best
 from lowrank.train.callbacks import Callback, Callbacks
 from lowrank.train.config import TrainConfig
@@ -277,6 +277,7 @@ class Trainer:
             "model": type(self.model).__name__,
             "trainable_parameters": sum(p.numel() for p in self.parameters.values()),
             "device": str(self.device),
+            "processor": processor(self.device),
             "versions": versions(),
         }
 
