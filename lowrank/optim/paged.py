@@ -55,7 +55,7 @@ class Paged(RuleOptimizer):
         For who ran out of memory: where this is not 0, `torch.cuda.empty_cache()` and another try
         may do. States come back by and by, if the budget and what is free allow.
         """
-        return sum(ledger.store.shrink(None) for ledger in self._ledgers.values())
+        return sum(ledger.store.relieve(None) for ledger in self._ledgers.values())
 
     def advance(
         self, rule: Rule, params: Sequence[Tensor], step: int, numbers: Mapping[str, Any]

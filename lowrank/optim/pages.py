@@ -159,13 +159,29 @@ class PageStore:
         self._calm = 0
         return freed
 
+    def relieve(self, nbytes: int | None) -> int:
+        """`shrink`, where 0 and a warning say that what is on the device has no other home."""
+        try:
+            freed = self.shrink(nbytes)
+        except ConfigError as error:
+            self._stuck = True
+            logger.warning("memory of %s is short, and %s", self.device, error)
+            return 0
+        if freed:
+            logger.info(
+                "memory of %s is short: %s bytes of optimizer state left it",
+                self.device,
+                f"{freed:,}",
+            )
+        return freed
+
     def settle(self) -> None:
         """After a step: move chunks home if memory is short, or back once it long was not."""
         left = self._memory.left()
         if left < 0:
             self._calm = 0
             if not self._stuck:
-                self._relieve(-left)
+                self.relieve(-left)
             return
         self._calm += 1
         if self._calm < self._patience or self._ring is None:
@@ -204,20 +220,6 @@ class PageStore:
             assert chunk.home is not None
             chunk.home.put(content)
         chunk.blank = False
-
-    def _relieve(self, nbytes: int) -> None:
-        try:
-            freed = self.shrink(nbytes)
-        except ConfigError as error:  # no home for them: they stay, as nothing but speed was asked
-            self._stuck = True
-            logger.warning("memory of %s is short, and %s", self.device, error)
-            return
-        if freed:
-            logger.info(
-                "memory of %s is short: %s bytes of optimizer state left it",
-                self.device,
-                f"{freed:,}",
-            )
 
     def _check(self) -> None:
         if self._failed:

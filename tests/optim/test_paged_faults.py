@@ -205,8 +205,7 @@ def test_memory_is_short_and_so_is_the_disk(tmp_path, monkeypatch, caplog):
     ours, theirs, a, b = pair(tmp_path / "missing")
     together(ours, theirs, a, b, steps=3)
     assert len(caplog.records) == 1 and "page_dir" in caplog.records[0].getMessage()
-    with pytest.raises(ConfigError, match="page_dir"):
-        a.evict()  # who asks for memory is told that there is none
+    assert a.evict() == 0  # who asks for memory is told that there is none
     together(ours, theirs, a, b)
 
 
