@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 RULES = {"AdamW8bit": 2.03, "AdamW": 8.0, "Lion8bit": 1.02}  # bytes of state a parameter
 TENTH = 10  # the budget is that part of the state
 RANK, LINEARS = 16, 224  # seven in each of 32 blocks
-WEIGHTS = 8
+WEIGHTS = 4
 WARM_UP = 2  # steps left out of the times: the first make the state
 PEERS_NOTE = (
     "paged: bitsandbytes' paged optimizers are ordinary ones on a CPU, torchao's "
@@ -42,12 +42,12 @@ def run(settings: Settings) -> list[dict]:
         cases[f"LoRA r={RANK} of {LINEARS} {label}"] = adapters
         for case, sizes in cases.items():
             for rule in RULES:
-                rows += _compare(f"{case}, {rule}", rule, sizes, settings)
+                rows += compare(f"{case}, {rule}", rule, sizes, settings)
     settings.note(PEERS_NOTE)
     return rows
 
 
-def _compare(case: str, rule: str, sizes: list[tuple[int, int]], settings: Settings) -> list[dict]:
+def compare(case: str, rule: str, sizes: list[tuple[int, int]], settings: Settings) -> list[dict]:
     elements = sum(N * K for N, K in sizes)
     state = int(elements * RULES[rule])
     with tempfile.TemporaryDirectory() as directory:

@@ -336,7 +336,4 @@ def chunk_bytes(*budgets: Budget) -> int:
         raise ConfigError(
             f"budget: expected at least {2 * SMALLEST:,} bytes, two chunks; got {limit:,}"
         )
-    size = LARGEST
-    while size > SMALLEST and size * SHARE > limit:
-        size //= 2
-    return size
+    return int(max(SMALLEST, min(LARGEST, limit // SHARE // SMALLEST * SMALLEST)))
