@@ -23,7 +23,7 @@ from .tiers import Home, anonymous
 logger = logging.getLogger("lowrank.optim")
 
 LARGEST, SMALLEST = 8 << 20, 64 << 10  # bytes of a chunk
-SHARE = 4  # of a budget that is not large, one chunk takes this part
+SHARE = 6  # one chunk takes this part of a budget that is not large: two may share it
 CALM_STEPS = 50  # without a shortage before chunks come back; twice as many each time they do
 
 
@@ -330,7 +330,7 @@ class PageStore:
 
 
 def chunk_bytes(*budgets: Budget) -> int:
-    """What a chunk may take: 8 MiB, or less of a budget of less than four such."""
+    """What a chunk may take: 8 MiB, or less of a budget of less than six such."""
     limit = min(budget.limit for budget in budgets)
     if limit < 2 * SMALLEST:
         raise ConfigError(
