@@ -63,17 +63,22 @@ class RuleOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            numbers = {name: group[name] for name in self.rule.defaults}
-            alike: dict[tuple[Rule, int, torch.device], list[Tensor]] = {}
+        alike: dict[tuple[int, Rule, int, torch.device], list[Tensor]] = {}
+        for i, group in enumerate(self.param_groups):
             for p in group["params"]:
                 if p.grad is not None:
-                    step = self.state[p].get("step", 0) + 1
-                    alike.setdefault((self.rule_of(p, group), step, p.device), []).append(p)
-            for (rule, step, _), params in alike.items():
-                self.advance(rule, params, step, numbers)
-                for p in params:
-                    self.state[p]["step"] = step
+                    if p.grad.layout != torch.strided:
+                        raise DtypeError(
+                            f"gradient of a parameter of shape {list(p.shape)}: expected a dense "
+                            f"one; got {p.grad.layout}: use an embedding with sparse=False"
+                        )
+                    step = self.state.get(p, {}).get("step", 0) + 1
+                    alike.setdefault((i, self.rule_of(p, group), step, p.device), []).append(p)
+        for (i, rule, step, _), params in alike.items():
+            numbers = {name: self.param_groups[i][name] for name in self.rule.defaults}
+            self.advance(rule, params, step, numbers)
+            for p in params:
+                self.state[p]["step"] = step
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

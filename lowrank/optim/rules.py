@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from lowrank import ops
 from lowrank.ops.adamw8bit import BLOCK, ZERO_OF_M, ZERO_OF_V, rows_and_columns, scale_shape
 
 
@@ -155,11 +154,11 @@ def _adamw8bit_step(
     step: int,
 ) -> None:
     """The same with codes of 8 bits for m and v.   arXiv:2110.02861"""
-    lists = (states[name] for name in ("m", "m_scale", "v", "v_scale"))
-    ops.adamw8bit_step(
-        params, grads, *lists, lr=lr, beta1=betas[0], beta2=betas[1], eps=eps,
-        weight_decay=weight_decay, step=step,
-    )  # fmt: skip
+    lists = (list(states[name]) for name in ("m", "m_scale", "v", "v_scale"))
+    # not ops.adamw8bit_step: it checks every tensor, which here fit, and takes as long as the step
+    torch.ops.lowrank.adamw8bit_step(
+        list(params), list(grads), *lists, lr, *betas, eps, weight_decay, step
+    )
 
 
 def _lion_states(p: Tensor) -> dict[str, State]:
@@ -203,10 +202,8 @@ def _lion8bit_step(
     step: int,
 ) -> None:
     """The same with codes of 8 bits for m."""
-    m, m_scale = states["m"], states["m_scale"]
-    ops.lion8bit_step(
-        params, grads, m, m_scale, lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=weight_decay
-    )
+    lists = (list(states[name]) for name in ("m", "m_scale"))
+    torch.ops.lowrank.lion8bit_step(list(params), list(grads), *lists, lr, *betas, weight_decay)
 
 
 _ADAMW_DEFAULTS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}

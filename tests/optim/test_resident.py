@@ -275,3 +275,13 @@ def test_float64_has_32_bit_optimizers_only():
         optimizer = kind([p])
         stepped(optimizer, gradients([p]))
         assert optimizer.state[p]["m"].dtype == torch.float64
+
+
+def test_a_sparse_gradient_is_refused_before_anything_moves(kind):
+    table, other = torch.nn.Embedding(90, 80, sparse=True), torch.nn.Linear(80, 80)
+    optimizer = kind([*other.parameters(), *table.parameters()])
+    before = copied(list(other.parameters()))
+    other(table(torch.tensor([3, 5]))).sum().backward()
+    with pytest.raises(DtypeError, match=r"of shape \[90, 80\]: expected a dense one"):
+        optimizer.step()
+    assert all(map(torch.equal, other.parameters(), before)) and states(optimizer) == []
