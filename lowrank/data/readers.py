@@ -6,7 +6,6 @@ import csv
 import gzip
 import io
 import json
-import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -61,7 +60,7 @@ def _csv(path: Path) -> Found:
     raw = _read_bytes(path)
     lines = io.StringIO(_decode(raw, path, 1), newline="")
     delimiter = "\t" if path.name.lower().removesuffix(".gz").endswith(".tsv") else ","
-    limit = csv.field_size_limit(sys.maxsize)  # a cell of 128 KiB is an error otherwise
+    limit = csv.field_size_limit(2**31 - 1)  # a cell of 128 KiB is an error otherwise
     try:
         rows = csv.reader(lines, delimiter=delimiter, strict=True)
         header: list[str] = []

@@ -44,10 +44,15 @@ class Sampler:
         self._starts: Sequence[int] = ()
 
     @property
+    def rows_per_epoch(self) -> int:
+        """Packs, or examples, that an epoch has."""
+        self._prepare(max(self._epoch, 0))  # every epoch has as many
+        return len(self._starts) - 1
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps that take every example once; the last may be short."""
-        self._prepare(max(self._epoch, 0))  # every epoch has as many rows
-        return -(-(len(self._starts) - 1) // (self.batch_size * self.accumulation))
+        return -(-self.rows_per_epoch // (self.batch_size * self.accumulation))
 
     def step(self, consumed: int) -> list[Rows]:
         """The micro-batches of the step that comes after `consumed` examples, over all epochs.

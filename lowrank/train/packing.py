@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import nn
 
-from lowrank.data import TokenizedExamples, collate
+from lowrank.data import Sampler, TokenizedExamples, collate
 from lowrank.errors import ConfigError
 from lowrank.train.loss import logits_of
+
+logger = logging.getLogger("lowrank.train")
 
 _TOKENS = 8  # of each of the two examples that are tried
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of the largest logit; others: 16 bits
@@ -46,3 +50,16 @@ def check_packing(model: nn.Module, data: TokenizedExamples) -> None:
             f"packing is on, but {type(model).__name__} does not keep the examples of a pack "
             f"apart: its logits differ by {error:.2g} from those of each alone: turn it off"
         )
+
+
+def log_packing(sampler: Sampler) -> None:
+    """Say how many packs there are and how full."""
+    rows, capacity = sampler.rows_per_epoch, sampler.pack_to
+    assert capacity is not None
+    logger.info(
+        "packing: %d examples in %d rows of %d tokens, %.1f %% full",
+        len(sampler.lengths),
+        rows,
+        capacity,
+        100 * sum(sampler.lengths) / (rows * capacity),
+    )

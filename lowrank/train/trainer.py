@@ -37,7 +37,7 @@ from lowrank.train.loop import Loop
 from lowrank.train.loss import batch_loss, compiled, packs
 from lowrank.train.neftune import input_embedding, neftune
 from lowrank.train.offload import offloaded
-from lowrank.train.packing import check_packing
+from lowrank.train.packing import check_packing, log_packing
 from lowrank.train.precision import Precision, check_master_weights
 from lowrank.train.record import Record, TrainResult
 from lowrank.train.remedies import Remedies, is_out_of_memory, out_of_memory
@@ -102,6 +102,8 @@ class Trainer:
             input_embedding(model)
         self.precision = Precision(config, self.device)
         self.feed = self._feed_of(self.train_data, config.per_device_train_batch_size)
+        if config.packing:
+            log_packing(self.feed.sampler)
         self.total_steps = config.max_steps
         if config.max_steps < 0:
             self.total_steps = math.ceil(
@@ -272,6 +274,8 @@ class Trainer:
             "total_steps": self.total_steps,
             "train_examples": len(self.train_data),
             "eval_examples": 0 if self.eval_data is None else len(self.eval_data),
+            "train_examples_cut": self.train_data.truncated,
+            "train_examples_dropped": self.train_data.dropped,
             "train_data_sha256": self.train_data.fingerprint,
             "padding_free": self._end_to_end,
             "model": type(self.model).__name__,

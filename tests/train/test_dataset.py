@@ -197,6 +197,11 @@ def test_the_run_says_what_it_was_trained_on(tmp_path, generator):
     prints = {name: resolved["train_data_sha256"] for name, resolved in found.items()}
     assert prints["list"] == prints["file"] != prints["fewer"]
     assert len(prints["list"]) == 64
+    config = TrainConfig(tmp_path / "cut", max_steps=1, max_length=4)
+    trainer = Trainer(Small(), config, rows)
+    resolved = trainer.resolved()
+    assert resolved["train_examples_cut"] == sum(len(row["input_ids"]) > 4 for row in rows)
+    assert resolved["train_examples_dropped"] == len(rows) - len(trainer.train_data)
 
 
 def test_a_data_file_that_has_changed_is_not_gone_on_with(tmp_path, generator):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import random
 
 import pytest
@@ -114,13 +115,17 @@ def test_adapters_over_quantized_weights(tmp_path, generator):
     check(tmp_path, model, copy.deepcopy(model), examples(30, generator))
 
 
-def test_every_epoch_packs_anew_and_counts_examples(tmp_path, generator):
+def test_every_epoch_packs_anew_and_counts_examples(tmp_path, generator, caplog):
+    caplog.set_level(logging.INFO)
     rows, held_out = examples(50, generator), examples(5, generator)
     sampler = Sampler([len(r["input_ids"]) for r in rows], 3, 1, 42, pack_to=PACK)
     settings = config(
         tmp_path / "run", max_steps=-1, num_train_epochs=2, per_device_train_batch_size=3
     )
     result = Trainer(decoder(llama()), settings, rows, held_out).train()
+    full = 100 * sum(sampler.lengths) / (sampler.rows_per_epoch * PACK)
+    said = f"50 examples in {sampler.rows_per_epoch} rows of 24 tokens, {full:.1f} % full"
+    assert f"packing: {said}" in caplog.text
     assert len(result.losses) == 2 * sampler.steps_per_epoch
     assert result.metrics["epochs"] == 2.0
     lines = [line for line in metrics_lines(tmp_path / "run") if "loss" in line]
@@ -168,11 +173,12 @@ def test_smollm2_on_packs_is_smollm2_on_each_example(smollm2, data_dir):
         data_dir / "e2e_train.jsonl.gz",
         formatting_func=lambda row: {"prompt": row["mr"], "completion": row["ref"]},
     )
-    data = tokenize_all(load_examples(random.sample(pairs.rows, 5)), tokenizer, max_length=48)
-    packs = best_fit_decreasing(data.lengths, range(5), 160)
-    assert len(packs) < 3
+    some = load_examples(random.sample(pairs.rows, 4))
+    data = tokenize_all(some, tokenizer, max_length=40, completion_only_loss=False)
+    packs = best_fit_decreasing(data.lengths, range(4), 90)
+    assert len(packs) < 4
     found = []
-    for batches in ([packs], [[[i]] for i in range(5)]):
+    for batches in ([packs], [[[i]] for i in range(4)]):
         model.zero_grad()
         total = 0.0
         for rows in batches:
@@ -183,7 +189,7 @@ def test_smollm2_on_packs_is_smollm2_on_each_example(smollm2, data_dir):
         gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
         found.append((total, gradients))
     (packed, gradients), (alone, expected) = found
-    assert packed == pytest.approx(alone, rel=1e-12)
+    assert packed == pytest.approx(alone, rel=2e-7)  # float32 scalars
     for name, grad in expected.items():
         scale = grad.abs().max().item()
         torch.testing.assert_close(gradients[name], grad, rtol=0, atol=1e-12 * scale)
