@@ -41,7 +41,7 @@ Before training the held-out loss is {before}.
 
 {noise}
 
-![loss and BLEU](e2e.png)
+![loss and BLEU]({picture})
 
 `python -m benchmarks.e2e --page docs/e2e.md` makes this page; what is done already is not run
 again. {machine}
@@ -82,8 +82,9 @@ def main(argv: list[str] | None = None) -> int:
         done.append(found)
     print("\n" + table(done))
     if given.page is not None:
-        given.page.write_text(page(done), encoding="utf-8")
-        draw(done, given.page.with_suffix(".png"))
+        picture = given.page.with_suffix(".png")
+        given.page.write_text(page(done, picture.name), encoding="utf-8")
+        draw(done, picture)
     return 0
 
 
@@ -127,8 +128,8 @@ def table(done: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def page(done: list[dict]) -> str:
-    """docs/e2e.md."""
+def page(done: list[dict], picture: str) -> str:
+    """docs/e2e.md, with the file of `draw` beside it."""
     first = done[0]
     here = machine.describe()
     before = {NAMES[m]: runs[0]["loss_before"] for m, runs in _by_method(done).items()}
@@ -139,6 +140,7 @@ def page(done: list[dict]) -> str:
         table=table(done),
         before=", ".join(f"{loss:.4f} ({name})" for name, loss in before.items()),
         noise=noise(done),
+        picture=picture,
         machine=f"Run on {here['cpu']}, {here['threads']} threads, {versions}.",
     )
 

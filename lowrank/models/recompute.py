@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from lowrank.nn.autocast import is_autocast_on, no_autocast
 
 Part = Callable[[Tensor], tuple[Tensor, ...]]
 
@@ -56,7 +59,8 @@ class _Again(torch.autograd.Function):
     def forward(ctx, part: Part, x: Tensor, *trained: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, *trained)
         ctx.part, ctx.state, ctx.outputs = part, _State(x), None
-        return part(x)
+        with ctx.state.autocast():
+            return part(x)
 
     @staticmethod
     @once_differentiable
@@ -86,14 +90,16 @@ class _State:
     """What a forward depends on beside its input: random numbers, and autocast."""
 
     def __init__(self, x: Tensor) -> None:
-        self._x_device, kind = x.device, x.device.type
+        self._device = x.device
         self._random = self._random_states()
-        self._autocast: dict[str, Any] = {
-            "device_type": kind,
-            "enabled": torch.is_autocast_enabled(kind),
-            "dtype": torch.get_autocast_dtype(kind),
-            "cache_enabled": torch.is_autocast_cache_enabled(),
-        }
+        kind = x.device.type
+        self._dtype = torch.get_autocast_dtype(kind) if is_autocast_on(kind) else None
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Autocast as it was; but a cast without its graph is not kept for one that needs it."""
+        if self._dtype is None:
+            return no_autocast(self._device)
+        return torch.autocast(self._device.type, self._dtype, cache_enabled=False)
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
@@ -101,18 +107,18 @@ class _State:
         now = self._random_states()
         self._set_random(self._random)
         try:
-            with torch.autocast(**self._autocast):
+            with self.autocast():
                 yield
         finally:
             self._set_random(now)
 
     def _random_states(self) -> list[Tensor]:
         states = [torch.get_rng_state()]
-        if self._x_device.type != "cpu":
-            states.append(torch.get_device_module(self._x_device).get_rng_state(self._x_device))
+        if self._device.type not in ("cpu", "meta"):
+            states.append(torch.get_device_module(self._device).get_rng_state(self._device))
         return states
 
     def _set_random(self, states: list[Tensor]) -> None:
         torch.set_rng_state(states[0])
         for state in states[1:]:
-            torch.get_device_module(self._x_device).set_rng_state(state, self._x_device)
+            torch.get_device_module(self._device).set_rng_state(state, self._device)

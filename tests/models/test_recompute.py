@@ -138,6 +138,25 @@ def test_a_graph_that_is_kept_gives_its_gradient_twice(seed):
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_a_backward_within_autocast(way, seed):
+    """Where a cast of a weight that the forward made without its graph must not be used again."""
+    model = decoder(False, None)
+    ids = torch.randint(0, 99, (B, S))
+    found = []
+    for switch in (False, way):
+        model.gradient_checkpointing = switch
+        model.zero_grad()
+        plain = model.loss(ids, ids)
+        with torch.autocast("cpu", torch.bfloat16):
+            for _ in range(2):
+                model.loss(ids, ids).backward()
+            plain.backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in found[0].items():
+        assert gradient.any() and torch.equal(found[1][name], gradient), name
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_without_gradients_nothing_is_kept(way, seed):
     model = decoder(False, None)
     model.gradient_checkpointing = way
