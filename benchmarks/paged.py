@@ -22,10 +22,10 @@ from benchmarks.harness import spread
 from benchmarks.settings import Settings
 
 ROOT = Path(__file__).parent.parent
-RULES = {"AdamW8bit": 2.03, "AdamW": 8.0, "Lion8bit": 1.02}  # bytes of state a parameter
+RULES = {"AdamW8bit": 2.03, "AdamW": 8.0}  # bytes of state a parameter
 TENTH = 10  # the budget is that part of the state
-RANK, LINEARS = 16, 224  # seven in each of 32 blocks
-WEIGHTS = 4
+RANK, LINEARS = 64, 224  # seven in each of 32 blocks
+WEIGHTS = 8
 WARM_UP = 2  # steps left out of the times: the first make the state
 PEERS_NOTE = (
     "paged: bitsandbytes' paged optimizers are ordinary ones on a CPU, torchao's "
