@@ -1,7 +1,7 @@
 // What one instruction set provides; dispatch.cpp validates arguments and calls the chosen table.
 #pragma once
 
-#include "adamw8bit.h"
+#include "moments8bit.h"
 #include "lowrank.h"
 
 namespace lowrank {
@@ -37,8 +37,10 @@ struct Kernels {
                        const lowrank_dropout* dropout, bool accumulate, void* out, int32_t dtype,
                        int64_t stride, int32_t threads);
   // Blocks first <= b < last of one tensor.
-  void (*adamw8bit)(const lowrank_adamw8bit_tensor& tensor, int64_t first, int64_t last,
+  void (*adamw8bit)(const lowrank_moments8bit_tensor& tensor, int64_t first, int64_t last,
                     const AdamwStep& step);
+  void (*lion8bit)(const lowrank_moments8bit_tensor& tensor, int64_t first, int64_t last,
+                   const LionStep& step);
 };
 
 const Kernels& kernels_in_use();

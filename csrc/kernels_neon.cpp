@@ -1,7 +1,7 @@
 // The kernels for AArch64, whose every processor has NEON.
 #include "vector_neon.h"
 
-#include "adamw8bit_impl.h"
+#include "moments8bit_impl.h"
 #include "codebook_impl.h"
 #include "linear_impl.h"
 #include "linear_int16_impl.h"
@@ -13,7 +13,7 @@ namespace lowrank {
 const Kernels* kernels_neon() {
   static constexpr Kernels kernels{quantize,     dequantize,            linear,
                                    linear_int16, softmax_cross_entropy, gather_rows,
-                                   scatter_rows, adamw8bit};
+                                   scatter_rows, adamw8bit,             lion8bit};
   return &kernels;
 }
 

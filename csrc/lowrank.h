@@ -14,7 +14,7 @@
 
 #include <stdint.h>
 
-#define LOWRANK_ABI 3
+#define LOWRANK_ABI 4
 
 #if defined(__GNUC__)
 #define LOWRANK_EXPORT __attribute__((visibility("default")))
@@ -138,9 +138,11 @@ LOWRANK_EXPORT int32_t lowrank_scatter_rows(
     const struct lowrank_dropout* dropout, int32_t accumulate, void* out, int32_t dtype,
     int64_t stride, int32_t threads);
 
-// A parameter of 8-bit AdamW and its state: p and g [rows, cols] of `dtype`, m and v codes of that
-// shape, and a float32 scale for each 256 elements of a row: [rows, ceil(cols / 256)].
-struct lowrank_adamw8bit_tensor {
+// A parameter and its moments of 8 bits: p and g [rows, cols] of `dtype`, m and v codes of that
+// shape, and a float32 scale for each 256 elements of a row: [rows, ceil(cols / 256)]. m stands for
+// m_map[code] * scale, v for v_map[code] * scale: maps of 256 ascending values, 0 and 1 among them;
+// the negative values of m_map mirror its positive ones, v_map begins with 0.
+struct lowrank_moments8bit_tensor {
   void* p;
   const void* g;
   uint8_t* m;
@@ -163,11 +165,23 @@ struct lowrank_adamw8bit_coefficients {
 // In place, for each tensor, every operation rounded to float32 by itself:
 //   m = m * beta1 + g * rest1,  v = v * beta2 + (g * g) * rest2
 //   p = p * decay - (m / (sqrt(v) * root2 + eps)) * rate
-// m stands for m_map[code] * scale, v for v_map[code] * scale: maps of 256 ascending values, 0 and
-// 1 among them; the negative values of m_map mirror its positive ones, v_map begins with 0.
 LOWRANK_EXPORT int32_t lowrank_adamw8bit_step(
-    const struct lowrank_adamw8bit_tensor* tensors, int64_t count, const float* m_map,
+    const struct lowrank_moments8bit_tensor* tensors, int64_t count, const float* m_map,
     const float* v_map, const struct lowrank_adamw8bit_coefficients* coefficients, int32_t threads);
+
+struct lowrank_lion8bit_coefficients {
+  float beta1, rest1;  // beta1, 1 - beta1
+  float beta2, rest2;  // beta2, 1 - beta2
+  float decay;         // 1 - lr * weight_decay
+  float rate;          // lr
+};
+
+// The same for, with v and v_scale not looked at:
+//   c = m * beta1 + g * rest1,  m = m * beta2 + g * rest2,  p = p * decay - sign(c) * rate
+// where sign(c) is 0 if c is, and NaN if c is not finite.
+LOWRANK_EXPORT int32_t lowrank_lion8bit_step(
+    const struct lowrank_moments8bit_tensor* tensors, int64_t count, const float* m_map,
+    const struct lowrank_lion8bit_coefficients* coefficients, int32_t threads);
 
 #ifdef __cplusplus
 }

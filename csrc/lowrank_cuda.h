@@ -50,7 +50,7 @@ LOWRANK_EXPORT int32_t lowrank_cuda_codebook_linear(
 // lowrank_adamw8bit_step on a device: the pointers in `tensors` and both maps are the device's,
 // `tensors` and `coefficients` themselves are read before this returns. One launch for 400 tensors.
 LOWRANK_EXPORT int32_t lowrank_cuda_adamw8bit_step(
-    const struct lowrank_adamw8bit_tensor* tensors, int64_t count, const float* m_map,
+    const struct lowrank_moments8bit_tensor* tensors, int64_t count, const float* m_map,
     const float* v_map, const struct lowrank_adamw8bit_coefficients* coefficients, int32_t device,
     void* stream);
 

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "adamw8bit.h"
+#include "moments8bit.h"
 #include "scalar.h"
 
 namespace {
@@ -242,7 +242,7 @@ inline Vec look_up(const float* values, const uint8_t* codes) {
   const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
   return _mm256_i32gather_ps(values, _mm256_cvtepu8_epi32(eight), 4);
 }
-// How far from the code of 0 the code nearest to |s| is; see adamw8bit.h.
+// How far from the code of 0 the code nearest to |s| is; see moments8bit.h.
 inline __m256i code_distance(const lowrank::MomentMap& map, Vec s) {
   const __m256i low = _mm256_set1_epi32(lowrank::LOWEST);
   __m256i bits = _mm256_and_si256(_mm256_castps_si256(s), _mm256_set1_epi32(0x7FFFFFFF));

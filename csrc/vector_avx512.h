@@ -6,7 +6,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 
-#include "adamw8bit.h"
+#include "moments8bit.h"
 #include "scalar.h"
 
 namespace {
@@ -179,7 +179,7 @@ inline Vec root(Vec v) { return _mm512_sqrt_ps(v); }
 inline Vec look_up(const float* values, const uint8_t* codes) {
   return _mm512_i32gather_ps(_mm512_cvtepu8_epi32(load128(codes)), values, 4);
 }
-// How far from the code of 0 the code nearest to |s| is; see adamw8bit.h.
+// How far from the code of 0 the code nearest to |s| is; see moments8bit.h.
 inline __m512i code_distance(const lowrank::MomentMap& map, Vec s) {
   const __m512i low = _mm512_set1_epi32(lowrank::LOWEST);
   __m512i bits = _mm512_and_si512(_mm512_castps_si512(s), _mm512_set1_epi32(0x7FFFFFFF));

@@ -3,7 +3,7 @@
 
 #include <math.h>
 
-#include "adamw8bit.h"
+#include "moments8bit.h"
 #include "scalar.h"
 
 namespace {
@@ -91,7 +91,7 @@ inline Vec root(Vec v) { return Vec{sqrtf(v[0]), sqrtf(v[1]), sqrtf(v[2]), sqrtf
 inline Vec look_up(const float* values, const uint8_t* codes) {
   return Vec{values[codes[0]], values[codes[1]], values[codes[2]], values[codes[3]]};
 }
-// How far from the code of 0 the code nearest to |s| is; see adamw8bit.h.
+// How far from the code of 0 the code nearest to |s| is; see moments8bit.h.
 inline Bits code_distance(const lowrank::MomentMap& map, Vec s) {
   constexpr int32_t low = lowrank::LOWEST, high = lowrank::HIGHEST;
   Bits bits = reinterpret_cast<Bits>(s) & 0x7FFFFFFF;

@@ -5,7 +5,7 @@
 #include <arm_neon.h>
 #include <math.h>
 
-#include "adamw8bit.h"
+#include "moments8bit.h"
 #include "scalar.h"
 
 namespace {
@@ -192,7 +192,7 @@ struct FixedWeights {
 inline Vec look_up(const float* values, const uint8_t* codes) {
   return Vec{values[codes[0]], values[codes[1]], values[codes[2]], values[codes[3]]};
 }
-// How far from the code of 0 the code nearest to |s| is; see adamw8bit.h.
+// How far from the code of 0 the code nearest to |s| is; see moments8bit.h.
 inline int32x4_t code_distance(const lowrank::MomentMap& map, Vec s) {
   const int32x4_t low = vdupq_n_s32(lowrank::LOWEST), rest = vdupq_n_s32(0xFFFF);
   const int32x4_t bits =

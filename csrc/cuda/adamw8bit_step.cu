@@ -1,4 +1,4 @@
-// One step of 8-bit AdamW over all tensors in one launch; csrc/adamw8bit_impl.h is its CPU twin.
+// One step of 8-bit AdamW over all tensors in one launch; csrc/moments8bit_impl.h is its twin.
 //
 // A lane takes eight consecutive elements, so a warp takes a block of 256, or several blocks of
 // shorter rows side by side. Moments stay in registers between the update and their new codes.
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kThreads) adamw8bit(const __grid_constant__ St
   }
 }
 
-bool valid(const lowrank_adamw8bit_tensor& t) {
+bool valid(const lowrank_moments8bit_tensor& t) {
   if (t.rows < 0 || t.cols < 0 || t.dtype < LOWRANK_F32 || t.dtype > LOWRANK_BF16) return false;
   if (t.rows == 0 || t.cols == 0) return true;
   const uintptr_t size = t.dtype == LOWRANK_F32 ? 4 : 2;
@@ -212,7 +212,7 @@ bool valid(const lowrank_adamw8bit_tensor& t) {
 
 }  // namespace
 
-int32_t lowrank_cuda_adamw8bit_step(const lowrank_adamw8bit_tensor* tensors, int64_t count,
+int32_t lowrank_cuda_adamw8bit_step(const lowrank_moments8bit_tensor* tensors, int64_t count,
                                     const float* m_map, const float* v_map,
                                     const lowrank_adamw8bit_coefficients* coefficients,
                                     int32_t device, void* stream) {
@@ -238,7 +238,7 @@ int32_t lowrank_cuda_adamw8bit_step(const lowrank_adamw8bit_tensor* tensors, int
     return status;
   };
   for (int64_t i = 0; i < count; ++i) {
-    const lowrank_adamw8bit_tensor& t = tensors[i];
+    const lowrank_moments8bit_tensor& t = tensors[i];
     if (t.rows == 0 || t.cols == 0) continue;
     int lanes = 1;
     while (lanes < 32 && lanes * kOctet < t.cols) lanes *= 2;

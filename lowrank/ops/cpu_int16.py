@@ -17,6 +17,7 @@ from .cpu import codebook_dequantize as codebook_dequantize
 from .cpu import codebook_linear_dx as codebook_linear_dx
 from .cpu import codebook_quantize as codebook_quantize
 from .cpu import linear_cross_entropy as linear_cross_entropy
+from .cpu import lion8bit_step as lion8bit_step
 from .cpu import lora
 from .cpu import lora_linear_backward as lora_linear_backward
 from .cpu import missing as missing

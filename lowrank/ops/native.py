@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+from collections.abc import Sequence
 from ctypes import c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -20,7 +21,9 @@ import torch
 
 from lowrank.errors import BackendError, ConfigError
 
-ABI = 3
+from .adamw8bit import rows_and_columns
+
+ABI = 4
 ISAS = ("generic", "avx2", "avx512", "neon")  # enum lowrank_isa
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum lowrank_dtype
 
@@ -32,8 +35,8 @@ _refused: dict[str, str] = {}  # by load_cpu
 _loading = threading.Lock()  # instruction sets are tried by using them, in all threads
 
 
-class Adamw8bitTensor(ctypes.Structure):
-    """struct lowrank_adamw8bit_tensor."""
+class Moments8bitTensor(ctypes.Structure):
+    """struct lowrank_moments8bit_tensor; without a second moment v and v_scale are None."""
 
     _fields_ = [
         *((name, c_void_p) for name in ("p", "g", "m", "v", "m_scale", "v_scale")),
@@ -49,6 +52,14 @@ class Adamw8bitCoefficients(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_float)
         for name in ("beta1", "rest1", "beta2", "rest2", "decay", "rate", "root2", "eps")
+    ]
+
+
+class Lion8bitCoefficients(ctypes.Structure):
+    """struct lowrank_lion8bit_coefficients, in the order of `lion8bit.Coefficients`."""
+
+    _fields_ = [
+        (name, ctypes.c_float) for name in ("beta1", "rest1", "beta2", "rest2", "decay", "rate")
     ]
 
 
@@ -123,6 +134,8 @@ FUNCTIONS = {
     ),
     # tensors, their number, m_map, v_map, coefficients, threads
     "lowrank_adamw8bit_step": (c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int32),
+    # tensors, their number, m_map, coefficients, threads
+    "lowrank_lion8bit_step": (c_void_p, c_int64, c_void_p, c_void_p, c_int32),
 }  # fmt: skip
 
 CUDA_FUNCTIONS = {
@@ -189,6 +202,20 @@ def load_cuda() -> ctypes.CDLL | str:
     if status:
         return f"CUDA cannot be used: {library.lowrank_cuda_message(status).decode()}"
     return library
+
+
+def moments8bit_tensors(
+    params: Sequence[torch.Tensor], *lists: Sequence[torch.Tensor]
+) -> ctypes.Array[Moments8bitTensor]:
+    """The structs of contiguous parameters, their gradients, m, m_scale and perhaps v, v_scale."""
+    made = (Moments8bitTensor * len(params))()
+    for p, *tensors, entry in zip(params, *lists, made, strict=True):
+        entry.p = p.data_ptr()
+        for name, tensor in zip(("g", "m", "m_scale", "v", "v_scale"), tensors, strict=False):
+            setattr(entry, name, tensor.data_ptr())
+        entry.rows, entry.cols = rows_and_columns(p.shape)
+        entry.dtype = DTYPES[p.dtype]
+    return made
 
 
 def isa() -> str:

@@ -55,6 +55,7 @@ def _records(library: ctypes.CDLL) -> list[Record]:
     by_chance = native.Dropout(rng.getrandbits(60), 1 << 30, 4 / 3)
     dropout = ctypes.byref(by_chance)
     by = native.Adamw8bitCoefficients(0.9, 0.1, 0.99, 0.01, 0.999, 0.01, 1.5, 1e-8)
+    of_lion = ctypes.byref(native.Lion8bitCoefficients(0.9, 0.1, 0.99, 0.01, 0.999, 0.01))
     maps = [_packed(_moments(signed)) for signed in (True, False)]
     for dtype, size in ((0, 4), (1, 2), (2, 2)):
         x = uniform(17 * K, dtype)
@@ -85,11 +86,19 @@ def _records(library: ctypes.CDLL) -> list[Record]:
         m_scale, v_scale = _packed([0.5, 0.25]), _packed([0.5, 0.25])
         pointers = [_pointer(b) for b in (p, g, m, v, m_scale, v_scale)]
         addresses = [ctypes.addressof(pointer) for pointer in pointers]
-        tensor = native.Adamw8bitTensor(*addresses, 1, COLUMNS, dtype)
+        tensor = native.Moments8bitTensor(*addresses, 1, COLUMNS, dtype)
         arguments = (ctypes.byref(tensor), 1, *maps, ctypes.byref(by))
         call("adamw8bit_step", SUMS[dtype], arguments, p, dtype=dtype)
         call_scales = [*_unpacked(m_scale), *_unpacked(v_scale)]
         records.append(("adamw8bit_step", 0, [*m, *v, *call_scales]))
+        call(
+            "lion8bit_step",
+            SUMS[dtype],
+            (ctypes.byref(tensor), 1, maps[0], of_lion),
+            p,
+            dtype=dtype,
+        )
+        records.append(("lion8bit_step", 0, [*m, *_unpacked(m_scale)]))
     logits, loss = uniform(2 * K), bytearray(4 * 2)
     labels = struct.pack("2q", 3, K - 1)
     call("softmax_cross_entropy", SUMS[0], (logits, labels, 2, K, loss, 1), logits, loss)

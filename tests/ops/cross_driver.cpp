@@ -100,12 +100,29 @@ int32_t adamw8bit(const int64_t* n) {  // dtype, rows, cols
   for (Floats* floats : {&m_scale, &v_scale, &m_map, &v_map, &numbers}) floats->read();
   lowrank_adamw8bit_coefficients by;
   memcpy(&by, numbers.at(), sizeof by);
-  const lowrank_adamw8bit_tensor tensor{p.at(),       g.at(),       m.at(), v.at(),
-                                        m_scale.at(), v_scale.at(), n[1],   n[2],
-                                        int32_t(n[0])};
+  const lowrank_moments8bit_tensor tensor{p.at(),       g.at(),       m.at(), v.at(),
+                                          m_scale.at(), v_scale.at(), n[1],   n[2],
+                                          int32_t(n[0])};
   const int32_t status = lowrank_adamw8bit_step(&tensor, 1, m_map.at(), v_map.at(), &by, 1);
   for (Bytes* bytes : {&p, &m, &v}) bytes->write();
   for (Floats* floats : {&m_scale, &v_scale}) floats->write();
+  return status;
+}
+
+int32_t lion8bit(const int64_t* n) {  // dtype, rows, cols
+  const int64_t count = n[1] * n[2], scales = n[1] * ((n[2] + 255) / 256);
+  Bytes p(count * size_of(n[0])), g(count * size_of(n[0])), m(count);
+  Floats m_scale(scales), m_map(256), numbers(6);
+  for (Bytes* bytes : {&p, &g, &m}) bytes->read();
+  for (Floats* floats : {&m_scale, &m_map, &numbers}) floats->read();
+  lowrank_lion8bit_coefficients by;
+  memcpy(&by, numbers.at(), sizeof by);
+  const lowrank_moments8bit_tensor tensor{p.at(),       g.at(),  m.at(), nullptr,
+                                          m_scale.at(), nullptr, n[1],   n[2],
+                                          int32_t(n[0])};
+  const int32_t status = lowrank_lion8bit_step(&tensor, 1, m_map.at(), &by, 1);
+  for (Bytes* bytes : {&p, &m}) bytes->write();
+  m_scale.write();
   return status;
 }
 
@@ -144,6 +161,7 @@ int main(int argc, char** argv) {
   if (!strcmp(name, "linear_int16")) return linear(n, true);
   if (!strcmp(name, "softmax")) return softmax(n);
   if (!strcmp(name, "adamw8bit")) return adamw8bit(n);
+  if (!strcmp(name, "lion8bit")) return lion8bit(n);
   if (!strcmp(name, "rows")) return rows(n);
   return 13;
 }

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from lowrank import ops
-from lowrank.ops import adamw8bit, native, reference
+from lowrank.ops import adamw8bit, lion8bit, native, reference
 from lowrank.ops.reference.philox import kept
 from tests.ops.guarded import guarded, unwritten
 from tests.ops.isas import ISAS, running_on
@@ -228,10 +228,10 @@ def test_adamw8bit_step(dtype):
             m_scale, v_scale = torch.rand_like(m_scale), torch.rand_like(v_scale)
             tensors = (p, torch.randn(shape).to(dtype), m, m_scale, v, v_scale)
             lists.append(([t.clone() for t in tensors], [guarded(t) for t in tensors]))
-        ours = (native.Adamw8bitTensor * len(lists))()
+        ours = (native.Moments8bitTensor * len(lists))()
         for i, (_, (p, g, m, m_scale, v, v_scale)) in enumerate(lists):
             pointers = (t.data_ptr() for t in (p, g, m, v, m_scale, v_scale))
-            ours[i] = native.Adamw8bitTensor(*pointers, *p.shape, native.DTYPES[dtype])
+            ours[i] = native.Moments8bitTensor(*pointers, *p.shape, native.DTYPES[dtype])
         by = native.Adamw8bitCoefficients(*adamw8bit.coefficients(**numbers, step=step))
         call(
             "lowrank_adamw8bit_step", ctypes.addressof(ours), len(lists), *maps,
@@ -241,3 +241,28 @@ def test_adamw8bit_step(dtype):
             reference.adamw8bit_step(*([t] for t in expected), *numbers.values(), step)
             torch.testing.assert_close(got[0], expected[0], rtol=2 * EPS[dtype], atol=1e-6)
             assert all(map(torch.equal, got[2:], expected[2:]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lion8bit_step(dtype):
+    numbers = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1}
+    table = guarded(adamw8bit.dynamic_map(True))
+    by = native.Lion8bitCoefficients(*lion8bit.coefficients(**numbers))
+    for _ in range(CASES // 2):
+        lists = []
+        for _ in range(random.randrange(0, 4)):
+            shape = random.randrange(0, 5), random.choice((0, 1, 7, 16, 255, 256, 257, 600))
+            p = torch.randn(shape).to(dtype)
+            m, m_scale = ops.adamw8bit_state(p)[:2]
+            m, m_scale = torch.randint_like(m, 256), torch.rand_like(m_scale)
+            tensors = (p, torch.randn(shape).to(dtype), m, m_scale)
+            lists.append(([t.clone() for t in tensors], [guarded(t) for t in tensors]))
+        columns = list(zip(*(got for _, got in lists), strict=True)) or [()] * 4
+        ours = native.moments8bit_tensors(*columns)
+        call(
+            "lowrank_lion8bit_step", ctypes.addressof(ours), len(lists), table,
+            ctypes.addressof(by), random.choice((1, 2)),
+        )  # fmt: skip
+        for expected, got in lists:
+            reference.lion8bit_step(*([t] for t in expected), *numbers.values())
+            assert all(map(torch.equal, got, expected))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lowrank import ops
-from lowrank.ops import adamw8bit, native, reference
+from lowrank.ops import adamw8bit, lion8bit, native, reference
 from lowrank.ops.reference.philox import kept, threshold
 from tests.ops.isas import needs_library
 from tests.ops.weights import dense, random_weight
@@ -154,6 +154,24 @@ def test_rows_dropped_out_are_the_reference_to_the_bit(call, dtype, seed):
         numbers = (native.DTYPES[dtype], M, K, len(order), seed, threshold(p))
         call("rows", numbers, [x, order, inverse[None]], got)
         assert torch.equal(got[0], panel) and torch.equal(got[1], back)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lion8bit_is_the_reference_to_the_bit(call, dtype):
+    numbers = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1}
+    for shape in ((5, 700), (40, 16), (3, 33)):
+        p = torch.randn(shape).to(dtype)
+        m, m_scale = ops.adamw8bit_state(p)[:2]
+        for _ in range(3):
+            grad = (torch.randn(shape) * torch.randn(shape)).to(dtype)
+            grad[:, ::3] = 0
+            got = [torch.empty_like(t) for t in (p, m, m_scale)]
+            by = torch.tensor(lion8bit.coefficients(**numbers))
+            inputs = [p, grad, m, m_scale, adamw8bit.dynamic_map(True), by]
+            call("lion8bit", (native.DTYPES[dtype], *shape), inputs, got)
+            with ops.use_backend("reference"):
+                ops.lion8bit_step([p], [grad], [m], [m_scale], **numbers)
+            assert all(map(torch.equal, got, (p, m, m_scale)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -61,9 +61,13 @@ static void scatter(const float* a, int64_t b, const lowrank_rows& c, const lowr
                     bool, void* f, int32_t g, int64_t h, int32_t i) {
   kernels_generic()->scatter_rows(a, b, c, d, false, f, g, h, i);
 }
-static void adamw(const lowrank_adamw8bit_tensor& a, int64_t b, int64_t c, const AdamwStep& d) {
+static void adamw(const lowrank_moments8bit_tensor& a, int64_t b, int64_t c, const AdamwStep& d) {
   kernels_generic()->adamw8bit(a, b, c, d);
   a.v[299] ^= 1;
+}
+static void lion(const lowrank_moments8bit_tensor& a, int64_t b, int64_t c, const LionStep& d) {
+  kernels_generic()->lion8bit(a, b, c, d);
+  a.m_scale[1] *= 2;
 }
 const Kernels* kernels_avx2() { return kernels_generic(); }
 const Kernels* kernels_avx512() {
@@ -78,6 +82,7 @@ const Kernels* kernels_avx512() {
   if (!strcmp(broken, "gather_rows")) kernels.gather_rows = gather;
   if (!strcmp(broken, "scatter_rows")) kernels.scatter_rows = scatter;
   if (!strcmp(broken, "adamw8bit_step")) kernels.adamw8bit = adamw;
+  if (!strcmp(broken, "lion8bit_step")) kernels.lion8bit = lion;
   return &kernels;
 }
 }  // namespace lowrank

@@ -29,17 +29,7 @@ def adamw8bit_step(
 ) -> None:
     """Step number `step` of AdamW in place; all tensors in one call of the library."""
     dense = [g.contiguous() for g in grads]  # held until the library returns
-    tensors = (native.Adamw8bitTensor * len(params))(
-        *(
-            (
-                p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), m_scale.data_ptr(),
-                v_scale.data_ptr(), *adamw8bit.rows_and_columns(p.shape), native.DTYPES[p.dtype],
-            )
-            for p, g, m, m_scale, v, v_scale in zip(
-                params, dense, m, m_scale, v, v_scale, strict=True
-            )
-        )
-    )  # fmt: skip
+    tensors = native.moments8bit_tensors(params, dense, m, m_scale, v, v_scale)
     by = native.Adamw8bitCoefficients(
         *adamw8bit.coefficients(lr, beta1, beta2, eps, weight_decay, step)
     )

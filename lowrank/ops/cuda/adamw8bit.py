@@ -32,17 +32,7 @@ def adamw8bit_step(
     if not params:
         return
     dense = [g.contiguous() for g in grads]  # held until the launch
-    tensors = (native.Adamw8bitTensor * len(params))(
-        *(
-            (
-                p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), m_scale.data_ptr(),
-                v_scale.data_ptr(), *adamw8bit.rows_and_columns(p.shape), native.DTYPES[p.dtype],
-            )
-            for p, g, m, m_scale, v, v_scale in zip(
-                params, dense, m, m_scale, v, v_scale, strict=True
-            )
-        )
-    )  # fmt: skip
+    tensors = native.moments8bit_tensors(params, dense, m, m_scale, v, v_scale)
     by = native.Adamw8bitCoefficients(
         *adamw8bit.coefficients(lr, beta1, beta2, eps, weight_decay, step)
     )

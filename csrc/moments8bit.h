@@ -1,4 +1,4 @@
-// What a block of an 8-bit AdamW step reads besides its tensors; adamw8bit.cpp makes it.
+// What a block of an 8-bit optimizer's step reads besides its tensors; moments8bit.cpp makes it.
 #pragma once
 
 #include "lowrank.h"
@@ -19,12 +19,17 @@ struct MomentMap {
   uint32_t bins[BINS];  // from |s| to how far its code is from `zero`
 };
 
-constexpr int ADAMW_BLOCK = 256;  // elements of a row that share a scale; the last may be fewer
+constexpr int MOMENT_BLOCK = 256;  // elements of a row that share a scale; the last may be fewer
 
 struct AdamwStep {
   const MomentMap& m;
   const MomentMap& v;
   const lowrank_adamw8bit_coefficients& by;
+};
+
+struct LionStep {
+  const MomentMap& m;
+  const lowrank_lion8bit_coefficients& by;
 };
 
 }  // namespace lowrank

@@ -1,5 +1,5 @@
-// lowrank_adamw8bit_step: checks the arguments, prepares the maps, shares blocks among threads.
-#include "adamw8bit.h"
+// The steps of 8-bit optimizers: check the arguments, prepare maps, share blocks among threads.
+#include "moments8bit.h"
 
 #include <math.h>
 #include <string.h>
@@ -10,10 +10,11 @@
 
 namespace {
 
-using lowrank::ADAMW_BLOCK;
+using lowrank::MOMENT_BLOCK;
 using lowrank::AdamwStep;
 using lowrank::BINS;
 using lowrank::HIGHEST;
+using lowrank::LionStep;
 using lowrank::LOWEST;
 using lowrank::MomentMap;
 
@@ -60,23 +61,28 @@ bool prepare(const float* values, int32_t nearest_to_zero, MomentMap* map) {
 }
 
 struct Task {
-  const lowrank_adamw8bit_tensor* tensor;
+  const lowrank_moments8bit_tensor* tensor;
   int64_t first, last;  // blocks
 };
 
-bool valid(const lowrank_adamw8bit_tensor& t) {
-  if (t.rows < 0 || t.cols < 0 || t.dtype < LOWRANK_F32 || t.dtype > LOWRANK_BF16) return false;
-  return t.rows == 0 || t.cols == 0 ||
-         (t.p && t.g && t.m && t.v && t.m_scale && t.v_scale);
+bool valid(const lowrank_moments8bit_tensor* tensors, int64_t count, bool with_v) {
+  if (count < 0 || (count > 0 && !tensors)) return false;
+  for (int64_t i = 0; i < count; ++i) {
+    const lowrank_moments8bit_tensor& t = tensors[i];
+    if (t.rows < 0 || t.cols < 0 || t.dtype < LOWRANK_F32 || t.dtype > LOWRANK_BF16) return false;
+    if (t.rows == 0 || t.cols == 0) continue;
+    if (!(t.p && t.g && t.m && t.m_scale) || (with_v && !(t.v && t.v_scale))) return false;
+  }
+  return true;
 }
 
-std::vector<Task> tasks_of(const lowrank_adamw8bit_tensor* tensors, int64_t count) {
+std::vector<Task> tasks_of(const lowrank_moments8bit_tensor* tensors, int64_t count) {
   std::vector<Task> tasks;
   for (int64_t i = 0; i < count; ++i) {
-    const lowrank_adamw8bit_tensor& t = tensors[i];
+    const lowrank_moments8bit_tensor& t = tensors[i];
     if (t.rows == 0 || t.cols == 0) continue;
-    const int64_t blocks = t.rows * ((t.cols + ADAMW_BLOCK - 1) / ADAMW_BLOCK);
-    const int64_t together = TASK / (t.cols < ADAMW_BLOCK ? t.cols : ADAMW_BLOCK);
+    const int64_t blocks = t.rows * ((t.cols + MOMENT_BLOCK - 1) / MOMENT_BLOCK);
+    const int64_t together = TASK / (t.cols < MOMENT_BLOCK ? t.cols : MOMENT_BLOCK);
     for (int64_t b = 0; b < blocks; b += together) {
       tasks.push_back({&t, b, b + together < blocks ? b + together : blocks});
     }
@@ -84,27 +90,41 @@ std::vector<Task> tasks_of(const lowrank_adamw8bit_tensor* tensors, int64_t coun
   return tasks;
 }
 
-}  // namespace
-
-int32_t lowrank_adamw8bit_step(const lowrank_adamw8bit_tensor* tensors, int64_t count,
-                               const float* m_map, const float* v_map,
-                               const lowrank_adamw8bit_coefficients* coefficients,
-                               int32_t threads) {
-  if (count < 0 || threads < 1) return LOWRANK_BAD_ARGUMENT;
-  if (count == 0) return LOWRANK_OK;
-  if (!tensors || !m_map || !v_map || !coefficients) return LOWRANK_BAD_ARGUMENT;
-  for (int64_t i = 0; i < count; ++i) {
-    if (!valid(tensors[i])) return LOWRANK_BAD_ARGUMENT;
-  }
-  MomentMap m, v;
-  if (!prepare(m_map, 0, &m) || !prepare(v_map, 1, &v) || v.zero != 0) return LOWRANK_BAD_ARGUMENT;
-  const AdamwStep step{m, v, *coefficients};
+template <class Step>
+int32_t run(const lowrank_moments8bit_tensor* tensors, int64_t count, const Step& step,
+            void (*kernel)(const lowrank_moments8bit_tensor&, int64_t, int64_t, const Step&),
+            int32_t threads) {
   const std::vector<Task> tasks = tasks_of(tensors, count);
-  const lowrank::Kernels& kernels = lowrank::kernels_in_use();
   const int64_t last = int64_t(tasks.size());
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (last > 1)
   for (int64_t i = 0; i < last; ++i)
-    kernels.adamw8bit(*tasks[size_t(i)].tensor, tasks[size_t(i)].first, tasks[size_t(i)].last,
-                      step);
+    kernel(*tasks[size_t(i)].tensor, tasks[size_t(i)].first, tasks[size_t(i)].last, step);
   return LOWRANK_OK;
+}
+
+}  // namespace
+
+int32_t lowrank_adamw8bit_step(const lowrank_moments8bit_tensor* tensors, int64_t count,
+                               const float* m_map, const float* v_map,
+                               const lowrank_adamw8bit_coefficients* coefficients,
+                               int32_t threads) {
+  if (!valid(tensors, count, true) || threads < 1) return LOWRANK_BAD_ARGUMENT;
+  if (count == 0) return LOWRANK_OK;
+  if (!m_map || !v_map || !coefficients) return LOWRANK_BAD_ARGUMENT;
+  MomentMap m, v;
+  if (!prepare(m_map, 0, &m) || !prepare(v_map, 1, &v) || v.zero != 0) return LOWRANK_BAD_ARGUMENT;
+  return run(tensors, count, AdamwStep{m, v, *coefficients}, lowrank::kernels_in_use().adamw8bit,
+             threads);
+}
+
+int32_t lowrank_lion8bit_step(const lowrank_moments8bit_tensor* tensors, int64_t count,
+                              const float* m_map, const lowrank_lion8bit_coefficients* coefficients,
+                              int32_t threads) {
+  if (!valid(tensors, count, false) || threads < 1) return LOWRANK_BAD_ARGUMENT;
+  if (count == 0) return LOWRANK_OK;
+  if (!m_map || !coefficients) return LOWRANK_BAD_ARGUMENT;
+  MomentMap m;
+  if (!prepare(m_map, 0, &m)) return LOWRANK_BAD_ARGUMENT;
+  return run(tensors, count, LionStep{m, *coefficients}, lowrank::kernels_in_use().lion8bit,
+             threads);
 }
