@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     result = trainer.train()
     if result.interrupted:
         done = f"{len(result.losses)} of {trainer.total_steps} steps"
-        raise KeyboardInterrupt(f"interrupted after {done}; see {output}")
+        raise KeyboardInterrupt(f"interrupted after {done}; --resume auto goes on; see {output}")
     print(report(result))
     return 0
 
