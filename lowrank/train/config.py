@@ -177,6 +177,8 @@ class TrainConfig:
         if isinstance(resume_from_checkpoint, bool):  # there, true means the newest
             resume_from_checkpoint = "auto" if resume_from_checkpoint else None
         respell(self, "resume_from_checkpoint", resume_from_checkpoint)
+        if self.resume == Path("auto"):  # as a flag is read
+            self.resume = "auto"
         if train_sampling_strategy is not None:
             respell(self, "train_sampling_strategy", grouped_by(train_sampling_strategy))
         check_fields(self)

@@ -91,6 +91,7 @@ def test_two_names_of_a_setting_with_two_values_are_refused():
 def test_resume_as_transformers_spells_it():
     assert TrainConfig("out", resume_from_checkpoint=True).resume == "auto"
     assert TrainConfig("out", resume_from_checkpoint=False).resume is None
+    assert TrainConfig("out", resume=Path("auto")).resume == "auto"
     assert TrainConfig("out", resume_from_checkpoint="a/checkpoint-5").resume == "a/checkpoint-5"
 
 

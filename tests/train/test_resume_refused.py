@@ -168,7 +168,8 @@ def test_two_runs_on_one_directory(tmp_path, rows, base):
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
 def test_a_checkpoint_that_cannot_be_written_ends_the_run(tmp_path, rows, base, code):
     """Those before it stay; when there is room again, the run goes on from there."""
-    whole = train(tmp_path / "whole", rows, adapted(base))
+    model = adapted(base)
+    whole = train(tmp_path / "whole", rows, copy.deepcopy(model))
 
     def full(number, call, path):
         if ".checkpoint-4" in path:
@@ -176,7 +177,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(tmp_path, rows, base, 
 
     out = tmp_path / "run"
     with Files(out, full), pytest.raises(OSError, match="checkpoint-4") as caught:
-        train(out, rows, adapted(base))
+        train(out, rows, model)
     assert caught.value.errno == code
     assert [path.name for path in checkpoints(out)] == ["checkpoint-2"]
     assert not (out / ".lock").exists()
