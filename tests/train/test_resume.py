@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import random
 import signal
 import threading
@@ -17,7 +18,6 @@ from torch import nn
 import lowrank
 from lowrank.train import Callback, TrainConfig, Trainer
 from lowrank.train.checkpoint import checkpoints, newest_checkpoint, verify_checkpoint
-from lowrank.train.optimizer import OPTIMIZERS
 
 from .support import Small, examples, metrics_lines
 from .test_decoder_training import decoder
@@ -115,8 +115,8 @@ def test_from_every_checkpoint(tmp_path, generator, seed):
         assert made == names[: names.index(name)]
 
 
-@pytest.mark.parametrize("optim", OPTIMIZERS)
-def test_with_every_optimizer(tmp_path, generator, optim):
+@pytest.mark.parametrize("optim", ["adamw_8bit", "paged_lion_8bit", "sgd"])
+def test_with_other_optimizers(tmp_path, generator, optim):
     """Over a quantized base, with dropout on the adapters; 8-bit states where they are large."""
     rows = examples(12, generator)
     base = decoder()
@@ -185,14 +185,15 @@ class Signalling(Callback):
 def test_ended_by_a_signal(tmp_path, generator, seed, training, caplog):
     """The step is finished; an evaluation is given up, and made first when the run goes on."""
     rows, model, again = examples(9, generator), model_of(seed), model_of(seed)
-    whole = train(tmp_path / "whole", rows, model)
-    ended = train(tmp_path / "run", rows, again, [Signalling(6, training)])
+    by_one = {"per_device_eval_batch_size": 1}
+    whole = train(tmp_path / "whole", rows, model, **by_one)
+    ended = train(tmp_path / "run", rows, again, [Signalling(6, training)], **by_one)
     steps = 7 if training else 6
     assert ended.interrupted and len(ended.losses) == steps
     assert newest_checkpoint(tmp_path / "run").name == f"checkpoint-{steps}"
     assert [step for step, _ in ended.eval_losses] == [0, 3, 6][: 3 if training else 2]
     caplog.set_level(logging.INFO, "lowrank.train")
-    other = train(tmp_path / "run", rows, model_of(seed + 1), resume="auto")
+    other = train(tmp_path / "run", rows, model_of(seed + 1), resume="auto", **by_one)
     assert f"checkpoint-{steps}: {steps} of 12 steps are done" in caplog.text
     assert whole.losses == other.losses and whole.eval_losses == other.eval_losses
     assert steps_of(tmp_path / "whole") == steps_of(tmp_path / "run")
@@ -244,12 +245,11 @@ class Stuck(Callback):
     """Holds up every fsync of a checkpoint until two steps later."""
 
     def __init__(self, monkeypatch):
-        import os
-
         self.done, real = threading.Event(), os.fsync
 
         def fsync(handle):
-            assert self.done.wait(30), "the steps wait for the disk"
+            own = threading.current_thread() is threading.main_thread()
+            assert own or self.done.wait(60), "the steps wait for the disk"
             real(handle)
 
         monkeypatch.setattr(os, "fsync", fsync)
