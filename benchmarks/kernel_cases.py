@@ -175,7 +175,7 @@ def _lion8bit() -> Case:
     types = {"table_ptr": "*i64", "maps_ptr": "*i32"} | dict.fromkeys(
         ("beta1", "rest1", "beta2", "rest2", "decay", "rate", "below"), "fp32"
     )
-    return Case("lion8bit", lion8bit_kernel, "all", False, configs.adamw8bit(448), types=types)
+    return Case("lion8bit", lion8bit_kernel, "all", False, configs.lion8bit(448), types=types)
 
 
 def _softmax_cross_entropy(dtype: str, V: int, gradient: bool = True) -> Case:

@@ -47,6 +47,9 @@ def add_fields(parser: argparse.ArgumentParser, config: type, prefix: str, title
             continue
         words = _word_kinds(hints[field.name])
         if bool in kinds and field.default is False:
+            negative = [flag.replace("--", "--no-", 1) for flag in flags]
+            off = {**options, "action": "store_const", "const": False, "help": argparse.SUPPRESS}
+            group.add_argument(*negative, **off)
             options |= {"nargs": "?", "const": True}
         many = list in kinds or dict in kinds
         pair = "NAME=START:STOP" if "tuple[" in str(hints[field.name]) else "NAME=N"

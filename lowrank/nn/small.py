@@ -21,16 +21,16 @@ class AtHand(NamedTuple):
 
     A model of 32 blocks has 224 such layers, and what they look up is no longer in the caches when
     its turn comes again: each dict that is passed by counts. The layer forgets it when one of its
-    attributes is set. Parameters may be replaced: what is kept are the dicts that they are in.
+    attributes is set. Modules and parameters may be replaced: kept are the dicts that they are in.
     """
 
     base: nn.Linear
     base_parameters: dict[str, Tensor | None]
-    A_parameters: dict[str, Tensor | None]
-    B_parameters: dict[str, Tensor | None]
+    As: dict[str, nn.Module]
+    Bs: dict[str, nn.Module]
+    dropouts: dict[str, nn.Module]
     scaling: dict[str, float]
     adapter: str
-    dropout: nn.Dropout | None
     most: int  # elements of x
 
 
@@ -39,22 +39,29 @@ def small_product(layer: AdaptedLayer, x: Tensor) -> Tensor | None:
 
     It is for float32 on a CPU, where the operator would do the same; not for a compiler to trace.
     """
-    at_hand = layer.__dict__["at_hand"]
-    if at_hand is None:
-        at_hand = layer.__dict__["at_hand"] = _find(layer)
+    state = layer.__dict__
+    at_hand = state["at_hand"]
+    if at_hand is None or at_hand[0] is not state["_modules"]["base_layer"]:
+        at_hand = state["at_hand"] = _find(layer)
         if at_hand is None:
             return None
-    base, base_parameters, A_parameters, B_parameters, scaling, adapter, dropout, most = at_hand
+    base, base_parameters, As, Bs, dropouts, scaling, adapter, most = at_hand
     if x.numel() > most or is_patched(base) or is_named() or is_autocast_enabled("cpu"):
         return None
-    if dropout is not None and dropout.training and dropout.p:
+    dropout = dropouts[adapter]
+    if type(dropout) is not nn.Identity and dropout.training and dropout.p:
         return None
     try:
-        y = linear(x, base_parameters["weight"], base_parameters["bias"])
-        branch = linear(linear(x, A_parameters["weight"]), B_parameters["weight"])
-    except (KeyError, RuntimeError):  # a weight made of others; x that the operator may refuse
-        return None
-    return y.add_(branch, alpha=scaling[adapter])
+        # rows: what torch does with more dimensions depends on whether x requires a gradient
+        rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+        y = linear(rows, base_parameters["weight"], base_parameters["bias"])
+        branch = linear(
+            linear(rows, As[adapter]._parameters["weight"]), Bs[adapter]._parameters["weight"]
+        )
+    except (KeyError, IndexError, RuntimeError):
+        return None  # a weight made of others; x that the operator may refuse
+    y.add_(branch, alpha=scaling[adapter])
+    return y if rows is x else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _find(layer: AdaptedLayer) -> AtHand | None:
@@ -66,12 +73,9 @@ def _find(layer: AdaptedLayer) -> AtHand | None:
     (adapter,), weight = adapters, base._parameters.get("weight")
     if layer.config[adapter].method != "lora" or layer.spans[adapter]:
         return None
-    A, B, dropout = (part[adapter] for part in (layer.lora_A, layer.lora_B, layer.lora_dropout))
-    held = [weight, A._parameters.get("weight"), B._parameters.get("weight")]
+    As, Bs, dropouts = (p._modules for p in (layer.lora_A, layer.lora_B, layer.lora_dropout))
+    held = [weight, *(part[adapter]._parameters.get("weight") for part in (As, Bs))]
     if not all(t is not None and t.is_cpu and t.dtype is float32 for t in held):
         return None
-    return AtHand(
-        base, base._parameters, A._parameters, B._parameters, layer.scaling, adapter,
-        None if isinstance(dropout, nn.Identity) else dropout,
-        _ELEMENTS * layer.in_features // layer.out_features,
-    )  # fmt: skip
+    most = _ELEMENTS * layer.in_features // layer.out_features
+    return AtHand(base, base._parameters, As, Bs, dropouts, layer.scaling, adapter, most)

@@ -142,3 +142,14 @@ def test_a_further_adapters_dropout_follows_the_layer(generator):
     assert not torch.equal(lora.train()(x), lora(x))
     assert all(module.training for module in lora.modules())
     assert not any(module.training for module in lora.eval().modules())
+
+
+def test_modules_that_are_replaced_from_outside(generator):
+    """As `quantize` does under an adapter, and whoever sets an item of a ModuleDict."""
+    lora, other = layer(generator), layer(generator)
+    x = torch.randn(2, 63, generator=generator)
+    lora(x)
+    lora.register_module("base_layer", other.base_layer)
+    for part in ("lora_A", "lora_B"):
+        getattr(lora, part)["default"] = getattr(other, part)["default"]
+    assert torch.equal(lora(x), other(x))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lowrank.kernels import configs
 from lowrank.kernels.adamw8bit import adamw8bit_kernel
 from lowrank.ops.adamw8bit import coefficients
 
@@ -26,7 +27,8 @@ def adamw8bit_step(
 ) -> None:
     """Step number `step` of AdamW in place."""
     by = coefficients(lr, beta1, beta2, eps, weight_decay, step)
-    moments8bit.launch_step(adamw8bit_kernel, params, grads, (m, v, m_scale, v_scale), by)
+    config = configs.adamw8bit(len(params))
+    moments8bit.launch_step(adamw8bit_kernel, config, params, grads, (m, v, m_scale, v_scale), by)
 
 
 def _refuse_adamw8bit(*lists_and_numbers) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lowrank.kernels import configs
 from lowrank.kernels.lion8bit import lion8bit_kernel
 from lowrank.ops.lion8bit import coefficients
 
@@ -22,7 +23,8 @@ def lion8bit_step(
 ) -> None:
     """A step of Lion in place."""
     by = coefficients(lr, beta1, beta2, weight_decay)
-    moments8bit.launch_step(lion8bit_kernel, params, grads, (m, m, m_scale, m_scale), by)
+    config = configs.lion8bit(len(params))
+    moments8bit.launch_step(lion8bit_kernel, config, params, grads, (m, m, m_scale, m_scale), by)
 
 
 def _refuse_lion8bit(*lists_and_numbers) -> str | None:

@@ -21,14 +21,14 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 def launch_step(
     kernel: Any,
+    config: dict[str, Any],
     params: list[Tensor],
     grads: list[Tensor],
     state: Sequence[list[Tensor]],
     numbers: tuple[float, ...],
 ) -> None:
-    """The kernel over a table of these; `state` is m, v, m_scale and v_scale."""
+    """The kernel, of this config, over a table of these; `state` is m, v, m_scale and v_scale."""
     dense = [g.contiguous() for g in grads]  # held until the launch; then the stream keeps order
-    config = configs.adamw8bit(len(params))
     entries, programs = [], 0
     for tensors in zip(params, dense, *state, strict=True):
         entry, taken = _entry(tensors, programs, config)
