@@ -44,6 +44,12 @@ def write_files(directory: str | Path, writers: Mapping[str, Callable[[Path], No
                     path.unlink()
 
 
+def remove_leftovers(directory: Path) -> None:
+    """Remove what a killed `write_files` left aside, in a directory that nothing else writes to."""
+    for path in directory.glob(".*.????????.tmp"):
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """A directory beside `path` that becomes `path` if the block ends well, else is removed."""

@@ -13,7 +13,7 @@ from torch import nn
 
 from lowrank.errors import ConfigError
 from lowrank.io.adapter import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, save_adapter
-from lowrank.io.atomic import sync, write_files, write_text
+from lowrank.io.atomic import remove_leftovers, sync, write_files, write_text
 from lowrank.io.safetensors import save_safetensors
 from lowrank.train.checkpoint import checkpoints, remove_checkpoints
 from lowrank.train.lock import check_unlocked
@@ -98,6 +98,7 @@ class RunDirectory:
         self.path = Path(path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.path)
             if lines is None:  # else what was saved stays until something newer takes its place
                 for name in (CONFIG, RESULTS, PLOT, TRAINED, WEIGHTS_FILE, CONFIG_FILE):
                     (self.path / name).unlink(missing_ok=True)

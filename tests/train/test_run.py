@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 import lowrank
 from lowrank.errors import ConfigError
+from lowrank.io.atomic import write_files
 from lowrank.train import TrainConfig, Trainer, check_output_dir
 from lowrank.train.run import RunDirectory
 
@@ -86,6 +88,16 @@ def test_a_directory_with_other_files_is_no_run(tmp_path, generator):
     run(tmp_path, generator)
     run(tmp_path, generator, overwrite_output_dir=True)
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_what_a_killed_run_left_aside_goes(tmp_path, generator):
+    (tmp_path / "run").mkdir()
+    if not os.fork():
+        write_files(tmp_path / "run", {"metrics.jsonl": lambda path: os._exit(0)})
+    os.wait()
+    (left,) = (tmp_path / "run").iterdir()
+    run(tmp_path, generator)
+    assert not left.exists()
 
 
 def test_a_file_is_no_directory(tmp_path, generator):
