@@ -119,14 +119,15 @@ def out_of_memory(config: TrainConfig, model: nn.Module) -> str:
     size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     remedies = []
     if size > 1 and not config.auto_find_batch_size:
+        part = next(n for n in range(size // 2, 0, -1) if size % n == 0)
         remedies.append(
-            f"per_device_train_batch_size={size // 2} with gradient_accumulation_steps="
-            f"{accumulation * -(-size // (size // 2))}, which learns the same "
+            f"per_device_train_batch_size={part} with gradient_accumulation_steps="
+            f"{accumulation * (size // part)}, which learns the same "
             "(auto_find_batch_size=True does it)"
         )
     if not config.gradient_checkpointing and can_checkpoint(model):
         remedies.append("gradient_checkpointing=True")
-    if not any(not p.is_floating_point() for p in model.parameters()):
+    if all(p.is_floating_point() for p in model.parameters()):
         remedies.append('load_model(quantizer="nf4")')
     trained, _ = count_parameters(model)
     if trained > _LARGE and "8bit" not in config.optim:

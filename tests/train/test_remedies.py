@@ -120,7 +120,11 @@ def test_what_is_done_already_is_no_remedy(generator):
     model = lowrank.quantize(torch.nn.Sequential(torch.nn.Linear(64, 64)), "nf4")
     config = TrainConfig("nowhere", per_device_train_batch_size=1, max_length=64)
     assert out_of_memory(config, model) == "max_length below 64"
-    odd = TrainConfig("nowhere", per_device_train_batch_size=3, gradient_accumulation_steps=2)
-    assert out_of_memory(odd, model).startswith(
-        "per_device_train_batch_size=1 with gradient_accumulation_steps=6, "
+
+
+@pytest.mark.parametrize(("size", "part"), [(3, 1), (5, 1), (6, 3), (9, 3)])
+def test_smaller_batches_have_as_many_examples_in_a_step(size, part):
+    config = TrainConfig("nowhere", per_device_train_batch_size=size, gradient_accumulation_steps=2)
+    assert out_of_memory(config, torch.nn.Linear(2, 2)).startswith(
+        f"per_device_train_batch_size={part} with gradient_accumulation_steps={2 * size // part}, "
     )
