@@ -29,14 +29,12 @@ _CHUNK = 1 << 20
 Writers = Mapping[str, Callable[[Path], None]]
 
 
-def write_checkpoint(
-    root: Path, step: int, writers: Writers, limit: int | None = None, spare: Iterable[Path] = ()
-) -> Path:
+def write_checkpoint(root: Path, step: int, writers: Writers, limit: int | None = None) -> Path:
     """Write `root/checkpoint-step`, prove it, and remove what `limit` leaves no room for.
 
-    Of the older ones the newest `limit` - 1 stay, and those of `spare`; None: all. One of `step` or
-    later was passed over when the run was resumed, and goes. Only one process may do this in `root`
-    at a time. An OSError names the file; what was there before is then there still.
+    Of the older ones the newest `limit` - 1 stay; None: all. One of `step` or later was passed over
+    when the run was resumed, and goes. Only one process may do this in `root` at a time. An OSError
+    names the file; the older ones are then there still.
     """
     _remove_leftovers(root)
     path = root / f"checkpoint-{step}"
@@ -65,7 +63,7 @@ def write_checkpoint(
     except FileFormatError as error:
         _remove(path)
         raise OSError(None, f"not read back as it was written ({error})", str(path)) from error
-    _make_room(root, step, limit, set(spare))
+    _make_room(root, step, limit)
     return path
 
 
@@ -144,10 +142,10 @@ def step_of(path: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def _make_room(root: Path, step: int, limit: int | None, spare: set[Path]) -> None:
+def _make_room(root: Path, step: int, limit: int | None) -> None:
     others = [path for path in checkpoints(root) if path.name != f"checkpoint-{step}"]
     earlier = [path for path in others if (step_of(path) or 0) < step]
-    stay = {*(earlier if limit is None else earlier[: limit - 1]), *spare}
+    stay = earlier if limit is None else earlier[: limit - 1]
     for path in reversed(others):
         if path not in stay:
             try:
