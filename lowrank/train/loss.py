@@ -39,18 +39,7 @@ def batch_loss(model: nn.Module, label_smoothing: float = 0.0) -> BatchLoss:
                 f"label_smoothing_factor is {label_smoothing}, but {type(model).__name__}.loss has "
                 "no argument label_smoothing: leave it at 0, or give it one"
             )
-
-        def loss(batch: Batch) -> Tensor:
-            return model.loss(
-                batch.input_ids,
-                batch.labels,
-                position_ids=batch.position_ids,
-                attention_mask=batch.attention_mask,
-                **options,
-            )
-
-        return loss
-
+        return lambda batch: _own_loss(model, batch, **options)
     return lambda batch: next_token_loss(logits_of(model, batch), batch.labels, label_smoothing)
 
 
@@ -96,15 +85,20 @@ def takes_copies(model: nn.Module) -> bool:
 def losses_of_copies(model: nn.Module, batch: Batch, copies: int) -> Tensor:
     """The loss of each copy, as `batch_loss` has it, of a batch repeated that often: [copies]."""
     if packs(model):
-        return model.loss(
-            batch.input_ids,
-            batch.labels,
-            position_ids=batch.position_ids,
-            attention_mask=batch.attention_mask,
-            copies=copies,
-        )
+        return _own_loss(model, batch, copies=copies)
     parts = zip(logits_of(model, batch).chunk(copies), batch.labels.chunk(copies), strict=True)
     return torch.stack([next_token_loss(logits, labels) for logits, labels in parts])
+
+
+def _own_loss(model: nn.Module, batch: Batch, **options: float) -> Tensor:
+    """The model's own `loss` of a batch."""
+    return model.loss(
+        batch.input_ids,
+        batch.labels,
+        position_ids=batch.position_ids,
+        attention_mask=batch.attention_mask,
+        **options,
+    )
 
 
 def compiled(batch_loss: BatchLoss, backend: str | None) -> BatchLoss:

@@ -66,9 +66,8 @@ def example_lengths(batch: Batch) -> Tensor:
     if batch.position_ids is None:
         assert batch.attention_mask is not None
         return batch.attention_mask.sum(1, keepdim=True).expand(batch.input_ids.shape).float()
-    example = (batch.position_ids == 0).cumsum(
-        1
-    )  # from 1 on; padding is at position 0, of length 1
+    # from 1 on; padding is at position 0, of length 1
+    example = (batch.position_ids == 0).cumsum(1)
     counts = torch.zeros(len(example), int(example.max()) + 1, device=example.device)
     counts.scatter_add_(1, example, torch.ones_like(example, dtype=counts.dtype))
     return counts.gather(1, example)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -43,8 +44,6 @@ def run_figure(lines: Sequence[Mapping[str, Any]]) -> Figure:
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
     """The mean of each value and those before it, `window` of them at most."""
-    means = []
-    for end in range(1, len(values) + 1):
-        part = values[max(0, end - window) : end]
-        means.append(sum(part) / len(part))
-    return means
+    sums = list(accumulate(values, initial=0.0))  # so that a long run with a wide window is quick
+    begins = (max(0, end - window) for end in range(1, len(sums)))
+    return [(sums[end] - sums[begin]) / (end - begin) for end, begin in enumerate(begins, start=1)]

@@ -38,7 +38,7 @@ class Remedies(Callback):
     def on_evaluate(self, loop: Loop) -> None:
         history = loop.history
         ended = history.steps >= loop.total_steps
-        found = overfitting(history.losses, history.eval_losses, loop.config, ended)
+        found = overfitting(history.losses, history.eval_losses, ended)
         self._say(loop, "overfitting", found)
 
     def on_train_end(self, loop: Loop) -> None:
@@ -74,10 +74,7 @@ def instability(losses: Sequence[float], config: TrainConfig) -> str | None:
 
 
 def overfitting(
-    losses: Sequence[float],
-    eval_losses: Sequence[tuple[int, float]],
-    config: TrainConfig,
-    ended: bool,
+    losses: Sequence[float], eval_losses: Sequence[tuple[int, float]], ended: bool
 ) -> str | None:
     """The remedy if the held-out loss has risen twice in a row, or is above its best when the run
     has ended, while the training loss fell.
