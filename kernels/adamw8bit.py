@@ -15,7 +15,7 @@ SMALLEST = tl.constexpr(0x00800000)  # the least normal float32: its reciprocal 
 LOWEST = tl.constexpr(0x34800000)  # 2^-22: no midpoint is below it
 HIGHEST = tl.constexpr(0x3F800000)  # 1
 
-# Rows of the table, int64 [12, tensors]; `lowrank.ops.triton.adamw8bit` fills them.
+# Rows of the table, int64 [12, tensors]; `lowrank.ops.triton.moments8bit` fills them.
 FIRST = tl.constexpr(0)  # the tensor's first program
 P, G, M, V, M_SCALE, V_SCALE = (tl.constexpr(i) for i in range(1, 7))  # addresses
 BLOCKS = tl.constexpr(7)
@@ -46,26 +46,36 @@ def adamw8bit_kernel(
 ):
     program = tl.program_id(0).to(tl.int64)
     entry_ptr = entry_of(table_ptr, tensors, program, SEARCH, SEARCHES)
+    numbers = (beta1, rest1, beta2, rest2, decay, rate, root2, eps, below)
+    by_width(step_blocks, entry_ptr, tensors, program, maps_ptr, numbers, TILE, TILES)
+
+
+@triton.jit
+def by_width(
+    step: tl.constexpr,  # the step_blocks of an optimizer
+    entry_ptr,
+    tensors,
+    program,
+    maps_ptr,
+    numbers,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Rows shorter than a block get narrower tiles, or most threads would have nothing to do."""
     width = tl.load(entry_ptr + WIDTH_OF_TILE * tensors)
     aligned = tl.load(entry_ptr + ALIGNED_ROWS * tensors) != 0
-    numbers = (beta1, rest1, beta2, rest2, decay, rate, root2, eps, below)
-    # Rows shorter than a block get narrower tiles, or most threads would have nothing to do.
     if aligned:
         if width == 16:
-            step_blocks(entry_ptr, tensors, program, maps_ptr, numbers, TILE, TILES, 16, True)
+            step(entry_ptr, tensors, program, maps_ptr, numbers, TILE, TILES, 16, True)
         elif width == 64:
-            step_blocks(entry_ptr, tensors, program, maps_ptr, numbers, TILE, TILES, 64, True)
+            step(entry_ptr, tensors, program, maps_ptr, numbers, TILE, TILES, 64, True)
         else:
-            step_blocks(entry_ptr, tensors, program, maps_ptr, numbers, TILE, TILES, BLOCK, True)
+            step(entry_ptr, tensors, program, maps_ptr, numbers, TILE, TILES, BLOCK, True)
     else:  # an address for each element: fewer of them at once
         if width == 16:
-            step_blocks(
-                entry_ptr, tensors, program, maps_ptr, numbers, TILE // 4, TILES * 4, 16, False
-            )
+            step(entry_ptr, tensors, program, maps_ptr, numbers, TILE // 4, TILES * 4, 16, False)
         else:
-            step_blocks(
-                entry_ptr, tensors, program, maps_ptr, numbers, TILE // 4, TILES * 4, BLOCK, False
-            )
+            step(entry_ptr, tensors, program, maps_ptr, numbers, TILE // 4, TILES * 4, BLOCK, False)
 
 
 @triton.jit

@@ -8,19 +8,18 @@ import triton
 import triton.language as tl
 
 from lowrank.kernels.adamw8bit import (
-    ALIGNED_ROWS,
     BLOCK,
     BLOCKS,
     COLUMNS,
     DTYPE,
     FIRST,
     M_SCALE,
-    WIDTH_OF_TILE,
     ZERO_OF_M,
     G,
     M,
     P,
     addresses,
+    by_width,
     entry_of,
     load_pair,
     looked_up,
@@ -49,26 +48,8 @@ def lion8bit_kernel(
 ):
     program = tl.program_id(0).to(tl.int64)
     entry_ptr = entry_of(table_ptr, tensors, program, SEARCH, SEARCHES)
-    width = tl.load(entry_ptr + WIDTH_OF_TILE * tensors)
-    aligned = tl.load(entry_ptr + ALIGNED_ROWS * tensors) != 0
     numbers = (beta1, rest1, beta2, rest2, decay, rate, below)
-    # Rows shorter than a block get narrower tiles, or most threads would have nothing to do.
-    if aligned:
-        if width == 16:
-            step_blocks(entry_ptr, tensors, program, maps_ptr, numbers, TILE, TILES, 16, True)
-        elif width == 64:
-            step_blocks(entry_ptr, tensors, program, maps_ptr, numbers, TILE, TILES, 64, True)
-        else:
-            step_blocks(entry_ptr, tensors, program, maps_ptr, numbers, TILE, TILES, BLOCK, True)
-    else:  # an address for each element: fewer of them at once
-        if width == 16:
-            step_blocks(
-                entry_ptr, tensors, program, maps_ptr, numbers, TILE // 4, TILES * 4, 16, False
-            )
-        else:
-            step_blocks(
-                entry_ptr, tensors, program, maps_ptr, numbers, TILE // 4, TILES * 4, BLOCK, False
-            )
+    by_width(step_blocks, entry_ptr, tensors, program, maps_ptr, numbers, TILE, TILES)
 
 
 @triton.jit
