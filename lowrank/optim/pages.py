@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -107,6 +108,8 @@ class PageStore:
         self._allocate([self._chunks[i] for i in numbers])
         near = [i for i in numbers if self._chunks[i].near]
         away = [i for i in numbers if not self._chunks[i].near]
+        if away:
+            self._open_ring()  # there is none yet if memory for it was short when they went home
         turns = max(len(away), 1)
         begun = taken = given = 0
         try:
@@ -130,10 +133,7 @@ class PageStore:
             if self._ring is not None:
                 self._ring.settle()
         except OSError as error:
-            self._failed = str(error)
-            raise TrainingError(
-                f"optimizer state was lost: {error}; go on from the last checkpoint"
-            ) from error
+            raise self._lost(error) from error
         except BaseException:
             for i in away[given:taken]:
                 self._give(i)
@@ -196,36 +196,47 @@ class PageStore:
         chunk = self._chunks[number]
         if chunk.blank:
             return None
-        if self._ring is not None:
-            self._ring.drain()
-        if chunk.near:
-            assert chunk.memory is not None
-            return chunk.memory.to("cpu", copy=True)
-        assert chunk.home is not None
-        copy = torch.empty(chunk.size, dtype=torch.uint8, device="cpu")
-        chunk.home.get(copy)
-        return copy
+        with self._at_home():
+            if chunk.near:
+                assert chunk.memory is not None
+                return chunk.memory.to("cpu", copy=True)
+            assert chunk.home is not None
+            copy = torch.empty(chunk.size, dtype=torch.uint8, device="cpu")
+            chunk.home.get(copy)
+            return copy
 
     def write(self, number: int, content: Tensor) -> None:
         """Put `content`, uint8 of the chunk's size in the host's memory, into a chunk."""
         self._check()
         chunk = self._chunks[number]
-        if self._ring is not None:
-            self._ring.drain()
         self._allocate([chunk])
-        if chunk.near:
-            assert chunk.memory is not None
-            chunk.memory.copy_(content)
-        else:
-            assert chunk.home is not None
-            chunk.home.put(content)
+        with self._at_home():
+            if chunk.near:
+                assert chunk.memory is not None
+                chunk.memory.copy_(content)
+            else:
+                assert chunk.home is not None
+                chunk.home.put(content)
         chunk.blank = False
+
+    def _lost(self, error: OSError | str) -> TrainingError:
+        """What to raise now, and whenever these pages are asked for anything again."""
+        self._failed = str(error)
+        return TrainingError(f"optimizer state was lost: {error}; go on from the last checkpoint")
+
+    @contextmanager
+    def _at_home(self) -> Iterator[None]:
+        """While chunks at home are read or written: what cannot be is lost."""
+        try:
+            if self._ring is not None:
+                self._ring.drain()
+            yield
+        except OSError as error:
+            raise self._lost(error) from error
 
     def _check(self) -> None:
         if self._failed:
-            raise TrainingError(
-                f"optimizer state was lost: {self._failed}; go on from the last checkpoint"
-            )
+            raise self._lost(self._failed)
         if self._homes.may_file and os.getpid() != self._process:
             raise TrainingError(
                 f"this optimizer's pages belong to process {self._process}, which forked this one: "
@@ -276,7 +287,11 @@ class PageStore:
         if self._streams is None:
             self._ring = MappedRing()
             return
-        slots = [self._new(self.chunk_bytes) for _ in range(self._slots)]
+        try:
+            slots = [self._new(self.chunk_bytes) for _ in range(self._slots)]
+        except torch.OutOfMemoryError:
+            self._budget.give(self, self._slots * self.chunk_bytes)
+            raise
         self._ring = DeviceRing(self._streams, slots, self._homes.staging)
 
     def _close_ring(self) -> None:
@@ -317,7 +332,11 @@ class PageStore:
             if nbytes < 0 or not self._budget.take(self, chunk.size):
                 break
             assert chunk.home is not None
-            chunk.memory, chunk.near = self._new(chunk.size), True
+            try:
+                chunk.memory, chunk.near = self._new(chunk.size), True
+            except torch.OutOfMemoryError:  # what is free is in pieces that are too small
+                self._budget.give(self, chunk.size)
+                break
             if not chunk.blank:
                 chunk.home.get(chunk.memory)
             if not chunk.home.mapped:  # a place in the file stays its own
