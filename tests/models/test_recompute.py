@@ -111,18 +111,51 @@ def test_the_last_projection_is_not_computed_again(seed):
         assert once == expected[way] and set(calls.values()) == {3, 6}
 
 
-def test_a_hook_on_a_part_of_a_block_is_called(seed):
-    """Such a part is called whole, and all of the block is computed again."""
+@pytest.mark.parametrize("part", ["", "mlp", "self_attn"])
+def test_a_hook_on_a_block_or_a_part_of_it_is_called(part, seed):
+    """It is called whole, and all of the block is computed again."""
     model = decoder(True, "all-linear")
     loss, gradients, _ = step(model, False, seed)
     seen = []
     for block in model.model.layers:
-        block.mlp.register_forward_hook(lambda *_: seen.append(1))
+        block.get_submodule(part).register_forward_hook(lambda *_: seen.append(1))
     for way in WAYS:
         again, same, _ = step(model, way, seed)
         assert torch.equal(again, loss) and len(seen) >= 3
         assert all(torch.equal(same[name], gradients[name]) for name in gradients)
         seen.clear()
+
+
+class Doubled(torch.nn.Module):
+    """A part of a block that is somebody else's."""
+
+    def __init__(self, part: torch.nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, *args):
+        return 2 * self.part(*args)
+
+
+@pytest.mark.parametrize("part", ["mlp", "self_attn"])
+@pytest.mark.parametrize("by_adapter", [True, False])
+def test_another_module_in_the_place_of_a_part(part, by_adapter, seed):
+    """As modules_to_save puts there, which has the attributes of what it stands for."""
+    model = decoder(False, None)
+    if by_adapter:
+        config = lowrank.LoRAConfig(target_modules=["lm_head"], modules_to_save=[part])
+        for p in lowrank.inject(model, config).parameters():
+            if p.requires_grad:  # no longer what it stands for
+                p.data.add_(torch.randn_like(p), alpha=0.1)
+    else:
+        for block in model.model.layers:
+            setattr(block, part, Doubled(getattr(block, part)))
+    loss, gradients, _ = step(model, False, seed)
+    for way in WAYS:
+        again, same, _ = step(model, way, seed)
+        assert torch.equal(again, loss)
+        for name, gradient in gradients.items():
+            assert torch.equal(same[name], gradient), (way, name)
 
 
 def test_a_graph_that_is_kept_gives_its_gradient_twice(seed):
