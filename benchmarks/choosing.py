@@ -4,12 +4,14 @@
   python -m benchmarks.choosing --model SmolLM2.gguf --data ../shared/data --output choosing-smollm2
 
 E2E NLG: a meaning to its sentence, the loss on the sentence alone; held out are pairs of the
-challenge's own validation set. What is finished is not run again; the tables are of what there is.
+challenge's own validation set. What is finished is not run again; the tables are of what there is,
+and `--json` writes what they are made of: results/choosing has the page's.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import gzip
 import itertools
 import json
@@ -21,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import lowrank
+from benchmarks import results
 from lowrank.data import tokenize
 from lowrank.train import TrainConfig, sweep
 
 HELD_OUT = 100
+LAST = 20  # steps whose mean is the training loss
 Example = dict[str, Any]
 
 
@@ -127,6 +131,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--few", type=int, default=64)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--json", metavar="FILE", help="write every trial's losses")
     args = parser.parse_args()
     wanted = [
         case
@@ -154,29 +159,56 @@ def main() -> None:
         examples = train[seed % step :: step][: case.examples]
         lora = lowrank.LoRAConfig(**case.lora)
         sweep(model, lora, config, examples, held_out, grid=case.grid, refine=False, longer=1)
-    for case in wanted:
-        print("\n".join(table(args.output, case)), flush=True)
+    done = {case.name: trials(args.output, case) for case in wanted}
+    for name, rows in done.items():
+        print("\n".join(table(name, rows)), flush=True)
+    if args.json:
+        written = ("quantizer", "steps", "batch", "rate", "few", "seeds")
+        run = {"date": datetime.date.today().isoformat(), "model": args.model.name}
+        run |= {name: getattr(args, name) for name in written}
+        made = sorted(args.output.glob("*/*/sweep.json"))
+        versions = json.loads(made[0].read_text())["versions"] if made else {}
+        rows = [{"case": name, **row} for name, rows in done.items() for row in rows]
+        results.write({"versions": versions, "run": run, "rows": rows}, args.json, "choosing")
 
 
-def table(output: Path, case: Case) -> Iterator[str]:
+def trials(output: Path, case: Case) -> list[dict[str, Any]]:
+    """What each setting of each seed's sweep came to; a loss is None where it failed."""
+    rows = []
+    for path in sorted((output / case.folder).glob("*/sweep.json")):
+        for trial in json.loads(path.read_text())["trials"]:
+            done = trial["eval_loss"] is not None
+            rows.append(
+                {
+                    "seed": int(path.parent.name),
+                    "settings": {name: trial["settings"][name] for name in case.grid},
+                    "parameters": trial["parameters"],
+                    "before": trial["eval_losses"][0][1] if done else None,
+                    "train_loss": statistics.mean(trial["losses"][-LAST:]) if done else None,
+                    "eval_loss": trial["eval_loss"],
+                    "failure": trial["failure"],
+                }
+            )
+    return rows
+
+
+def table(name: str, rows: list[dict[str, Any]]) -> Iterator[str]:
     """A line for each setting: its losses at the end, mean and range over the seeds."""
-    runs = [
-        json.loads(path.read_text()) for path in sorted((output / case.folder).glob("*/sweep.json"))
-    ]
-    name = next(iter(case.grid))
-    yield f"\n{case.name}: {len(runs)} seeds"
-    yield f"| {name} | training loss | held-out loss | range |"
+    settings: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        settings.setdefault(", ".join(map(str, row["settings"].values())), []).append(row)
+    yield f"\n{name}: {len({row['seed'] for row in rows})} seeds"
+    yield "| setting | training loss | held-out loss | range |"
     yield "|---|---:|---:|---:|"
-    for trials in zip(*(run["trials"] for run in runs), strict=True):
-        done = [t for t in trials if t["eval_loss"] is not None]
+    for setting, seeds in settings.items():
+        done = [row for row in seeds if row["eval_loss"] is not None]
         if not done:
-            yield f"| {trials[0]['settings'][name]} | – | – | {trials[0]['failure']} |"
+            yield f"| {setting} | – | – | {seeds[0]['failure']} |"
             continue
-        losses = [t["eval_loss"] for t in done]
-        train = statistics.mean(statistics.mean(t["losses"][-20:]) for t in done)
+        losses = [row["eval_loss"] for row in done]
+        train = statistics.mean(row["train_loss"] for row in done)
         spread = f"{min(losses):.4f} to {max(losses):.4f}"
-        mean = statistics.mean(losses)
-        yield f"| {done[0]['settings'][name]} | {train:.4f} | {mean:.4f} | {spread} |"
+        yield f"| {setting} | {train:.4f} | {statistics.mean(losses):.4f} | {spread} |"
 
 
 if __name__ == "__main__":
