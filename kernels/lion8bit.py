@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from lowrank.kernels.adamw8bit import (
-    BLOCK,
     BLOCKS,
     COLUMNS,
     DTYPE,
