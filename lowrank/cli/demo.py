@@ -21,6 +21,7 @@ from torch import nn
 
 import lowrank
 from lowrank.cli.options import Reader
+from lowrank.cli.output import show
 from lowrank.cli.source import Source
 from lowrank.data.stdlib import instruction_set
 from lowrank.errors import ConfigError
@@ -141,7 +142,8 @@ def run(args: argparse.Namespace) -> int:
     if not same_again(source, result.output_dir, shown, after, budget):
         return CHECK_FAILED
     say("time", f"{time.perf_counter() - begin:.0f} s in all")
-    print(YOUR_OWN.format(model=source.model))
+    values = {"output_dir": result.output_dir, **result.metrics}
+    show(args, YOUR_OWN.format(model=source.model), values)
     return 0
 
 

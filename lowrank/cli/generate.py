@@ -12,6 +12,7 @@ import sys
 
 import lowrank
 from lowrank.cli.options import Reader, add_fields
+from lowrank.cli.output import show
 from lowrank.cli.source import Source, from_args
 from lowrank.errors import DataError
 
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         top_p=args.top_p,
         seed=args.seed,
     )
-    print(text)
+    show(args, text, {"prompt": prompt, "text": text})
     return 0
 
 

@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import json
 import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
 from lowrank.cli import demo, env, generate, merge, quantize, report, sweep, train
-from lowrank.errors import LowrankError
+from lowrank.errors import ConfigError, LowrankError, MissingPackageError, TrainingError
 from lowrank.train.remedies import is_out_of_memory
 
 COMMANDS = (train, sweep, generate, merge, quantize, report, env, demo)
 
-OK, USER_ERROR, INTERRUPTED = 0, 2, 130
+OK = 0
+NO = 1  # the command's own answer: the demo's check failed, the model does not fit
+MISTAKE = 2  # in flags, settings, files or data; one line says what to do
+OUT_OF_MEMORY = 3
+MISSING_PACKAGE = 4
+TRAINING_FAILED = 5  # a loss that is not finite, for instance
+BUG = 70  # sysexits.h: EX_SOFTWARE
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, as all of ours are."""
+    """An ArgumentParser whose errors end a command as all of ours do."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USER_ERROR, f"lowrank: error: {message} ({self.prog} --help tells all)\n")
+        raise ConfigError(f"{message} ({self.prog} --help tells all)")
 
 
 class _Stderr(logging.Handler):
@@ -53,13 +63,52 @@ def build_parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         module.add_arguments(command)
+        command.add_argument(
+            "--json",
+            action="store_true",
+            help="print one JSON object, of a mistake its error and status; all else to stderr",
+        )
         command.set_defaults(run=module.run, command=command)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0; 1: its own check failed; 2: the user can mend it; 130: Ctrl-C."""
+    """Run one command and return its status, one of the constants above."""
     argv = sys.argv[1:] if argv is None else argv
+    out, as_json = sys.stdout, "--json" in argv
+    try:
+        args = _parsed(argv)
+        logger = logging.getLogger("lowrank")
+        logger.setLevel(logging.INFO)
+        if not any(isinstance(handler, _Stderr) for handler in logger.handlers):
+            logger.addHandler(_Stderr())
+        args.out = out
+        with contextlib.redirect_stdout(sys.stderr if as_json else out):
+            return args.run(args)
+    except BrokenPipeError:
+        # The reader of our output has gone; Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+        return OK
+    except (KeyboardInterrupt, Exception) as error:
+        status, message = _ending(error)
+        if status == BUG:
+            traceback.print_exc()
+        print(f"lowrank: {message}", file=sys.stderr)
+        if as_json:
+            print(json.dumps({"error": message.removeprefix("error: "), "status": status}))
+        return status
+
+
+def lowrank_version() -> str:
+    """The installed distribution's version."""
+    try:
+        return version("lowrank-torch")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def _parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """The command and its arguments; ConfigError for what it does not know."""
     parser = build_parser()
     for word in argv:
         if word != word.encode(errors="replace").decode():
@@ -70,41 +119,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         args.command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-    logger = logging.getLogger("lowrank")
-    logger.setLevel(logging.INFO)
-    if not any(isinstance(handler, _Stderr) for handler in logger.handlers):
-        logger.addHandler(_Stderr())
-    try:
-        return args.run(args)
-    except KeyboardInterrupt as stop:
-        print(
-            f"lowrank: {_one_line(stop) or 'interrupted; no file is half written'}", file=sys.stderr
-        )
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output has gone; Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
-    except (LowrankError, OSError) as error:
-        print(f"lowrank: error: {_one_line(error)}", file=sys.stderr)
-        return USER_ERROR
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        print(
-            "lowrank: error: out of memory: try a smaller model, batch, rank or length; "
-            f"torch says: {_one_line(error)}",
-            file=sys.stderr,
-        )
-        return USER_ERROR
+    return args
 
 
-def lowrank_version() -> str:
-    """The installed distribution's version."""
-    try:
-        return version("lowrank-torch")
-    except PackageNotFoundError:
-        return "(not installed)"
+def _ending(error: BaseException) -> tuple[int, str]:
+    """The status of a command that `error` ended, and the line that says so."""
+    line = _one_line(error)
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, line or "interrupted; no file is half written"
+    if is_out_of_memory(error) or is_out_of_memory(error.__cause__):
+        return OUT_OF_MEMORY, (
+            "error: out of memory: try a smaller model, batch, rank or length; torch says: " + line
+        )
+    statuses = {MissingPackageError: MISSING_PACKAGE, TrainingError: TRAINING_FAILED}
+    for kind, status in statuses.items():
+        if isinstance(error, kind):
+            return status, f"error: {line}"
+    if isinstance(error, LowrankError | OSError):
+        return MISTAKE, f"error: {line}"
+    return BUG, f"error: {line}: a bug in lowrank: report it with what `lowrank env` prints"
 
 
 def _dashes(word: str) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import lowrank
 from lowrank.cli.options import Reader, add_fields
+from lowrank.cli.output import show
 from lowrank.cli.source import Source, from_args
 from lowrank.errors import ConfigError
 from lowrank.io.atomic import new_directory
@@ -51,12 +52,12 @@ def run(args: argparse.Namespace) -> int:
     source = from_args(args)
     if args.residual_rank is not None and not args.quantized:
         raise ConfigError("residual-rank: belongs to --quantized; got it without")
+    report = None
     with new_directory(args.output) as folder:
         model, tokenizer = source.load(), source.load_tokenizer()
         source.load_adapter(model, args.adapter)
         if args.quantized:
             report = lowrank.merge_quantized(model, residual_rank=args.residual_rank)
-            print(report)
             if report.residual is not None:
                 lowrank.save_adapter(model, folder / RESIDUAL)
                 lowrank.unload(model)
@@ -66,5 +67,6 @@ def run(args: argparse.Namespace) -> int:
             lowrank.save_model(model, folder, source.torch_dtype)
         tokenizer.save(folder)
     into = source.quantizer if args.quantized else source.dtype
-    print(f"merged {args.adapter} into {source.model}, {into}: {args.output}")
+    text = f"merged {args.adapter} into {source.model}, {into}: {args.output}"
+    show(args, text if report is None else f"{report}\n{text}", {"output": args.output})
     return 0

@@ -17,6 +17,7 @@ from torch import nn
 
 import lowrank
 from lowrank.cli.options import Reader, add_fields
+from lowrank.cli.output import show
 from lowrank.cli.source import Source, from_args
 from lowrank.errors import ConfigError
 from lowrank.io.atomic import new_directory
@@ -50,8 +51,14 @@ def run(args: argparse.Namespace) -> int:
         lowrank.save_model(model, folder, format=args.format)
         tokenizer.save(folder)
         written = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    print(_summary(model))
-    print(f"{source.model} in {source.quantizer}, {_size(written)}: {args.output}")
+    found = _sizes(model)
+    layers = "{layers} layers of {weights} weights at {bits:.2f} bits".format_map(found)
+    text = (
+        f"{layers}: {_size(found['quantized_bytes'])}; "
+        f"{found['others']} other parameters: {_size(found['other_bytes'])}\n"
+        f"{source.model} in {source.quantizer}, {_size(written)}: {args.output}"
+    )
+    show(args, text, {**found, "file_bytes": written, "output": args.output})
     return 0
 
 
@@ -71,15 +78,20 @@ def _check_bitsandbytes(source: Source) -> None:
             to_bitsandbytes(layer, quantizer.quantize(torch.linspace(-1, 1, shape[1])[None]))
 
 
-def _summary(model: nn.Module) -> str:
+def _sizes(model: nn.Module) -> dict[str, float]:
+    """What a quantized model holds; others: the parameters that are not quantized."""
     storages = [module.storage for module in quant_weights(model).values()]
     count = sum(torch.Size(storage.shape).numel() for storage in storages)
     held = sum(storage.nbytes for storage in storages)
     dense = [p for p in model.parameters() if p.is_floating_point()]
-    return (
-        f"{len(storages)} layers of {count} weights at {8 * held / count:.2f} bits: {_size(held)}; "
-        f"{sum(p.numel() for p in dense)} other parameters: {_size(sum(p.nbytes for p in dense))}"
-    )
+    return {
+        "layers": len(storages),
+        "weights": count,
+        "bits": 8 * held / count,
+        "quantized_bytes": held,
+        "others": sum(p.numel() for p in dense),
+        "other_bytes": sum(p.nbytes for p in dense),
+    }
 
 
 def _size(n_bytes: int) -> str:

@@ -20,6 +20,7 @@ from typing import Literal
 from torch import Tensor
 
 from lowrank.cli.options import add_fields, check_types, given_fields, make
+from lowrank.cli.output import show
 from lowrank.cli.source import Source
 from lowrank.errors import ConfigError, DataError
 from lowrank.io.json_files import read_json
@@ -98,9 +99,10 @@ def run(args: argparse.Namespace) -> int:
         quantized_before=_quantized_before(settings.model),
         **{name: getattr(settings, name) for name in same},
     )
-    print(compared)
+    text = str(compared)
     if settings.output is not None:
-        print(f"\nsaved: {', '.join(map(str, compared.save(settings.output)))}")
+        text += f"\n\nsaved: {', '.join(map(str, compared.save(settings.output)))}"
+    show(args, text, compared.to_dict())
     return 0
 
 

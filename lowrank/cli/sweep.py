@@ -17,6 +17,7 @@ from typing import Any
 
 from lowrank.cli import train
 from lowrank.cli.options import Reader, check_types
+from lowrank.cli.output import show
 from lowrank.data import load_examples
 from lowrank.errors import ConfigError
 from lowrank.train import sweep
@@ -85,8 +86,7 @@ def run(args: argparse.Namespace) -> int:
         refine=tried.refine,
         longer=tried.longer,
     )
-    print(result)
+    show(args, f"{result}\n\nsaved in {result.output_dir}", result.to_dict())
     if result.interrupted:
         raise KeyboardInterrupt(f"interrupted; see {result.output_dir}")
-    print(f"\nsaved in {result.output_dir}")
     return 0

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import lowrank
 from lowrank.cli.options import Reader, add_fields, dump_toml, given_fields, make, read_toml
+from lowrank.cli.output import show
 from lowrank.cli.source import Source
 from lowrank.data import TokenizedExamples, collate, load_examples
 from lowrank.io.atomic import write_text
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     if result.interrupted:
         done = f"{len(result.losses)} of {trainer.total_steps} steps"
         raise KeyboardInterrupt(f"interrupted after {done}; --resume auto goes on; see {output}")
-    print(report(result))
+    show(args, report(result), {"output_dir": result.output_dir, **result.metrics})
     return 0
 
 

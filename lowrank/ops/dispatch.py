@@ -184,13 +184,8 @@ def explain(op: str, *args) -> str:
     if op not in OPERATORS:
         raise ConfigError(f"op: expected one of {', '.join(OPERATORS)}; got {op!r}")
     if not args:
-        lines = [f"{op}: backends that are here"]
-        for name in BACKENDS:
-            backend = _load(name)
-            if not isinstance(backend, str):
-                backend = _offers(backend, op) or backend.missing()
-            lines.append(f"  {name}: {backend or 'here'}")
-        return "\n".join(lines + _remarks(BACKENDS))
+        lines = [f"  {name}: {reason or 'here'}" for name, reason in standing(op).items()]
+        return "\n".join([f"{op}: backends that are here", *lines, *_remarks(BACKENDS)])
     schema = getattr(torch.ops.lowrank, op).default._schema
     expected = len(schema.arguments)
     if len(args) != expected:
@@ -215,6 +210,27 @@ def explain(op: str, *args) -> str:
     if _named is not None:
         lines.append(f"  ({_named!r} was asked for by name)")
     return "\n".join(lines)
+
+
+def standing(op: str) -> dict[str, str | None]:
+    """{backend: why it cannot run `op` here on any arguments, or None if it can}."""
+    found: dict[str, str | None] = {}
+    for name in BACKENDS:
+        backend = _load(name)
+        if isinstance(backend, str):
+            found[name] = backend
+        else:
+            found[name] = _offers(backend, op) or backend.missing()
+    return found
+
+
+def preferred(op: str, device_type: str) -> str:
+    """The backend that runs `op` there on arguments that none refuses; its name, if it was named.
+
+    Raises ConfigError if LOWRANK_BACKEND is no backend.
+    """
+    order, refusals = _order(device_type, op), standing(op)
+    return next((name for name in order if refusals[name] is None), order[0])
 
 
 def _remarks(names: tuple[str, ...]) -> list[str]:

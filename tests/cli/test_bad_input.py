@@ -18,8 +18,8 @@ from lowrank.models.config import DecoderConfig
 from lowrank.models.decoder import Decoder
 
 
-def refused(outcome, *expected: str) -> None:
-    assert outcome.status == 2, outcome
+def refused(outcome, *expected: str, status: int = 2) -> None:
+    assert outcome.status == status, outcome
     assert outcome.err.startswith("lowrank: error: ")
     assert outcome.err.count("\n") == 1
     for part in expected:
@@ -307,7 +307,8 @@ def test_out_of_memory_is_said_in_one_line(run, tiny, monkeypatch, whose):
         raise MemoryError("no room") if whose == "Python's" else torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr("lowrank.load_model", fails)
-    refused(run("generate", "--model", tiny, "--prompt", "a"), "out of memory", "try a smaller")
+    outcome = run("generate", "--model", tiny, "--prompt", "a")
+    refused(outcome, "out of memory", "try a smaller", status=3)
 
 
 @pytest.mark.parametrize("package", ["tokenizers", "gguf"])
@@ -319,7 +320,7 @@ def test_a_missing_package_is_named(run, tiny, tmp_path, monkeypatch, package):
     if package == "gguf":
         model = tmp_path / "model.gguf"
         model.write_bytes(b"GGUF" + bytes(64))
-    refused(run("generate", "--model", model, "--prompt", "a"), "pip install", package)
+    refused(run("generate", "--model", model, "--prompt", "a"), "pip install", package, status=4)
 
 
 def test_a_tokenizer_that_is_damaged(run, copy):

@@ -202,11 +202,33 @@ def test_merge_of_some_layers_in_16_bits(run, tiny, data, tmp_path, dtype):
 def test_env_names_everything(run):
     outcome = run("env")
     assert (outcome.status, outcome.err) == (0, "")
-    rows = dict(line.split(maxsplit=1) for line in outcome.out.splitlines())
-    assert rows["torch"].startswith(torch.__version__)
-    assert set(ops.schema.OPERATORS) | {"python", "lowrank", "triton", "tokenizers"} <= set(rows)
-    assert rows["codebook_linear"].endswith("reference")
-    assert "nf4" in rows["quantizers"]
+    about, chosen, refused = outcome.out.split("\n\n")
+    rows = dict(line.split(maxsplit=1) for line in about.splitlines())
+    assert rows["torch"].startswith(torch.__version__) and "nf4" in rows["quantizers"]
+    assert {"python", "lowrank", "CPU", "GPU", "triton", "tokenizers"} <= set(rows)
+    assert [line.split()[0] for line in chosen.splitlines()[1:]] == [*ops.schema.OPERATORS]
+
+    found = json.loads(run("env", "--json").out)
+    assert found["torch"] in rows["torch"]
+    for op, backends in found["operators"].items():
+        for line in ops.explain(op).splitlines()[1:]:
+            name, _, reason = line.strip().partition(": ")
+            if reason == "here":
+                assert name in [backends["chosen"]["cpu"], *backends["others"], "triton", "cuda"]
+            elif name in backends["refused"]:
+                assert backends["refused"][name] == reason
+                assert re.search(rf"^{name} .*({op}|all|has none of these)", refused, re.MULTILINE)
+
+
+def test_env_names_the_backend_that_runs(run):
+    """The row of an operator is what `explain` says of arguments that no backend refuses."""
+    weight = torch.randn(32, 64)
+    for named in (None, "reference"):
+        with ops.use_backend(named):
+            operators = json.loads(run("env", "--json").out)["operators"]
+            table = torch.linspace(-1, 1, 16)[None]
+            said = ops.explain("codebook_quantize", weight, table, 32)
+        assert f"  {operators['codebook_quantize']['chosen']['cpu']}: runs" in said
 
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
