@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from lowrank.adapters.config import LoRAConfig
 from lowrank.errors import ConfigError, TargetError
 from lowrank.nn.adapted import AdaptedLayer
+from lowrank.nn.grouped import grouped_mm
 from lowrank.nn.quant_experts import (
     GROUPED,
     MATMULS,
     ExpertWeights,
     LikeWeights,
     QuantExperts,
-    groups,
     with_dense,
 )
 
@@ -113,9 +113,7 @@ def _grouped(
         return None
     y = func(x, weight.base, offs=offs)
     for L, R, s in weight.branches:
-        *parts, rest = groups(x.to(L.dtype), offs)
-        parts = [part @ L[e] @ R[e] for e, part in enumerate(parts)]
-        branch = torch.cat([*parts, rest.new_zeros(len(rest), R.shape[-1])])
+        branch = grouped_mm(grouped_mm(x.to(L.dtype), L, offs=offs), R, offs=offs)
         y = (y + s * branch).to(y.dtype)
     return y
 

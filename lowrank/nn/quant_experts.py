@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lowrank import quant
 from lowrank.errors import ConfigError, FileFormatError, ShapeError
+from lowrank.nn.grouped import grouped_mm
 from lowrank.nn.quant_linear import product
 from lowrank.nn.quant_weight import QuantWeight, resolve
 from lowrank.ops.checks import check_float, check_tensors
@@ -319,7 +320,7 @@ GROUPED = {
     for home in (torch.nn.functional, torch)
     for name in ("grouped_mm", "_grouped_mm")  # as far as this torch has them
     if hasattr(home, name)
-}
+} | {grouped_mm}
 _RULES: dict[Callable, Callable] = {
     torch.nn.functional.linear: _linear,
     **dict.fromkeys(MATMULS, _matmul),

@@ -1,0 +1,155 @@
+"""Mixtures of experts against transformers' and PEFT's."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import lowrank
+from lowrank.models.experts import Mixture
+from lowrank.nn.quant_experts import QuantExperts
+
+transformers = pytest.importorskip("transformers", reason="the oracle; pip install transformers")
+
+H, I, E = 44, 23, 5  # noqa: E741
+
+
+def mixtral_block(k: int) -> nn.Module:
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    sizes = dict(hidden_size=H, intermediate_size=I, num_local_experts=E)
+    config = transformers.MixtralConfig(**sizes, num_experts_per_tok=k)
+    return MixtralSparseMoeBlock(config)
+
+
+def qwen_block(k: int, normalised: bool) -> nn.Module:
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    sizes = dict(hidden_size=H, moe_intermediate_size=I, num_experts=E)
+    config = transformers.Qwen3MoeConfig(**sizes, num_experts_per_tok=k, norm_topk_prob=normalised)
+    return Qwen3MoeSparseMoeBlock(config)
+
+
+BLOCKS = {
+    "mixtral": (lambda: mixtral_block(2), 2, True),
+    "one_expert": (lambda: mixtral_block(1), 1, True),
+    "all_experts": (lambda: mixtral_block(E), E, True),
+    "qwen3": (lambda: qwen_block(3, True), 3, True),
+    "qwen3_as_they_are": (lambda: qwen_block(2, False), 2, False),
+}
+
+
+def blocks(kind: str) -> tuple[Mixture, nn.Module]:
+    make, k, normalised = BLOCKS[kind]
+    oracle = make()
+    for parameter in oracle.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    ours = Mixture(H, I, E, k, normalised)
+    ours.load_state_dict(oracle.state_dict())
+    return ours, oracle
+
+
+@pytest.mark.parametrize("shape", [(2, 63), (1, 1), (3, 1)])
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_a_mixture_and_every_gradient_equal_transformers(kind, shape):
+    ours, oracle = blocks(kind)
+    x, dy = torch.randn(*shape, H), torch.randn(*shape, H)
+    results = []
+    for block in (ours, oracle):
+        z = x.clone().requires_grad_()
+        y = block(z)
+        y.backward(dy)
+        results.append({"y": y, "x": z.grad} | {n: p.grad for n, p in block.named_parameters()})
+    for name, expected in results[1].items():
+        assert_close(results[0][name], expected, atol=1e-4, rtol=1e-4, msg=lambda m, n=name: n + m)
+
+
+CONFIG = dict(
+    r=3, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"]
+)
+
+
+class Holder(nn.Module):
+    """A block under a name, as in a model."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x):
+        return self.mlp(x)
+
+
+def results(model: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> dict[str, torch.Tensor]:
+    """y, and the gradients of x and of all that is trained."""
+    x = x.clone().requires_grad_()
+    y = model(x)
+    y.backward(dy.to(y.dtype))
+    trained = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    return {"y": y.detach(), "x": x.grad} | trained
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "int8", "hqq", "flat"])
+def test_quantized_with_adapters_it_is_its_dense_twin(scheme):
+    model = Holder(blocks("qwen3")[0])
+    twin = copy.deepcopy(model)
+    lowrank.quantize(model, scheme)
+    with torch.no_grad():
+        for leaf in ("gate_up_proj", "down_proj"):
+            getattr(twin.mlp.experts, leaf).copy_(getattr(model.mlp.experts, leaf).dequantize())
+    assert isinstance(model.mlp.experts.down_proj, QuantExperts)
+    assert model.mlp.gate.weight.shape == (E, H)  # the router stays as it is
+    x, dy = torch.randn(2, 31, H), torch.randn(2, 31, H)
+    for each in (model, twin):
+        torch.manual_seed(5)
+        lowrank.inject(each, lowrank.LoRAConfig(**CONFIG, init_lora_weights=False))
+    got, expected = results(model, x, dy), results(twin, x, dy)
+    assert len(expected) == 2 + 4 and got.keys() == expected.keys()
+    for name in expected:
+        assert_close(got[name], expected[name], atol=1e-4, rtol=1e-4, msg=lambda m, n=name: n + m)
+
+
+def test_no_work_and_no_memory_but_for_experts_that_are_chosen():
+    """One row for each token and expert it goes to; nothing of the size of a weight is kept."""
+    model = Holder(blocks("qwen3")[0]).requires_grad_(False)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model(torch.randn(1, 7, H, requires_grad=True))
+    own = {p.data_ptr() for p in model.parameters()}
+    floats = [t for t in kept if t.is_floating_point() and t.data_ptr() not in own]
+    rows = 7 * 3
+    assert max(t.numel() for t in floats) == rows * 2 * I  # gate and up, before they are multiplied
+    assert sum(t.numel() for t in floats if t.numel() > rows * 2) == rows * 2 * I
+
+
+def test_in_half_precision_and_under_autocast_it_is_near():
+    model = Holder(blocks("mixtral")[0])
+    x, dy = torch.randn(2, 31, H), torch.randn(2, 31, H)
+    expected = results(model, x, dy)
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        under = results(model, x, dy)
+    half = results(copy.deepcopy(model).bfloat16(), x.bfloat16(), dy.bfloat16())
+    for name in expected:
+        for got in (under, half):
+            # a token whose probabilities are within rounding may go to another expert
+            error = (got[name].float() - expected[name]).norm() / expected[name].norm()
+            assert error < 0.3, name
+    assert under["x"].dtype == torch.float32 and half["y"].dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_it_compiles_and_a_seed_repeats_every_bit():
+    model = Holder(blocks("qwen3")[0])
+    x, dy = torch.randn(2, 31, H), torch.randn(2, 31, H)
+    first = results(model, x, dy)
+    model.zero_grad()
+    second = results(model, x, dy)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    compiled = torch.compile(model, backend="eager")
+    assert_close(compiled(x), model(x))
