@@ -6,7 +6,13 @@ from dataclasses import InitVar, asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from lowrank.train.rules import check_fields, check_together, grouped_by, respell
+from lowrank.train.rules import (
+    check_fields,
+    check_not_reentrant,
+    check_together,
+    grouped_by,
+    respell,
+)
 
 
 @dataclass
@@ -154,6 +160,8 @@ class TrainConfig:
     activation_checkpointing: InitVar[bool | None] = None
     resume_from_checkpoint: InitVar[str | Path | bool | None] = None
     train_sampling_strategy: InitVar[str | None] = None
+    # what tutorials pass beside gradient_checkpointing, and is so here whatever is passed
+    gradient_checkpointing_kwargs: InitVar[dict[str, Any] | None] = None
 
     SPELLINGS: ClassVar[dict[str, str]] = {
         "evaluation_strategy": "eval_strategy",
@@ -170,6 +178,7 @@ class TrainConfig:
         activation_checkpointing: bool | None,
         resume_from_checkpoint: str | Path | bool | None,
         train_sampling_strategy: str | None,
+        gradient_checkpointing_kwargs: dict[str, Any] | None,
     ) -> None:
         respell(self, "evaluation_strategy", evaluation_strategy)
         respell(self, "max_seq_length", max_seq_length)
@@ -181,6 +190,7 @@ class TrainConfig:
             self.resume = "auto"
         if train_sampling_strategy is not None:
             respell(self, "train_sampling_strategy", grouped_by(train_sampling_strategy))
+        check_not_reentrant(gradient_checkpointing_kwargs)
         check_fields(self)
         check_together(self)
 

@@ -144,6 +144,15 @@ def grouped_by(strategy: Any) -> bool:
     return strategy == "group_by_length"
 
 
+def check_not_reentrant(kwargs: Any) -> None:
+    """ConfigError unless gradient_checkpointing_kwargs ask for what recomputing is here."""
+    if kwargs not in (None, {}, {"use_reentrant": False}):
+        raise ConfigError(
+            f"gradient_checkpointing_kwargs: expected use_reentrant=False or nothing, as "
+            f"recomputing is never reentrant here; got {kwargs!r:.80}; leave it out"
+        )
+
+
 def check_fields(config: Any) -> None:
     """ConfigError naming the first field of the dataclass whose value cannot be."""
     for field in fields(config):

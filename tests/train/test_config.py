@@ -100,3 +100,11 @@ def test_grouping_as_transformers_spells_it():
     assert TrainConfig("out", train_sampling_strategy="random").group_by_length is False
     with pytest.raises(ConfigError, match="^train_sampling_strategy must be one of random, group_"):
         TrainConfig("out", train_sampling_strategy="sequential")
+
+
+def test_checkpointing_is_never_reentrant():
+    for kwargs in (None, {}, {"use_reentrant": False}):
+        TrainConfig("out", gradient_checkpointing_kwargs=kwargs)
+    for kwargs in ({"use_reentrant": True}, {"reentrant": False}, 1):
+        with pytest.raises(ConfigError, match="gradient_checkpointing_kwargs: expected use_reent"):
+            TrainConfig("out", gradient_checkpointing_kwargs=kwargs)
