@@ -12,6 +12,7 @@ from .io.hotswap import hotswap_adapter as hotswap_adapter
 from .io.quantized import load_quantized as load_quantized
 from .io.quantized import save_quantized as save_quantized
 from .models.generate import generate as generate
+from .models.generate import stream as stream
 from .models.loading import load_model as load_model
 from .models.loading import open_weights as open_weights
 from .models.saving import save_model as save_model

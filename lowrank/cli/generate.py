@@ -1,8 +1,9 @@
-"""Continue a prompt, or answer it.
+"""Continue prompts, or answer them; a single one is shown as it is written.
 
-lowrank generate --model DIR --adapter out --prompt "Once upon a time"
-lowrank generate --model DIR --chat --prompt "What is the capital of Japan?"
-cat prompt.txt | lowrank generate --model DIR
+lowrank generate --model HuggingFaceTB/SmolLM2-135M-Instruct --prompt "Once upon a time"
+lowrank generate --model DIR --quantizer nf4 --adapter out --chat --prompt "What is 7 + 7?"
+lowrank generate --model DIR --prompt "Once" --prompt "Twice" --stop "." --json
+cat prompt.txt | lowrank generate --model DIR --temperature 0.8 --top-p 0.9
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--adapter", type=Reader([str]), metavar="DIR", help="an adapter to load onto the model"
     )
     parser.add_argument(
-        "--prompt", metavar="TEXT", help="what to continue (default: standard input)"
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="what to continue; again for each of several, which are written together "
+        "(default: standard input)",
     )
     parser.add_argument(
         "--chat",
@@ -45,31 +50,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top-p", type=float, metavar="X", help="sample from the likeliest tokens that make up X"
     )
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="above 1, tokens that are there already become less likely (default: 1)",
+    )
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text; again for each of several",
+    )
     parser.add_argument("--seed", type=int, metavar="N", help="of the sampling")
     add_fields(parser, Source, "source", "the model")
 
 
 def run(args: argparse.Namespace) -> int:
     source = from_args(args)
-    prompt = _standard_input() if args.prompt is None else args.prompt
-    if not prompt:
-        raise DataError(
-            "prompt: expected some text; got none: pass --prompt, or write to standard input"
+    prompts = [_standard_input()] if args.prompt is None else args.prompt
+    for prompt in prompts:
+        if not prompt:
+            raise DataError(
+                "prompt: expected some text; got none: pass --prompt, or write to standard input"
+            )
+    options = {
+        name: getattr(args, name)
+        for name in (
+            "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "stop", "seed",
         )
+    }  # fmt: skip
     model, tokenizer = source.load(), source.load_tokenizer()
     if args.adapter is not None:
         source.load_adapter(model, args.adapter)
-    text = lowrank.generate(
-        model,
-        tokenizer,
-        [{"role": "user", "content": prompt}] if args.chat else prompt,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-    )
-    show(args, text, {"prompt": prompt, "text": text})
+    asked = [[{"role": "user", "content": p}] for p in prompts] if args.chat else prompts
+    if len(prompts) > 1:
+        texts = lowrank.generate(model, tokenizer, asked, **options)
+        shown = "\n\n".join(prompt + text for prompt, text in zip(prompts, texts, strict=True))
+        show(args, shown, {"prompts": prompts, "texts": texts})
+        return 0
+    written = ""
+    for piece in lowrank.stream(model, tokenizer, asked[0], **options):
+        written += piece
+        if not args.json:
+            print(piece, end="", flush=True, file=args.out)
+    show(args, "", {"prompt": prompts[0], "text": written})
     return 0
 
 

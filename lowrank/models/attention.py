@@ -67,7 +67,7 @@ class Plan:
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions: softmax(q kᵀ / sqrt(D)) v, then o_proj.
 
-    x [B, S, H] -> [B, S, H], or [1, T, H] of only the T `rows` of x [B * S, H] that are asked for.
+    x [B, S, H] -> [B, S, H], or [b, t, H] of only those `rows` [b, t] of x [B * S, H] asked for.
     Ainslie et al., arXiv:2305.13245.
     """
 
@@ -95,8 +95,10 @@ class Attention(nn.Module):
 
 
 def take(x: Tensor, rows: Tensor | None) -> Tensor:
-    """The rows of x [B, S, H] seen as [B * S, H]: [1, T, H]; all of x for None."""
-    return x if rows is None else x.flatten(0, 1).index_select(0, rows)[None]
+    """The `rows` [b, t] of x [B, S, H] seen as [B * S, H]: [b, t, H]; all of x for None."""
+    if rows is None:
+        return x
+    return x.flatten(0, 1).index_select(0, rows.flatten()).view(*rows.shape, x.shape[-1])
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:

@@ -40,7 +40,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), x [B, S, H]; or only its `rows`, [1, T, H]."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), x [B, S, H]; or only `rows` [b, t] of it."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
@@ -201,7 +201,7 @@ class Decoder(nn.Module):
             target = target.masked_fill(F.pad(position_ids[:, 1:] == 0, (0, 1)), IGNORE)
         target = target.flatten()
         rows = (target != IGNORE).nonzero().flatten()
-        h = self._hidden(input_ids, attention_mask, position_ids, None, rows)
+        h = self._hidden(input_ids, attention_mask, position_ids, None, rows[None])
         x, target = self.model.norm(h.flatten(0, 1)), target.index_select(0, rows)  # [T, H], [T]
         if copies is None:
             return _head_loss(self.lm_head, x, target, label_smoothing)
@@ -218,7 +218,7 @@ class Decoder(nn.Module):
         cache: KVCache | None,
         rows: Tensor | None,
     ) -> Tensor:
-        """What the last block gives, before the last norm: [B, S, H], or [1, T, H] at `rows`.
+        """What the last block gives, before the last norm: [B, S, H], or [b, t, H] at `rows`.
 
         Only the keys and values of the last block need every row; the rest of it is as much work as
         five in six of its parameters.
@@ -256,12 +256,12 @@ def _tie_again(model: Decoder, _: object) -> None:
 
 
 def _rows_to_keep(keep: int | Tensor, B: int, S: int, device: torch.device) -> Tensor | None:
-    """Rows of [B * S] that are the last `keep` of each S, or those `keep` indexes; None for all."""
+    """Rows [B, n] of [B * S]: the last `keep` of each S, or those `keep` indexes; None for all."""
     if isinstance(keep, int) and not 0 < keep < S:
         return None
     along = torch.arange(S, device=device)
     along = along[-keep:] if isinstance(keep, int) else along[keep]
-    return (torch.arange(B, device=device)[:, None] * S + along).flatten()
+    return torch.arange(B, device=device)[:, None] * S + along
 
 
 def _head_loss(head: nn.Module, x: Tensor, target: Tensor, smoothing: float) -> Tensor:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any, overload
 
 import torch
-from torch import Tensor
 
 from lowrank.errors import ConfigError, DataError
 from lowrank.models.attention import KVCache
 from lowrank.models.decoder import Decoder
+from lowrank.models.sampling import Sampler, Sampling
 from lowrank.models.tokenizer import Tokenizer
+from lowrank.models.writing import Writing
 
 Messages = Sequence[Mapping[str, Any]]
+GREEDY = Sampling()
+_END_OF_TURN = "<|im_end|>"  # ChatML's, in which messages are rendered where there is no template
 
 
 @overload
@@ -22,47 +25,66 @@ def generate(
 ) -> str: ...
 @overload
 def generate(
-    model: Decoder, tokenizer: Tokenizer, prompt: list[str], **options: Any
+    model: Decoder, tokenizer: Tokenizer, prompt: list[str] | list[Messages], **options: Any
 ) -> list[str]: ...
 
 
 def generate(
     model: Decoder,
     tokenizer: Tokenizer,
-    prompt: str | list[str] | Messages,
+    prompt: str | Messages | list[str] | list[Messages],
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float | None = None,
     top_k: int | None = None,
     seed: int | None = None,
+    repetition_penalty: float = 1.0,
+    stop: str | Sequence[str] = (),
 ) -> str | list[str]:
-    """What the model writes after a text, after each of a list of texts, or in answer to messages.
+    """What the model writes after a text or in answer to messages, or after each of several.
 
-    Temperature 0 takes the likeliest token each time; above it, tokens are drawn from
-    softmax(logits / temperature), cut to the `top_k` likeliest and then to the fewest that together
-    have `top_p`. Writing ends at an end token of the model or of the tokenizer, which is left out.
+    Temperature 0 takes the likeliest token each time; above it, tokens are drawn, as `Sampling`
+    says. Writing ends at an end token of the model or of the tokenizer, or at the first of the
+    `stop` strings, neither of which is part of what is returned; and where the positions end that
+    the model was trained for. Several are written together, each as it would be alone.
+
+    Raises DataError for what is no prompt, is empty, or is longer than the model's positions, and
+    for messages to a model that has no chat template.
     """
-    prompts = _encode(tokenizer, prompt)
-    ends = set(model.config.eos_token_ids)
-    if tokenizer.eos_token_id is not None:
-        ends.add(tokenizer.eos_token_id)
-    was_training = model.training
-    model.eval()  # no dropout while writing
-    try:
-        written = generate_ids(
-            model,
-            prompts,
-            max_new_tokens,
-            ends=ends,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=seed,
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
+    prompts = _each(prompt)
+    texts = [""] * len(prompts)
+    for row, piece in _pieces(model, tokenizer, prompts, max_new_tokens, sampling, stop):
+        texts[row] += piece
+    return texts[0] if prompts[0] is prompt else texts
+
+
+def stream(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompt: str | Messages,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int | None = None,
+    repetition_penalty: float = 1.0,
+    stop: str | Sequence[str] = (),
+) -> Iterator[str]:
+    """The text of `generate` for one prompt, piece by piece as the model writes it.
+
+    A piece is whole characters, and no part of a stop string. The model is in eval mode until the
+    last piece, or until the iterator is closed.
+    """
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
+    prompts = _each(prompt)
+    if prompts[0] is not prompt:
+        raise DataError(
+            f"prompt: expected one text, or messages, to stream; got {len(prompts)}; "
+            "generate() takes several"
         )
-    finally:
-        model.train(was_training)
-    texts = [tokenizer.decode(ids) for ids in written]
-    return texts if not isinstance(prompt, str) and isinstance(prompt[0], str) else texts[0]
+    pieces = _pieces(model, tokenizer, prompts, max_new_tokens, sampling, stop)
+    return (piece for _, piece in pieces)
 
 
 @torch.inference_mode()
@@ -71,14 +93,91 @@ def generate_ids(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
-    ends: set[int] | frozenset[int] = frozenset(),
-    temperature: float = 0.0,
-    top_p: float | None = None,
-    top_k: int | None = None,
-    seed: int | None = None,
+    ends: Set[int] = frozenset(),
+    sampling: Sampling = GREEDY,
 ) -> list[list[int]]:
     """The ids written after each prompt, up to and without the first of `ends`."""
-    _check(max_new_tokens, temperature, top_p, top_k, seed)
+    rooms = _rooms(model, prompts, max_new_tokens)
+    written: list[list[int]] = [[] for _ in prompts]
+    open_rows = set(range(len(prompts)))
+    for tokens in _steps(model, prompts, max(rooms), sampling):
+        for row in list(open_rows):
+            if tokens[row] not in ends:
+                written[row].append(tokens[row])
+            if tokens[row] in ends or len(written[row]) == rooms[row]:
+                open_rows.remove(row)
+        if not open_rows:
+            break
+    return written
+
+
+def _pieces(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Any],
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: str | Sequence[str],
+) -> Iterator[tuple[int, str]]:
+    """(row, text) as it is written; what is wrong with the arguments is said before the first."""
+    stop = _checked_stop(stop)
+    ids = [_encode(tokenizer, prompt) for prompt in prompts]
+    rooms = _rooms(model, ids, max_new_tokens)
+    ends = {*model.config.eos_token_ids, tokenizer.eos_token_id}
+    if tokenizer.chat_template is None and not isinstance(prompts[0], str):
+        ends.add(tokenizer.backend.token_to_id(_END_OF_TURN))
+    writings = [Writing(tokenizer, ends, stop, room) for room in rooms]
+
+    def write() -> Iterator[tuple[int, str]]:
+        was_training = model.training
+        model.eval()  # no dropout while writing
+        try:
+            for tokens in _steps(model, ids, max(rooms), sampling):
+                for row, (writing, token) in enumerate(zip(writings, tokens, strict=True)):
+                    if not writing.ended and (piece := writing.add(token)):
+                        yield row, piece
+                if all(writing.ended for writing in writings):
+                    return
+        finally:
+            model.train(was_training)
+
+    return write()
+
+
+@torch.inference_mode()
+def _steps(
+    model: Decoder, prompts: Sequence[Sequence[int]], steps: int, sampling: Sampling
+) -> Iterator[list[int]]:
+    """The next token of each row, `steps` times; rows that have ended are the caller's to know."""
+    device, positions = next(model.parameters()).device, model.config.max_position_embeddings
+    B, S = len(prompts), max(len(prompt) for prompt in prompts)
+    starts = torch.tensor([[S - len(prompt)] for prompt in prompts], device=device)
+    # on the left, so that every row's tokens end where writing begins
+    ids = torch.tensor([[0] * (S - len(p)) + list(p) for p in prompts], device=device)
+    columns, mask = torch.arange(S + steps - 1, device=device), None
+    if any(len(prompt) < S for prompt in prompts):
+        mask = (columns >= starts).long()
+    cache = KVCache(
+        model.config, B, S + steps - 1, dtype=model.model.norm.weight.dtype, device=device
+    )
+    sampler = Sampler(sampling, prompts, model.config.vocab_size, device)
+    for _ in range(steps):
+        place = seen = None
+        if mask is not None:
+            end = cache.length + ids.shape[1]
+            # a short row may have ended where the model's positions do, and is still computed
+            place = (columns[cache.length : end] - starts).clamp_(0, positions - 1)
+            seen = mask[:, :end]
+        logits = model(ids, seen, place, logits_to_keep=1, cache=cache)[:, -1]
+        chosen = sampler.choose(logits)
+        yield chosen.tolist()
+        ids = chosen[:, None]
+
+
+def _rooms(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:
+    """How many tokens may be written after each prompt: the last needs no position of its own."""
+    if not 1 <= max_new_tokens < 2**31:
+        raise ConfigError(f"max_new_tokens: expected 1 to 2**31 - 1; got {max_new_tokens}")
     vocab_size, positions = model.config.vocab_size, model.config.max_position_embeddings
     for i, prompt in enumerate(prompts):
         if not prompt:
@@ -93,93 +192,39 @@ def generate_ids(
                 f"prompt {i}: expected token ids below the model's vocab_size={vocab_size}; "
                 f"got {min(prompt)} to {max(prompt)}: use the model's own tokenizer"
             )
-    device = next(model.parameters()).device
-    ids, mask = _left_padded(prompts, device)
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    B, S = ids.shape
-    dtype = model.model.norm.weight.dtype
-    cache = KVCache(model.config, B, S + max_new_tokens, dtype=dtype, device=device)
-    written: list[list[int]] = [[] for _ in prompts]
-    open_rows = set(range(B))
-    for _ in range(max_new_tokens):
-        logits = model(ids, mask, logits_to_keep=1, cache=cache)[:, -1].float()
-        chosen = _choose(logits, temperature, top_p, top_k, generator)
-        for row, token in enumerate(chosen.tolist()):
-            if row in open_rows and token in ends:
-                open_rows.discard(row)
-            elif row in open_rows:
-                written[row].append(token)
-        if not open_rows:
-            break
-        ids = chosen[:, None]
-        if mask is not None:
-            mask = torch.cat([mask, mask.new_ones(B, 1)], dim=1)
-    return written
+    return [min(max_new_tokens, positions - len(prompt) + 1) for prompt in prompts]
 
 
-def _encode(tokenizer: Tokenizer, prompt: Any) -> list[list[int]]:
-    """The ids of each text; of messages, those of their one rendered text."""
+def _each(prompt: Any) -> list[Any]:
+    """The texts or conversations of a prompt, which may be one of them or several."""
     if isinstance(prompt, str):
-        return [tokenizer.encode(prompt, add_special_tokens=True)]
-    if not isinstance(prompt, Sequence):
-        raise DataError(f"prompt: expected text, texts or messages; got {type(prompt).__name__}")
-    if prompt and all(isinstance(text, str) for text in prompt):
-        return [tokenizer.encode(text, add_special_tokens=True) for text in prompt]
-    if prompt and all(isinstance(message, Mapping) for message in prompt):
-        return [tokenizer.encode(tokenizer.apply_chat_template(prompt, add_generation_prompt=True))]
-    raise DataError(f"prompt: expected text, texts or messages; got {type(prompt).__name__}")
+        return [prompt]
+    if not isinstance(prompt, Sequence) or not prompt:
+        raise _no_prompt(prompt)
+    return [prompt] if isinstance(prompt[0], Mapping) else list(prompt)
 
 
-def _left_padded(
-    prompts: Sequence[Sequence[int]], device: torch.device
-) -> tuple[Tensor, Tensor | None]:
-    """ids [B, S] and, unless all are as long, mask [B, S]; tokens end where writing begins."""
-    S = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[0] * (S - len(p)) + list(p) for p in prompts], device=device)
-    if all(len(prompt) == S for prompt in prompts):
-        return ids, None
-    starts = torch.tensor([[S - len(prompt)] for prompt in prompts], device=device)
-    return ids, (torch.arange(S, device=device) >= starts).long()
+def _encode(tokenizer: Tokenizer, prompt: Any) -> list[int]:
+    """The ids of a text; of messages, those of their one rendered text."""
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt, add_special_tokens=True)
+    if not (isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping)):
+        raise _no_prompt(prompt)
+    if tokenizer.chat_template is None and tokenizer.backend.token_to_id(_END_OF_TURN) is None:
+        raise DataError(
+            "prompt: expected a chat model for messages; its tokenizer has no chat template, nor "
+            "the tokens of ChatML: pass text, or set tokenizer.chat_template"
+        )
+    return tokenizer.encode(tokenizer.apply_chat_template(prompt, add_generation_prompt=True))
 
 
-def _choose(
-    logits: Tensor,
-    temperature: float,
-    top_p: float | None,
-    top_k: int | None,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """One token for each row of logits [B, V]: [B]."""
-    if temperature < torch.finfo(torch.float32).tiny:
-        return logits.argmax(-1)
-    # the largest is 0, so that none overflows however low the temperature
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-    if top_k is not None:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    probs = logits.softmax(-1)
-    if top_p is not None:
-        ordered, index = probs.sort(descending=True)
-        # a token stays if those before it have not reached top_p; so the first always does
-        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
-        probs = torch.zeros_like(probs).scatter_(-1, index, ordered)
-    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+def _no_prompt(prompt: Any) -> DataError:
+    got = "none" if prompt in ([], ()) else type(prompt).__name__
+    return DataError(f"prompt: expected text, messages, or a list of either; got {got}")
 
 
-def _check(
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float | None,
-    top_k: int | None,
-    seed: int | None,
-) -> None:
-    if not 1 <= max_new_tokens < 2**31:
-        raise ConfigError(f"max_new_tokens: expected 1 to 2**31 - 1; got {max_new_tokens}")
-    if seed is not None and not -(2**63) <= seed < 2**63:
-        raise ConfigError(f"seed: expected a whole number of 64 bits; got {seed}")
-    if not temperature >= 0:
-        raise ConfigError(f"temperature: expected at least 0; got {temperature}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ConfigError(f"top_p: expected above 0 and at most 1; got {top_p}")
-    if top_k is not None and top_k < 1:
-        raise ConfigError(f"top_k: expected at least 1; got {top_k}")
+def _checked_stop(stop: str | Sequence[str]) -> list[str]:
+    strings = [stop] if isinstance(stop, str) else list(stop)
+    if not all(isinstance(text, str) and text for text in strings):
+        raise ConfigError(f"stop: expected strings of at least one character; got {stop!r:.80}")
+    return strings

@@ -1,5 +1,7 @@
 """Writing text: against transformers' greedy search, and batches against single prompts."""
 
+import copy
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -7,20 +9,29 @@ from torch.testing import assert_close
 import lowrank
 from lowrank.errors import ConfigError, DataError
 from lowrank.models.generate import generate_ids
-from lowrank.models.tokenizer import load_tokenizer
+from lowrank.models.sampling import Sampling
+from lowrank.models.tokenizer import Tokenizer, load_tokenizer
 from tests.models.helpers import assert_same_greedy, llama, tokens
 from tests.models.test_tokenizer import TEMPLATE, write_tokenizer
 
 pytest.importorskip("transformers", reason="the oracle; pip install transformers")
 
 
-@pytest.fixture
-def saved(tmp_path):
-    """(our model, transformers' with the same weights, tokenizer)"""
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """(a directory, transformers' model of it)"""
+    folder = tmp_path_factory.mktemp("saved")
     oracle = llama(vocab_size=600, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    oracle.save_pretrained(tmp_path)
-    write_tokenizer(tmp_path, chat_template=TEMPLATE)
-    return lowrank.load_model(tmp_path), oracle, load_tokenizer(tmp_path)
+    oracle.save_pretrained(folder)
+    write_tokenizer(folder, chat_template=TEMPLATE)
+    return folder, oracle
+
+
+@pytest.fixture
+def saved(directory):
+    """(our model, transformers' with the same weights, tokenizer)"""
+    folder, oracle = directory
+    return lowrank.load_model(folder), oracle, load_tokenizer(folder)
 
 
 def test_greedy_equals_transformers(saved):
@@ -34,6 +45,31 @@ def test_greedy_equals_transformers(saved):
         (written,) = generate_ids(model, prompt.tolist(), 30, ends={599})
         want = expected[0, S:].tolist()
         assert_same_greedy(oracle, prompt[0].tolist(), written, [i for i in want if i != 599])
+
+
+@pytest.mark.parametrize("options", [
+    dict(repetition_penalty=1.4),
+    dict(temperature=1.0),
+    dict(temperature=0.8, top_k=20),
+    dict(temperature=1.2, top_k=300, top_p=0.7, repetition_penalty=1.2),
+])  # fmt: skip
+def test_token_for_token_as_transformers(saved, options):
+    """Both draw from torch's generator, whose state then is all that a token depends on."""
+    model, oracle, _ = saved
+    prompts, tried = tokens(3, 9, 599), 0
+    drawn = {k: v for k, v in options.items() if k != "repetition_penalty"}
+    torch.manual_seed(1)
+    ours = generate_ids(model, prompts.tolist(), 40, sampling=Sampling(**options))
+    torch.manual_seed(1)
+    found = oracle.generate(
+        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=40, eos_token_id=None,
+        do_sample=bool(drawn), **({"top_k": 0} | drawn if drawn else {}),
+        repetition_penalty=options.get("repetition_penalty", 1.0),
+    )  # fmt: skip
+    for row, expected in zip(ours, found[:, 9:].tolist(), strict=True):
+        # rounding may decide between two, once: the texts then go apart
+        tried += next((i for i in range(40) if row[i] != expected[i]), 40)
+    assert tried > 100
 
 
 def test_a_batch_of_different_lengths_equals_one_by_one(saved):
@@ -60,6 +96,113 @@ def test_writing_ends_at_any_end_token(saved):
     assert end not in other
 
 
+def test_text_ends_before_a_stop_string(saved):
+    model, oracle, tokenizer = saved
+    prompts = ["def f(x):", "x", "return a b c"]
+    free = lowrank.generate(model, tokenizer, prompts, max_new_tokens=40)
+    stops = [free[0][9:12], free[1][20:21], "never written"]
+    texts = lowrank.generate(model, tokenizer, prompts, max_new_tokens=40, stop=stops)
+    for text, whole in zip(texts, free, strict=True):
+        assert whole.startswith(text) and not any(stop in text for stop in stops)
+        rest = whole[len(text) :]
+        assert not rest or rest.startswith(tuple(stops))
+    assert texts[0] == free[0][: free[0].index(stops[0])] or stops[1] in free[0]
+    alone = lowrank.generate(model, tokenizer, prompts[1], max_new_tokens=40, stop=stops[1])
+    assert alone == free[1][: free[1].index(stops[1])]
+
+
+def test_a_stream_is_the_text_in_pieces(saved):
+    model, _, tokenizer = saved
+    messages = [{"role": "user", "content": "def?"}]
+    for prompt in ("def f", messages):
+        for options in ({}, {"temperature": 1.5, "seed": 3}, {"stop": ["e", "a"]}):
+            expected = lowrank.generate(model, tokenizer, prompt, max_new_tokens=30, **options)
+            pieces = lowrank.stream(model, tokenizer, prompt, max_new_tokens=30, **options)
+            found = list(pieces)
+            assert "".join(found) == expected and all(found)
+    assert len(found) < len(list(lowrank.stream(model, tokenizer, "def f", max_new_tokens=30)))
+
+
+def test_a_stream_leaves_the_caller_its_modes(saved):
+    model, _, tokenizer = saved
+    model.train()
+    pieces = lowrank.stream(model, tokenizer, "def f(x)", max_new_tokens=30)
+    assert model.training  # nothing is done before a piece is asked for
+    assert next(pieces) and not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+    pieces.close()
+    assert model.training
+
+
+def test_writing_ends_with_the_positions_of_the_model(saved):
+    model, _, _ = saved
+    most = model.config.max_position_embeddings
+    prompts = [tokens(1, S, 599)[0].tolist() for S in (most - 3, most, 5)]
+    together = generate_ids(model, prompts, 10**6, ends=frozenset())
+    assert [len(row) for row in together] == [4, 1, most - 4]
+    for prompt, written in zip(prompts, together, strict=True):
+        assert_same_greedy(model, prompt, written, *generate_ids(model, [prompt], 10**6))
+
+
+def test_rows_with_adapters_of_their_own(saved):
+    model, _, tokenizer = saved
+    lowrank.quantize(model, "nf4")
+    for name, r in (("a", 4), ("b", 8)):
+        config = lowrank.LoRAConfig(r=r, init_lora_weights=False, target_modules="all-linear")
+        lowrank.inject(model, config, adapter=name)
+        lowrank.scale_adapter(model, name, 8.0)
+    prompts = ["def f(x)", "x", "a b c d e", "def"]
+    names = ["b", None, "a", "b"]
+    with lowrank.adapter_rows(model, names):
+        together = lowrank.generate(model, tokenizer, prompts, max_new_tokens=20)
+    alone = []
+    for prompt, name in zip(prompts, names, strict=True):
+        lowrank.set_adapter(model, [name] if name else [])
+        alone.append(lowrank.generate(model, tokenizer, prompt, max_new_tokens=20))
+    assert together == alone
+    lowrank.set_adapter(model, ["a"])
+    assert lowrank.generate(model, tokenizer, prompts[0], max_new_tokens=20) != together[0]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks
+def test_a_quantized_model_with_its_adapter_writes_what_peft_writes(directory, tmp_path):
+    peft = pytest.importorskip("peft", reason="the oracle; pip install peft")
+    folder, oracle = directory
+    model = lowrank.load_model(folder, quantizer="nf4")
+    config = lowrank.LoRAConfig(r=4, init_lora_weights=False, target_modules="all-linear")
+    lowrank.inject(model, config)
+    lowrank.save_adapter(model, tmp_path / "adapter")
+    lowrank.save_model(lowrank.unload(copy.deepcopy(model)), tmp_path / "dense")
+    dense = type(oracle).from_pretrained(tmp_path / "dense")
+    theirs = peft.PeftModel.from_pretrained(dense, tmp_path / "adapter").eval()
+    for S in (1, 12):
+        prompt = tokens(1, S, 599)
+        expected = theirs.generate(
+            input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=25,
+            do_sample=False, eos_token_id=None,
+        )  # fmt: skip
+        (written,) = generate_ids(model, prompt.tolist(), 25)
+        assert_same_greedy(theirs, prompt[0].tolist(), written, expected[0, S:].tolist())
+
+
+def test_messages_without_a_chat_template(saved):
+    model, _, tokenizer = saved
+    messages = [{"role": "user", "content": "def?"}]
+    tokenizer.chat_template = None  # the vocabulary has ChatML's tokens
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    ends = {*model.config.eos_token_ids, tokenizer.backend.token_to_id("<|im_end|>")}
+    (ids,) = generate_ids(model, [tokenizer.encode(text)], 12, ends=ends)
+    answer = lowrank.generate(model, tokenizer, messages, max_new_tokens=12)
+    assert answer == tokenizer.decode(ids)
+    two = lowrank.generate(model, tokenizer, [messages, messages[:1]], max_new_tokens=12)
+    assert two == [answer, answer]
+    import tokenizers
+
+    plain = Tokenizer(tokenizers.Tokenizer(tokenizers.models.BPE()))
+    for call in (lowrank.generate, lowrank.stream):
+        with pytest.raises(DataError, match="prompt: expected a chat model.*no chat template"):
+            call(model, plain, messages)
+
+
 def test_messages_go_through_the_chat_template(saved):
     model, _, tokenizer = saved
     messages = [{"role": "user", "content": "def?"}]
@@ -76,7 +219,8 @@ def test_sampling_follows_the_distribution_it_is_told(saved):
         probs = (model(torch.tensor([prompt]))[0, -1] / temperature).softmax(-1)
 
     def drawn(**options) -> torch.Tensor:
-        written = generate_ids(model, [prompt] * draws, 1, temperature=temperature, **options)
+        sampling = Sampling(temperature, **options)
+        written = generate_ids(model, [prompt] * draws, 1, sampling=sampling)
         return torch.bincount(torch.tensor(written).flatten(), minlength=600).double()
 
     def near(counts, expected):
@@ -129,15 +273,32 @@ def test_the_model_is_left_in_its_mode(saved):
         ("x", {"top_p": 0.0}, ConfigError, "top_p: expected above 0 and at most 1; got 0.0"),
         ("x", {"top_k": 0}, ConfigError, "top_k: expected at least 1; got 0"),
         ("", {}, DataError, "prompt 0: expected at least one token"),
-        ([], {}, DataError, "prompt: expected text, texts or messages"),
-        ([1, 2], {}, DataError, "prompt: expected text, texts or messages"),
-        (5, {}, DataError, "prompt: expected text, texts or messages; got int"),
+        ("x", {"temperature": float("inf")}, ConfigError, "temperature: expected .* finite; got"),
+        ("x", {"temperature": float("nan")}, ConfigError, "temperature: expected at least 0"),
+        ("x", {"repetition_penalty": 0.0}, ConfigError, "repetition_penalty: expected above 0"),
+        ("x", {"stop": ["a", ""]}, ConfigError, "stop: expected strings of at least one char"),
+        ("x", {"stop": [3]}, ConfigError, r"stop: expected strings .*; got \[3\]"),
+        (["x", ""], {}, DataError, "prompt 1: expected at least one token; got none"),
+        ([], {}, DataError, "prompt: expected text, messages, or a list of either; got none"),
+        ([1, 2], {}, DataError, "prompt: expected text, messages, or a list of either; got int"),
+        ([["x"]], {}, DataError, "prompt: expected text, messages, or a list .*; got list"),
+        (5, {}, DataError, "prompt: expected text, messages, or a list of either; got int"),
     ],
 )
 def test_bad_arguments_are_named(saved, prompt, options, error, says):
     model, _, tokenizer = saved
     with pytest.raises(error, match=says):
         lowrank.generate(model, tokenizer, prompt, **options)
+    if not isinstance(prompt, list):
+        with pytest.raises(error, match=says):  # at once, not with the first piece
+            lowrank.stream(model.train(), tokenizer, prompt, **options)
+        assert model.training
+
+
+def test_several_prompts_are_not_streamed(saved):
+    model, _, tokenizer = saved
+    with pytest.raises(DataError, match="prompt: expected one text, or messages, .*; got 2; gener"):
+        lowrank.stream(model, tokenizer, ["a", "b"])
 
 
 @pytest.mark.parametrize("temperature", [1e-320, 1e-45, 1e-40, 1e-30, 1e-6])
@@ -145,7 +306,7 @@ def test_a_low_temperature_is_greedy(saved, temperature):
     model, _, tokenizer = saved
     prompt = tokenizer.encode("def", add_special_tokens=True)
     (greedy,) = generate_ids(model, [prompt], 20)
-    (drawn,) = generate_ids(model, [prompt], 20, temperature=temperature)
+    (drawn,) = generate_ids(model, [prompt], 20, sampling=Sampling(temperature))
     assert_same_greedy(model, prompt, greedy, drawn)
 
 
