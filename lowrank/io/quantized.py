@@ -21,7 +21,8 @@ from lowrank.nn.quant_weight import QuantWeight
 from lowrank.surgery.inject import replace_modules
 from lowrank.surgery.targets import check_model
 
-from .shards import Shards, check_names, check_shapes, write_shards
+from .names import check_names, check_shapes
+from .shards import Shards, write_shards
 
 LOWRANK = "lowrank"
 BITSANDBYTES = {"4bit": "bitsandbytes 4-bit", "8bit": "bitsandbytes 8-bit"}

@@ -14,6 +14,7 @@ from lowrank.errors import ConfigError, FileFormatError
 
 from .atomic import write_files
 from .json_files import read_json, write_json
+from .names import folded, listed
 from .pages import Empty, empty_bytes
 from .safetensors import Lazy, SafetensorsFile, write_safetensors
 
@@ -31,14 +32,17 @@ class Shards:
     def __init__(self, directory: str | Path) -> None:
         self.path = Path(directory)
         self._file_of: dict[str, SafetensorsFile] = {}
-        for filename, names in _files(self.path).items():
+        placed = _files(self.path)
+        if absent := [filename for filename in placed if not (self.path / filename).is_file()]:
+            raise FileFormatError(
+                f"{self.path / INDEX}: names files that are not there: {listed(absent)}; "
+                "fetch them too"
+            )
+        for filename, names in placed.items():
             file = SafetensorsFile(self.path / filename)
-            for name in names if names is not None else file.entries:
-                if name not in file.entries:
-                    raise FileFormatError(
-                        f"{self.path / filename}: {name} missing; {INDEX} puts it there"
-                    )
-                self._file_of[name] = file
+            if names is not None:
+                _check_holds(file, names)
+            self._file_of |= dict.fromkeys(names if names is not None else file.entries, file)
         self.shapes = {name: file.entries[name].shape for name, file in self._file_of.items()}
 
     def read(self, name: str, empty: Empty = empty_bytes) -> Tensor:
@@ -111,28 +115,6 @@ def write_shards(
     write_files(directory, {**writers, **(others or {})})
 
 
-def check_shapes(
-    expected: Mapping[str, tuple[int, ...]],
-    found: Mapping[str, tuple[int, ...]],
-    source: str | Path,
-) -> None:
-    """Raises FileFormatError for a name that is in one of them alone, or has another shape."""
-    check_names(expected.keys() - found.keys(), found.keys() - expected.keys(), source)
-    for name, shape in expected.items():
-        if tuple(found[name]) != tuple(shape):
-            raise FileFormatError(
-                f"{source}: {name}: expected shape {tuple(shape)}; got {tuple(found[name])}"
-            )
-
-
-def check_names(missing: Iterable[str], unexpected: Iterable[str], source: str | Path) -> None:
-    """Raises FileFormatError, which names the first three, if there are any."""
-    for what, names in (("missing", sorted(missing)), ("unexpected", sorted(unexpected))):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise FileFormatError(f"{source}: {what} tensors: {', '.join(names[:3])}{more}")
-
-
 def files_of(index: Mapping[str, Any], path: Path | str) -> dict[str, list[str]]:
     """The `weight_map` of the index at `path` turned round: file -> names of its tensors."""
     weight_map = index.get("weight_map")
@@ -152,6 +134,13 @@ def refusal_of_pickles(what: str) -> str:
         f"{what}: pickled weights run code when they are read; load them with transformers and "
         "save_pretrained(directory), which writes safetensors"
     )
+
+
+def _check_holds(file: SafetensorsFile, names: Iterable[str]) -> None:
+    if missing := [name for name in names if name not in file.entries]:
+        raise FileFormatError(
+            f"{file.path}: missing tensors: {listed(folded(missing))}; {INDEX} puts them there"
+        )
 
 
 def _files(directory: Path) -> dict[str, list[str]] | dict[str, None]:

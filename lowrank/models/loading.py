@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.errors import ConfigError, DtypeError, FileFormatError, WeightError
+from lowrank.io.adapter import load_adapter
 from lowrank.io.ahead import read_ahead
 from lowrank.io.hub import fetch_model, is_repo_id
+from lowrank.io.names import check_shapes
 from lowrank.io.pages import Empty, Reused, empty_bytes
 from lowrank.io.quantized import (
     QuantizedTensors,
@@ -22,11 +24,12 @@ from lowrank.io.quantized import (
     quantized_modules,
     quantized_twin,
 )
-from lowrank.io.shards import Shards, Tensors, check_shapes
+from lowrank.io.shards import Shards, Tensors
 from lowrank.models.config import DecoderConfig
 from lowrank.models.decoder import Decoder
 from lowrank.models.gguf import GGUFModel
 from lowrank.models.hf import HFDirectory
+from lowrank.models.origin import Origin, origin_of
 from lowrank.models.quantization_config import QuantizationConfig
 from lowrank.nn.quant_embedding import QuantEmbedding
 from lowrank.nn.quant_linear import QuantLinear
@@ -68,6 +71,9 @@ def load_model(
 ) -> Decoder:
     """The model in a Hugging Face directory, a hub repository `owner/name`, or a .gguf file.
 
+    Of a directory or repository with an adapter alone, the base that its config names, and the
+    adapter on it, frozen; `revision` is then the adapter's.
+
     With a `quantizer` every nn.Linear becomes a QuantLinear as its weight is read, but those whose
     name is or ends in one of `skip`; with `embeddings` the embedding too, a QuantEmbedding, whose
     storage a tied head then shares. Everything else is held in `dtype`. What a directory holds
@@ -91,7 +97,9 @@ def load_model(
     quantizer = None if quantizer is None else resolve(quantizer)
     if embeddings and quantizer is None:
         raise ConfigError("embeddings: belongs to a quantizer; got True without one")
-    weights: Weights = _open(source, HFDirectory, revision, token)
+    origin = origin_of(source, revision, token)
+    weights: Weights = _open(origin, HFDirectory, token)
+    source = origin.model
     _check_layers(weights, source)
     with torch.device("meta"):
         model = Decoder(weights.config)
@@ -127,6 +135,8 @@ def load_model(
     read_ahead(bar(f"loading {Path(source).name}", holders), read, put)
     model.tie_weights(compute_dtype)
     model.name_or_path = str(source)
+    if origin.adapter is not None:
+        load_adapter(model, origin.adapter, weights=_tensors(origin, token))
     return model.eval()
 
 
@@ -136,31 +146,37 @@ def open_weights(
     """The tensors of a directory, a hub repository or a .gguf file by name, each read when taken.
 
     Their shapes are `.shapes`, of which nothing is read. The directory may be of any model whose
-    weights are safetensors; see `load_model`.
+    weights are safetensors, or of an adapter, which stands for its base; see `load_model`.
     """
-    opened = _open(source, Shards, revision, token)
+    return _tensors(origin_of(source, revision, token), token)
+
+
+def _tensors(origin: Origin, token: str | None) -> Tensors:
+    opened = _open(origin, Shards, token)
     return Tensors(opened.shapes, opened.read)
 
 
 _Directory = TypeVar("_Directory", bound=Shards)
 
 
-def _open(
-    source: str | Path, directory: type[_Directory], revision: str | None, token: str | None
-) -> _Directory | GGUFModel:
+def _open(origin: Origin, directory: type[_Directory], token: str | None) -> _Directory | GGUFModel:
     """Where tensors come from, nothing but headers read yet."""
-    path = Path(source)
+    source, path = origin.model, Path(origin.model)
     if path.is_dir():
         return directory(path)
     if path.is_file():
         if path.suffix != ".gguf":
             raise ConfigError(f"{source}: expected a directory or a .gguf file; pass its directory")
         return GGUFModel(path)
-    if not isinstance(source, str) or path.suffix == ".gguf" or not is_repo_id(source):
-        raise ConfigError(
-            f"{source}: no such directory or .gguf file, and no hub repository 'owner/name'"
+    if isinstance(source, str) and path.suffix != ".gguf" and is_repo_id(source):
+        return directory(fetch_model(source, origin.revision, token))
+    error = f"{source}: no such directory or .gguf file, and no hub repository 'owner/name'"
+    if origin.adapter is not None:
+        error = (
+            f"{origin.adapter}: its base, {error}; load the base from where it is, and put the "
+            "adapter onto it with lowrank.load_adapter(model, path)"
         )
-    return directory(fetch_model(source, revision, token))
+    raise ConfigError(error)
 
 
 def _holders(model: Decoder) -> list[tuple[str, nn.Module]]:

@@ -14,10 +14,12 @@ from lowrank.errors import ConfigError, FileFormatError, MissingPackageError
 from lowrank.io.atomic import write_files
 from lowrank.io.hub import fetch_tokenizer, is_repo_id
 from lowrank.io.json_files import read_json
+from lowrank.models.origin import origin_of
 
 if TYPE_CHECKING:
     import tokenizers
 
+_FILE = "tokenizer.json"
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -120,7 +122,7 @@ class Tokenizer:
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
         texts = {
-            "tokenizer.json": self.backend.to_str(pretty=True),
+            _FILE: self.backend.to_str(pretty=True),
             "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
         }
         write = partial(Path.write_text, encoding="utf-8")
@@ -134,8 +136,16 @@ class Tokenizer:
 def load_tokenizer(
     source: str | Path, *, revision: str | None = None, token: str | None = None
 ) -> Tokenizer:
-    """The tokenizer in a Hugging Face directory, a hub repository `owner/name`, or a .gguf file."""
-    path = Path(source)
+    """The tokenizer in a Hugging Face directory, a hub repository `owner/name`, or a .gguf file.
+
+    That of an adapter is in its own directory or repository, or else its base's.
+    """
+    origin = origin_of(source, revision, token)
+    if origin.adapter is not None:
+        own = _of_adapter(origin.adapter, source, revision, token)
+        if own is not None:
+            return _from_directory(own)
+    source, path = origin.model, Path(origin.model)
     if path.is_dir():
         return _from_directory(path)
     if path.is_file() and path.suffix == ".gguf":
@@ -146,7 +156,7 @@ def load_tokenizer(
         raise ConfigError(
             f"{source}: no such directory or .gguf file, and no hub repository 'owner/name'"
         )
-    return _from_directory(fetch_tokenizer(str(source), revision, token))
+    return _from_directory(fetch_tokenizer(str(source), origin.revision, token))
 
 
 def import_tokenizers() -> Any:
@@ -158,12 +168,24 @@ def import_tokenizers() -> Any:
     return tokenizers
 
 
+def _of_adapter(
+    adapter: Path, source: str | Path, revision: str | None, token: str | None
+) -> Path | None:
+    """Where an adapter's own tokenizer is, fetched if the adapter was; None if it has none."""
+    if Path(source).is_dir():
+        return adapter if (adapter / _FILE).is_file() else None
+    try:
+        return fetch_tokenizer(str(source), revision, token)
+    except (FileFormatError, ConfigError):  # the repository has none or, offline, the cache
+        return None
+
+
 def _from_directory(directory: Path) -> Tokenizer:
     tokenizers = import_tokenizers()
-    path = directory / "tokenizer.json"
+    path = directory / _FILE
     if not path.is_file():
         raise FileFormatError(
-            f"{directory}: expected tokenizer.json; save the tokenizer with transformers' "
+            f"{directory}: expected {_FILE}; save the tokenizer with transformers' "
             "AutoTokenizer.from_pretrained(...).save_pretrained(directory) to have one"
         )
     try:

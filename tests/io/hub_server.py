@@ -106,6 +106,8 @@ class Hub(BaseHTTPRequestHandler):
             return self.refuse(404, "RevisionNotFound")
         if not path.is_file():
             return self.refuse(404, "EntryNotFound")
+        if name == "ill":
+            return self.refuse(500, "Ill")
         content = path.read_bytes()
         self.send_response(200)
         self.send_header("X-Repo-Commit", COMMIT)
@@ -113,7 +115,8 @@ class Hub(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if body:
-            self.wfile.write(content)
+            self.wfile.write(content[: len(content) // 2] if name == "breaks" else content)
+            self.close_connection = True
 
     def refuse(self, status: int, code: str):
         self.send_response(status)

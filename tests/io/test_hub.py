@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import lowrank
+from tests.io.adapters import shake
 from tests.models.helpers import llama
 from tests.models.test_tokenizer import write_tokenizer
 
@@ -59,9 +60,7 @@ def test_an_adapter_over_a_quantized_model(hub):
     model = lowrank.load_model(root / "org" / "dense", "nf4")
     lowrank.save_model(model, root / "org" / "nf4", format="lowrank", max_shard_bytes=50_000)
     lowrank.inject(model, lowrank.LoRAConfig(r=4))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter)
+    shake(model)
     lowrank.save_adapter(model, root / "org" / "adapter")
     (root / "org" / "adapter" / "adapter_model.bin").write_bytes(b"pickle")
     (said,) = run(OVER_QUANTIZED)
@@ -115,5 +114,51 @@ def test_what_the_hub_refuses_is_said_in_one_line(hub):
     assert len(lines) == len(expected)
     for line, (_, says) in zip(lines, expected, strict=True):
         assert says in line
-    (line,) = run(ERRORS.format(calls='[{"source": "org/new"}]'), HF_HUB_OFFLINE="1")
-    assert "config.json is not in the cache" in line
+
+
+HURRY = "import time; time.sleep = lambda _: None\n"  # huggingface_hub waits between its trials
+
+
+def test_a_hub_that_is_away_or_breaks_off(hub):
+    run, root, _ = hub
+    for name in ("ill", "breaks", "whole"):
+        llama().save_pretrained(root / "org" / name)
+    calls = json.dumps([{"source": "org/ill"}, {"source": "org/breaks"}])
+    ill, breaks = run(HURRY + ERRORS.format(calls=calls))
+    assert "org/ill: config.json is not in the cache, and the hub cannot be reached (" in ill
+    assert "500" in ill
+    assert "org/breaks: config.json cannot be fetched: " in breaks and "try again" in breaks
+    script = HURRY + ERRORS.format(calls='[{"source": "org/whole"}]')
+    (line,) = run(script, HF_HUB_OFFLINE="1")
+    assert "org/whole: config.json is not in the cache, and the hub is not asked" in line
+    away = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # discard: nobody answers
+    (line,) = run(script, **away)
+    assert "config.json is not in the cache, and the hub cannot be reached" in line
+    assert run(script) == ["loaded"]
+    assert run(script, **away) == run(script, HF_HUB_OFFLINE="1") == ["loaded"]
+
+
+AS_SOURCE = """
+import torch, lowrank
+model = lowrank.load_model("org/adapter", "nf4", revision="v1")
+print(model.name_or_path, lowrank.load_tokenizer("org/adapter").encode("return"))
+print(float(model(torch.arange(20)[None]).double().abs().sum()))
+"""
+
+
+def test_an_adapters_repository_brings_its_base(hub):
+    run, root, asked = hub
+    llama().save_pretrained(root / "org" / "base")
+    write_tokenizer(root / "org" / "base")
+    model = lowrank.load_model(root / "org" / "base", "nf4")
+    model.name_or_path = "org/base"
+    lowrank.inject(model, lowrank.LoRAConfig(r=4))
+    shake(model)
+    lowrank.save_adapter(model, root / "org" / "adapter")
+    first = run(AS_SOURCE)
+    assert first[0].startswith("org/base [")
+    expected = model(torch.arange(20)[None]).double().abs().sum().item()
+    assert abs(float(first[1]) - expected) < 1e-4 * expected
+    asked.clear()
+    assert run(AS_SOURCE, HF_HUB_OFFLINE="1") == first
+    assert asked == []
