@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from typing_extensions import assert_type
 
 import lowrank
-from lowrank import quant
+from lowrank import data, quant
 from lowrank.optim import Budget, PagedAdamW, PagedAdamW8bit, PagedLion8bit
 from lowrank.quant import bitsandbytes
-from lowrank.train import TrainConfig, Trainer
+from lowrank.train import TrainConfig, Trainer, held_out_loss
 
 
 def layers() -> None:
@@ -117,4 +117,7 @@ def models() -> None:
     config = TrainConfig(output_dir="out", learning_rate=2e-4)
     result = Trainer(model, config, "train.jsonl", "eval.jsonl", tokenizer=tok).train()
     assert_type(result.losses, list[float])
+    examples = data.tokenize_all(data.load_examples("held_out.jsonl"), tok)
+    assert_type(held_out_loss(model, examples, batch_size=4), float)
+    held_out_loss(model, data.windows(tok.encode("text"), [1], max_length=512, stride=256))
     Trainer(model, config, [{"q": "a"}], tokenizer=tok, formatting_func=lambda row: str(row["q"]))

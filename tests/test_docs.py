@@ -26,6 +26,7 @@ def folder(tmp_path, monkeypatch):
     pairs = [{"prompt": f"What is {n}?\n", "completion": "A number."} for n in range(12)]
     for name in ("train.jsonl", "held_out.jsonl"):
         (tmp_path / name).write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    (tmp_path / "text.txt").write_text("A function returns the values of a list. " * 40)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -12,9 +12,9 @@ import argparse
 import sys
 
 import lowrank
-from lowrank.cli.options import Reader, add_fields
+from lowrank.cli.options import Reader
 from lowrank.cli.output import show
-from lowrank.cli.source import Source, from_args
+from lowrank.cli.source import add_source, from_args
 from lowrank.errors import DataError
 
 
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="end before this text; again for each of several",
     )
     parser.add_argument("--seed", type=int, metavar="N", help="of the sampling")
-    add_fields(parser, Source, "source", "the model")
+    add_source(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
 """Merge an adapter into its model, as a new model.
 
-  lowrank merge --model DIR --adapter out --output merged --dtype bfloat16
+  lowrank merge --model DIR --adapter out --output merged --dtype bfloat16 --data held_out.jsonl
 
 It is written as a Hugging Face directory, which transformers loads. An adapter trained over
 quantized weights belongs to those: give --quantizer and its options as in training, and what it
@@ -18,9 +18,10 @@ import argparse
 from pathlib import Path
 
 import lowrank
-from lowrank.cli.options import Reader, add_fields
+from lowrank.cli.measure import HeldOut, table
+from lowrank.cli.options import Reader, add_fields, given_fields, make
 from lowrank.cli.output import show
-from lowrank.cli.source import Source, from_args
+from lowrank.cli.source import add_source, from_args
 from lowrank.errors import ConfigError
 from lowrank.io.atomic import new_directory
 
@@ -45,7 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="rank of the residual adapter, 0 for none (default: half of the adapter's)",
     )
-    add_fields(parser, Source, "source", "the model")
+    add_source(parser)
+    add_fields(
+        parser,
+        HeldOut,
+        "held_out",
+        "held-out data, measured without the adapter, with it and merged",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,12 +60,18 @@ def run(args: argparse.Namespace) -> int:
     if args.residual_rank is not None and not args.quantized:
         raise ConfigError("residual-rank: belongs to --quantized; got it without")
     report = None
+    held_out = make(HeldOut, given_fields(args, "held_out"))
+    measured = {}
     with new_directory(args.output) as folder:
         model, tokenizer = source.load(), source.load_tokenizer()
+        sets = held_out.tokenized(model, tokenizer)
+        measured["base"] = held_out.measure(model, sets)
         source.load_adapter(model, args.adapter)
+        measured["adapter"] = held_out.measure(model, sets)
         if args.quantized:
             report = lowrank.merge_quantized(model, residual_rank=args.residual_rank)
             if report.residual is not None:
+                model.name_or_path = str(args.output)  # the base of that adapter
                 lowrank.save_adapter(model, folder / RESIDUAL)
                 lowrank.unload(model)
             lowrank.save_model(model, folder, format="lowrank")
@@ -66,7 +79,18 @@ def run(args: argparse.Namespace) -> int:
             lowrank.merge_and_unload(model, dtype=source.torch_dtype)
             lowrank.save_model(model, folder, source.torch_dtype)
         tokenizer.save(folder)
+        del model  # one of them at a time
+        if sets:
+            merged = lowrank.load_model(folder, dtype=source.torch_dtype, device=source.device)
+            if (folder / RESIDUAL).exists():
+                merged.name_or_path = str(args.output)
+                lowrank.load_adapter(merged, folder / RESIDUAL)
+            measured["merged"] = held_out.measure(merged, sets)
     into = source.quantizer if args.quantized else source.dtype
     text = f"merged {args.adapter} into {source.model}, {into}: {args.output}"
-    show(args, text if report is None else f"{report}\n{text}", {"output": args.output})
+    if sets:
+        text = f"{table(measured)}\n{text}"
+    if report is not None:
+        text = f"{report}\n{text}"
+    show(args, text, {"output": args.output, "measured": measured if sets else None})
     return 0

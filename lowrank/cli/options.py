@@ -23,6 +23,9 @@ else:
 
 T = TypeVar("T")
 
+# what a TOML file may have: every command takes its own tables
+TABLES = ("run", "train", "lora", "sweep", "eval", "report")
+
 
 def add_fields(parser: argparse.ArgumentParser, config: type, prefix: str, title: str) -> None:
     """A flag for every field of the dataclass `config`, with the help text of its docstring.
@@ -113,16 +116,34 @@ def check_types(settings: Any) -> None:
             raise ConfigError(f"{name}: expected {expected}; got {value!r}")
 
 
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """The flag --config."""
+    parser.add_argument(
+        "--config", type=Reader([Path]), metavar="FILE", help="a TOML file of all this"
+    )
+
+
+def tables_of(args: argparse.Namespace, tables: Mapping[str, type]) -> dict[str, dict[str, Any]]:
+    """{table: {field: value}} of the file of --config, and over it the flags of `add_fields`."""
+    found = read_toml(args.config, tables) if args.config else {}
+    return {name: found.get(name, {}) | given_fields(args, name) for name in tables}
+
+
 def read_toml(path: Path, tables: Mapping[str, type]) -> dict[str, dict[str, Any]]:
-    """{table: {field: value}} of a TOML file; ConfigError for what the dataclasses do not have."""
+    """{table: {field: value}} of a TOML file; ConfigError for what the dataclasses do not have.
+
+    Tables of other commands may be there too.
+    """
     try:
         loaded = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from None
-    _refuse_unknown(f"{path}", loaded, tables)
+    _refuse_unknown(f"{path}", loaded, dict.fromkeys([*tables, *TABLES]))
     for name, table in loaded.items():
         if not isinstance(table, dict):
             raise ConfigError(f"{path}: expected [{name}] to be a table; got {table!r}")
+        if name not in tables:
+            continue
         known = [field.name for field in dataclasses.fields(tables[name])]
         _refuse_unknown(f"{path}: [{name}]", table, [*known, *_spellings(tables[name])])
     return {name: _respelled(loaded.get(name, {}), tables[name], path) for name in tables}

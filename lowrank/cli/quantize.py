@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 import lowrank
-from lowrank.cli.options import Reader, add_fields
+from lowrank.cli.options import Reader
 from lowrank.cli.output import show
-from lowrank.cli.source import Source, from_args
+from lowrank.cli.source import Source, add_source, from_args
 from lowrank.errors import ConfigError
 from lowrank.io.atomic import new_directory
 from lowrank.io.quantized import quantized_modules
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", choices=FORMATS, default="lowrank", help="of the files (default: lowrank)"
     )
-    add_fields(parser, Source, "source", "the model")
+    add_source(parser)
 
 
 def run(args: argparse.Namespace) -> int:

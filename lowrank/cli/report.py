@@ -19,10 +19,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from lowrank.cli.options import add_fields, check_types, given_fields, make
+from lowrank.cli.measure import read_text
+from lowrank.cli.options import add_config, add_fields, check_types, make, tables_of
 from lowrank.cli.output import show
-from lowrank.cli.source import Source
-from lowrank.errors import ConfigError, DataError
+from lowrank.cli.source import ELSEWHERE, Source
+from lowrank.errors import ConfigError
 from lowrank.io.json_files import read_json
 from lowrank.models.config import MODEL_TYPES
 from lowrank.models.gguf_file import GGUFFile
@@ -73,15 +74,16 @@ class Comparison:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_fields(parser, Comparison, "report", "the comparison")
+    add_config(parser)
+    add_fields(parser, Comparison, "report", "the comparison: [report] in a TOML file")
 
 
 def run(args: argparse.Namespace) -> int:
-    settings = make(Comparison, given_fields(args, "report"))
+    settings = make(Comparison, tables_of(args, {"report": Comparison})["report"], ELSEWHERE)
     resolve(settings.schemes or None)  # before anything is loaded
     if settings.output is not None:
         check_directory(settings.output)
-    text = None if settings.text is None else _read(settings.text)
+    text = None if settings.text is None else read_text(settings.text)
     model = _weights_alone(settings)
     if model is not None and text is not None:
         raise ConfigError(
@@ -104,13 +106,6 @@ def run(args: argparse.Namespace) -> int:
         text += f"\n\nsaved: {', '.join(map(str, compared.save(settings.output)))}"
     show(args, text, compared.to_dict())
     return 0
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected UTF-8; {error.reason} at byte {error.start}") from None
 
 
 def _weights_alone(settings: Comparison) -> Mapping[str, Tensor] | None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 import lowrank
 from lowrank import quant
-from lowrank.cli.options import check_types, given_fields, make
+from lowrank.cli.options import add_config, add_fields, check_types, make, tables_of
 from lowrank.errors import ConfigError
 from lowrank.quant.registry import Quantizer
 
@@ -89,6 +90,32 @@ class Source:
         return quant.get(self.quantizer, **self.quantizer_options)
 
 
+@dataclass(kw_only=True)
+class Run(Source):
+    __doc__ = f"""{Source.__doc__}
+    data: training examples, JSON lines, CSV or Parquet: text, prompt and completion, or messages.
+    eval_data: held-out examples, for the loss before, after and every eval_steps.
+    """
+
+    data: str
+    eval_data: str | None = None
+
+
+ELSEWHERE = ", or set it in the TOML file"
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """The flags of a Source, and --config for a file whose table [run] has them."""
+    add_config(parser)
+    add_fields(parser, Source, "run", "the model: [run] in a TOML file, as run.toml of a training")
+
+
 def from_args(args: argparse.Namespace) -> Source:
-    """The Source of the flags that `options.add_fields(parser, Source, "source")` added."""
-    return make(Source, given_fields(args, "source"))
+    """The Source of the flags of `add_source`."""
+    return source_of(tables_of(args, {"run": Run})["run"])
+
+
+def source_of(run: Mapping[str, Any]) -> Source:
+    """The Source in the fields of a Run."""
+    names = {field.name for field in fields(Source)}
+    return make(Source, {k: v for k, v in run.items() if k in names}, ELSEWHERE)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 import lowrank
-from lowrank.cli.options import Reader, add_fields, dump_toml, given_fields, make, read_toml
+from lowrank.cli.options import add_config, add_fields, dump_toml, make, tables_of
 from lowrank.cli.output import show
-from lowrank.cli.source import Source
+from lowrank.cli.source import ELSEWHERE, Run
 from lowrank.data import TokenizedExamples, collate, load_examples
 from lowrank.io.atomic import write_text
 from lowrank.train import PRESETS, TrainConfig, Trainer, preset
@@ -32,24 +31,11 @@ from lowrank.train.run import check_output_dir
 RESOLVED = "run.toml"
 
 
-@dataclass(kw_only=True)
-class Run(Source):
-    __doc__ = f"""{Source.__doc__}
-    data: training examples, JSON lines, CSV or Parquet: text, prompt and completion, or messages.
-    eval_data: held-out examples, for the loss before, after and every eval_steps.
-    """
-
-    data: str
-    eval_data: str | None = None
-
-
 TABLES = {"run": Run, "train": TrainConfig, "lora": lowrank.LoRAConfig}
 
 
 def add_arguments(parser: argparse.ArgumentParser, tables: Mapping[str, type] = TABLES) -> None:
-    parser.add_argument(
-        "--config", type=Reader([Path]), metavar="FILE", help="a TOML file of all this"
-    )
+    add_config(parser)
     parser.add_argument(
         "--preset",
         choices=PRESETS,
@@ -61,22 +47,22 @@ def add_arguments(parser: argparse.ArgumentParser, tables: Mapping[str, type] = 
 
 
 def run(args: argparse.Namespace) -> int:
-    settings, config, lora = resolve(args)
+    source, config, lora = resolve(args)
     check_output_dir(config.output_dir, config.overwrite_output_dir, config.resume)
     field = config.dataset_text_field
-    train_data = load_examples(settings.data, field)
-    eval_data = None if settings.eval_data is None else load_examples(settings.eval_data, field)
+    train_data = load_examples(source.data, field)
+    eval_data = None if source.eval_data is None else load_examples(source.eval_data, field)
 
-    model, tokenizer = settings.load(), settings.load_tokenizer()
+    model, tokenizer = source.load(), source.load_tokenizer()
     torch.manual_seed(config.seed)  # of the adapter's first values; the Trainer seeds the rest
-    weights = lowrank.open_weights(settings.model) if lora.starts_from_weight else None
+    weights = lowrank.open_weights(source.model) if lora.starts_from_weight else None
     lowrank.print_trainable_parameters(lowrank.inject(model, lora, weights=weights))
     if lora.init_lora_weights == "eva":
         train_data = tokenized(train_data, "training", config, tokenizer, model)
         lowrank.initialize_eva(model, padded(train_data, config.per_device_train_batch_size, model))
     trainer = Trainer(model, config, train_data, eval_data, tokenizer=tokenizer)
     output = Path(config.output_dir)
-    tables = {"run": settings, "train": config, "lora": lora}
+    tables = {"run": source, "train": config, "lora": lora}
     text = dump_toml({name: dataclasses.asdict(table) for name, table in tables.items()})
     write_text(output / RESOLVED, text)
     result = trainer.train()
@@ -99,14 +85,12 @@ def padded(data: TokenizedExamples, size: int, model: nn.Module) -> Iterator[dic
 
 def resolve(args: argparse.Namespace, kinds: Mapping[str, type] = TABLES) -> tuple[Any, ...]:
     """The dataclasses of `kinds`: the preset, the file of --config over it, the flags over both."""
-    from_file = read_toml(args.config, kinds) if args.config else {}
-    tables = {name: from_file.get(name, {}) | given_fields(args, name) for name in kinds}
+    tables = tables_of(args, kinds)
     if args.preset is not None:
         chosen = preset(args.preset).at_rank(tables["lora"].get("r"))
         tables["train"] = {**chosen.train, **tables["train"]}
         tables["lora"] = {**chosen.lora, **tables["lora"]}
-    elsewhere = ", or set it in the TOML file"
-    return tuple(make(config, tables[name], elsewhere) for name, config in kinds.items())
+    return tuple(make(config, tables[name], ELSEWHERE) for name, config in kinds.items())
 
 
 def report(result: Any) -> str:

@@ -9,3 +9,4 @@ from lowrank.data.sampler import epoch_order as epoch_order
 from lowrank.data.tokens import TokenizedExamples as TokenizedExamples
 from lowrank.data.tokens import tokenize as tokenize
 from lowrank.data.tokens import tokenize_all as tokenize_all
+from lowrank.data.windows import windows as windows

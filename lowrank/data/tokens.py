@@ -83,7 +83,7 @@ def tokenize(
     """
     kind, example = checked(example, "the example")
     ids, labels, _ = _tokenize(
-        example, kind, tokenizer, completion_only_loss, assistant_only_loss, _begin(tokenizer)
+        example, kind, tokenizer, completion_only_loss, assistant_only_loss, begin_of(tokenizer)
     )
     return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
 
@@ -108,7 +108,7 @@ def tokenize_all(
     all_ids, all_labels = array("i"), array("i")
     offsets, labelled, places = [0], [], []
     seen: Counter[str] = Counter()
-    begin = _begin(tokenizer)
+    begin = begin_of(tokenizer)
     for i, example in enumerate(bar("tokenizing", examples, len(examples))):
         try:
             ids, labels, turns = _tokenize(
@@ -168,7 +168,7 @@ def _notes(total: int, max_length: int | None, seen: Counter[str]) -> list[str]:
     return [f"{seen[what]} of {total} {text}" for what, text in said.items() if seen[what]]
 
 
-def _begin(tokenizer: Tokenizer | None) -> list[int]:
+def begin_of(tokenizer: Tokenizer | None) -> list[int]:
     """The tokens that the tokenizer puts before any text: its BOS, or none."""
     bos = tokenizer.bos_token_id if tokenizer is not None else None
     if bos is None or tokenizer.encode("", add_special_tokens=True)[:1] != [bos]:

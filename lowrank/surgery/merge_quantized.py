@@ -225,7 +225,6 @@ def _config(
         rank_pattern=others,
         alpha_pattern=others,
         task_type=merged.task_type,
-        base_model_name_or_path=merged.base_model_name_or_path,
         inference_mode=True,
     )
 

@@ -14,10 +14,10 @@ from lowrank.train.config import TrainConfig
 
 
 class Precision:
-    """bfloat16 or float16 under autocast, or the dtypes of the model."""
+    """bfloat16 or float16 under autocast, or the dtypes of the model; without a config, these."""
 
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
-        halves = {config.bf16: torch.bfloat16, config.fp16: torch.float16}
+    def __init__(self, config: TrainConfig | None, device: torch.device) -> None:
+        halves = {config.bf16: torch.bfloat16, config.fp16: torch.float16} if config else {}
         self._dtype = halves.get(True)
         self._device = device
 
