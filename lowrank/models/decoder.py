@@ -1,4 +1,4 @@
-"""One decoder for the Llama family, driven by its config, with Hugging Face's parameter names."""
+"""One decoder for all families, driven by its config, with Hugging Face's parameter names."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lowrank.errors import ShapeError
-from lowrank.models.attention import Attention, KVCache, Plan, make_plan, take
+from lowrank.models.blocks import make_block
+from lowrank.models.cache import KVCache
 from lowrank.models.config import DecoderConfig
-from lowrank.models.layers import RMSNorm, swiglu
-from lowrank.models.recompute import recompute
-from lowrank.nn.fusible import is_patched
+from lowrank.models.parts import Part, make_norm, part
+from lowrank.models.plan import make_plans
 from lowrank.nn.quant_embedding import QuantEmbedding
 from lowrank.nn.quant_linear import QuantLinear
 from lowrank.ops import linear_cross_entropy
@@ -21,98 +21,43 @@ IGNORE = -100  # a label that asks for nothing
 _CHUNK_ROWS = 256  # rows of logits alive at once where the head is not a frozen nn.Linear
 
 
-class MLP(nn.Module):
-    """down_proj(silu(gate_proj(x)) * up_proj(x)), x [..., H]."""
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        H, I, bias = config.hidden_size, config.intermediate_size, config.mlp_bias  # noqa: E741
-        self.gate_proj = nn.Linear(H, I, bias=bias)
-        self.up_proj = nn.Linear(H, I, bias=bias)
-        self.down_proj = nn.Linear(I, H, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.gated(x))
-
-    def gated(self, x: Tensor) -> Tensor:
-        """What down_proj projects, [..., I]."""
-        return swiglu(self.gate_proj(x), self.up_proj(x))
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), x [B, S, H]; or only `rows` [b, t] of it."""
-
-    def __init__(self, config: DecoderConfig, layer: int) -> None:
-        super().__init__()
-        self.self_attn = Attention(config, layer)
-        self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(self, x: Tensor, plan: Plan, rows: Tensor | None = None) -> Tensor:
-        x = take(x, rows) + self.self_attn(self.input_layernorm(x), plan, rows)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-    def checkpointed(self, x: Tensor, plan: Plan, rows: Tensor | None, selective: bool) -> Tensor:
-        """The same, keeping x alone for the backward; `selective`: also the sum in the middle.
-
-        What makes x, or that sum, of it is computed again, but for its last projection.
-        """
-        own = {Block: self, Attention: self.self_attn, MLP: self.mlp}
-        if torch.compiler.is_compiling() or any(
-            type(module) is not kind or is_patched(module) for kind, module in own.items()
-        ):  # calling one of them may be anything else than its parts
-            return checkpoint(self, x, plan, rows, use_reentrant=False)
-
-        def attended(x: Tensor) -> tuple[Tensor]:
-            return (self.self_attn.attended(self.input_layernorm(x), plan, rows),)
-
-        def gated(x: Tensor) -> tuple[Tensor]:
-            return (self.mlp.gated(self.post_attention_layernorm(x)),)
-
-        def both(x: Tensor) -> tuple[Tensor, Tensor]:
-            x = take(x, rows) + self.self_attn.o_proj(*attended(x))
-            return x, *gated(x)
-
-        if not selective:
-            return torch.add(*recompute(both, [self], self.mlp.down_proj, x))
-        within = [self.input_layernorm, self.self_attn]
-        x = take(x, rows) + recompute(attended, within, self.self_attn.o_proj, x)[0]
-        within = [self.post_attention_layernorm, self.mlp]
-        return x + recompute(gated, within, self.mlp.down_proj, x)[0]
-
-
-class Body(nn.Module):
+class Body(Part):
     """Embedding, blocks and the last norm: everything below the head."""
 
+    embedding, positions = part("embedding"), part("positions")
+    blocks, norm = part("blocks"), part("norm")
+
     def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        # from_pretrained: initialising on meta imports 125 MB of symbolic algebra
-        self.embed_tokens = nn.Embedding.from_pretrained(
-            torch.empty(config.vocab_size, config.hidden_size), freeze=False
-        )
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        super().__init__(config)
+        H = config.hidden_size
+        self.have(embedding=_table(config.vocab_size, H))
+        if config.family.learned_positions:
+            self.have(positions=_table(config.max_position_embeddings, H))
+        layers = range(config.num_hidden_layers)
+        self.have(blocks=nn.ModuleList(make_block(config, layer) for layer in layers))
+        self.have(norm=make_norm(config, H))
 
 
-class Decoder(nn.Module):
-    """A causal language model of the Llama family.   Touvron et al., arXiv:2302.13971.
+class Decoder(Part):
+    """A causal language model of one of the families.   Touvron et al., arXiv:2302.13971.
 
-    Parameters are named as in transformers' LlamaForCausalLM. With `gradient_checkpointing` True,
-    each block keeps only its input and is run again in the backward, but for its last projection;
-    "selective" keeps a second sum and spares the last projection of the attention, too.
+    Parameters are named as in transformers' class of the family. With `gradient_checkpointing`
+    True, each block keeps only its input and is run again in the backward, but for its last
+    projection; "selective" keeps a second sum and spares the attention's last projection, too.
     """
 
     supports_packing = True
     supports_selective_checkpointing = True
+    body = part("body")
 
     def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         self.config = config
         self.name_or_path: str | None = None
         self.gradient_checkpointing: bool | str = False
-        self.model = Body(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.have(body=Body(config))
+        H, V = config.hidden_size, config.vocab_size
+        self.lm_head = nn.Linear(H, V, bias=config.family.head_bias)
         if not self.lm_head.weight.is_meta:
             self._initialise()
         self.tie_weights()
@@ -132,7 +77,7 @@ class Decoder(nn.Module):
         """
         if not self.config.tie_word_embeddings:
             return
-        embedding = self.model.embed_tokens
+        embedding = self.body.embedding
         if isinstance(embedding, QuantEmbedding):
             self.lm_head = QuantLinear.from_tied(embedding, None, compute_dtype)
         else:
@@ -141,8 +86,9 @@ class Decoder(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
         """A tied head is stored once, as the embedding."""
         if self.config.tie_word_embeddings:
-            start, head = f"{prefix}model.embed_tokens.", f"{prefix}lm_head."
-            of_adapters = set(self.model.embed_tokens._modules) - {"base_layer"}
+            name = self.config.family.path("body", "embedding")
+            start, head = f"{prefix}{name}.", f"{prefix}lm_head."
+            of_adapters = set(self.body.embedding._modules) - {"base_layer"}
             for key in [key for key in state_dict if key.startswith(start)]:
                 leaf = key[len(start) :].removeprefix("base_layer.")
                 stored = f"{head}base_layer.{leaf}" in state_dict
@@ -171,7 +117,8 @@ class Decoder(nn.Module):
         if logits_to_keep is not None and input_ids.ndim == 2:
             rows = _rows_to_keep(logits_to_keep, *input_ids.shape, input_ids.device)
         h = self._hidden(input_ids, attention_mask, position_ids, cache, rows)
-        return self.lm_head(self.model.norm(h.view(len(input_ids), -1, h.shape[-1])))
+        logits = self.lm_head(self.body.norm(h.view(len(input_ids), -1, h.shape[-1])))
+        return _capped(logits, self.config.final_logit_softcapping)
 
     def loss(
         self,
@@ -202,13 +149,15 @@ class Decoder(nn.Module):
         target = target.flatten()
         rows = (target != IGNORE).nonzero().flatten()
         h = self._hidden(input_ids, attention_mask, position_ids, None, rows[None])
-        x, target = self.model.norm(h.flatten(0, 1)), target.index_select(0, rows)  # [T, H], [T]
+        x, target = self.body.norm(h.flatten(0, 1)), target.index_select(0, rows)  # [T, H], [T]
+        cap = self.config.final_logit_softcapping
         if copies is None:
-            return _head_loss(self.lm_head, x, target, label_smoothing)
+            return _head_loss(self.lm_head, x, target, label_smoothing, cap)
         if len(target) % copies:
             raise ShapeError(f"copies: expected a batch repeated {copies} times; it is not")
         parts = zip(x.chunk(copies), target.chunk(copies), strict=True)
-        return torch.stack([_head_loss(self.lm_head, *part, label_smoothing) for part in parts])
+        losses = [_head_loss(self.lm_head, *part, label_smoothing, cap) for part in parts]
+        return torch.stack(losses)
 
     def _hidden(
         self,
@@ -226,15 +175,21 @@ class Decoder(nn.Module):
         if input_ids.ndim != 2:
             raise ShapeError(f"input_ids: expected shape [B, S]; got {tuple(input_ids.shape)}")
         B, S = input_ids.shape
-        h = self.model.embed_tokens(input_ids)
-        plan = make_plan(
-            self.config, (B, S), attention_mask, position_ids, cache, device=h.device, dtype=h.dtype
+        body, config = self.body, self.config
+        self._check_length(S, position_ids, cache)
+        h = body.embedding(input_ids)
+        if config.family.scaled_embedding:
+            h = h * torch.tensor(config.hidden_size**0.5, dtype=h.dtype)
+        plans = make_plans(
+            config, (B, S), attention_mask, position_ids, cache, device=h.device, dtype=h.dtype
         )
-        if plan.lengths is not None:
+        if plans[0].lengths is not None:
             h = h.view(1, B * S, -1)
-        last = len(self.model.layers) - 1
-        for i, block in enumerate(self.model.layers):
-            wanted = rows if i == last else None
+        if body.positions is not None:
+            h = h + body.positions(plans[0].positions)
+        last = len(body.blocks) - 1
+        for i, block in enumerate(body.blocks):
+            plan, wanted = plans[block.kind], rows if i == last else None
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 selective = self.gradient_checkpointing == "selective"
                 h = block.checkpointed(h, plan, wanted, selective)
@@ -244,12 +199,30 @@ class Decoder(nn.Module):
             cache.length += S
         return h
 
+    def _check_length(self, S: int, position_ids: Tensor | None, cache: KVCache | None) -> None:
+        """Learned positions end: beyond them there is no row to look up."""
+        if self.body.positions is None:
+            return
+        most = self.config.max_position_embeddings
+        if position_ids is None:
+            end = S if cache is None else cache.length + S
+        else:
+            end = int(position_ids.max()) + 1
+        if end > most:
+            raise ShapeError(
+                f"input_ids: expected at most max_position_embeddings={most} positions, as many as "
+                f"were learned; got {end}"
+            )
+
+
+def _table(rows: int, size: int) -> nn.Embedding:
+    # from_pretrained: initialising on meta imports 125 MB of symbolic algebra
+    return nn.Embedding.from_pretrained(torch.empty(rows, size), freeze=False)
+
 
 def _tie_again(model: Decoder, _: object) -> None:
     """After loading: what is quantized in another way by then is no longer the same parameters."""
-    head, embedding = (
-        getattr(m, "base_layer", m) for m in (model.lm_head, model.model.embed_tokens)
-    )
+    head, embedding = (getattr(m, "base_layer", m) for m in (model.lm_head, model.body.embedding))
     both = isinstance(head, QuantLinear) and isinstance(embedding, QuantEmbedding)
     if both and model.config.tie_word_embeddings:
         head.tie(embedding)
@@ -264,18 +237,26 @@ def _rows_to_keep(keep: int | Tensor, B: int, S: int, device: torch.device) -> T
     return torch.arange(B, device=device)[:, None] * S + along
 
 
-def _head_loss(head: nn.Module, x: Tensor, target: Tensor, smoothing: float) -> Tensor:
+def _capped(logits: Tensor, cap: float | None) -> Tensor:
+    """cap tanh(logits / cap).   Gemma 2, arXiv:2408.00118, §2."""
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _head_loss(
+    head: nn.Module, x: Tensor, target: Tensor, smoothing: float, cap: float | None
+) -> Tensor:
     """Sum of the cross entropy of head(x), x [T, H], at target [T]; logits in chunks of rows.
 
     With `smoothing` e, target t is a distribution of 1 - e on t and e spread over all words.
     """
-    if type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad:
+    frozen = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
+    if frozen and cap is None:
         x = x.to(head.weight.dtype)
         loss = linear_cross_entropy(x, head.weight, target)
         return loss + smoothing * _over_the_mean(x, head.weight, target) if smoothing else loss
 
     def chunk_loss(x: Tensor, target: Tensor) -> Tensor:
-        logits = head(x).float()
+        logits = _capped(head(x).float(), cap)
         return F.cross_entropy(logits, target, reduction="sum", label_smoothing=smoothing)
 
     total = x.new_zeros((), dtype=torch.float32)

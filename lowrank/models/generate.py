@@ -8,7 +8,7 @@ from typing import Any, overload
 import torch
 
 from lowrank.errors import ConfigError, DataError
-from lowrank.models.attention import KVCache
+from lowrank.models.cache import KVCache
 from lowrank.models.decoder import Decoder
 from lowrank.models.sampling import Sampler, Sampling
 from lowrank.models.tokenizer import Tokenizer
@@ -158,7 +158,7 @@ def _steps(
     if any(len(prompt) < S for prompt in prompts):
         mask = (columns >= starts).long()
     cache = KVCache(
-        model.config, B, S + steps - 1, dtype=model.model.norm.weight.dtype, device=device
+        model.config, B, S + steps - 1, dtype=model.body.norm.weight.dtype, device=device
     )
     sampler = Sampler(sampling, prompts, model.config.vocab_size, device)
     for _ in range(steps):

@@ -1,15 +1,31 @@
 """The decoder's elementwise mathematics, each keeping for the backward only what it must.
 
-Composed from plain tensor operations, these three keep every intermediate product alive and walk
-memory twice as often as needed; beside a frozen, quantized matmul that is a visible part of a step.
+Composed from plain tensor operations, norms, gates and rotations keep every intermediate product
+alive and walk memory twice as often as needed; beside a frozen, quantized matmul that is a visible
+part of a step.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+_gelu_tanh = partial(F.gelu, approximate="tanh")
+_gelu_tanh_backward = partial(torch.ops.aten.gelu_backward, approximate="tanh")
+# By the names of config.json: the function, and its gradient of (dy, x). Three names are GELU by
+# the hyperbolic tangent, written down by three people.   Hendrycks & Gimpel, arXiv:1606.08415.
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "silu": (F.silu, torch.ops.aten.silu_backward),
+    "gelu": (F.gelu, torch.ops.aten.gelu_backward),
+    **dict.fromkeys(
+        ("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), (_gelu_tanh, _gelu_tanh_backward)
+    ),
+}
 
 
 class RMSNorm(nn.Module):
@@ -30,15 +46,32 @@ class RMSNorm(nn.Module):
         return f"{self.weight.numel()}, eps={self.eps}"
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, keeping only its two arguments.   Shazeer, arXiv:2002.05202, eq. 6."""
-    return _SwiGLU.apply(gate, up)
+class RMSNormPlusOne(RMSNorm):
+    """y = x / sqrt(mean(x²) + eps) * (1 + weight), the product in float32: Gemma's."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__(hidden_size, eps)
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _RMSNorm.apply(x, 1 + self.weight.float(), self.eps)
+
+
+def activate(activation: str, x: Tensor) -> Tensor:
+    """The activation of that name, one of ACTIVATIONS."""
+    return ACTIVATIONS[activation][0](x)
+
+
+def gated(activation: str, gate: Tensor, up: Tensor) -> Tensor:
+    """act(gate) * up, keeping only its two arguments.   Shazeer, arXiv:2002.05202, eq. 6."""
+    return _Gated.apply(activation, gate, up)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x[i], x[i + D/2]) of x [B, S, heads, D] by the angle of its position.
 
-    cos [B or 1, S, 1, D] holds each pair's twice, sin [B or 1, S, 1, D/2] once:
+    cos [B or 1, S, 1, D] holds each pair's twice, sin [B or 1, S, 1, D/2] once; where they are of
+    fewer dimensions than x, the rest of x stays as it is:
 
     y[:D/2] = x[:D/2] cos - x[D/2:] sin,  y[D/2:] = x[D/2:] cos + x[:D/2] sin. Keeps only cos and
     sin: the backward is the turn by the opposite angle.   RoFormer, arXiv:2104.09864, eq. 34.
@@ -55,7 +88,7 @@ class _RMSNorm(torch.autograd.Function):
         )
         rstd = mean_square.add_(eps).rsqrt_()  # [..., 1]
         ctx.save_for_backward(x, weight, rstd)
-        return (x32 * rstd).to(x.dtype).mul_(weight)
+        return (x32 * rstd).to(weight.dtype).mul_(weight).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -74,18 +107,19 @@ class _RMSNorm(torch.autograd.Function):
         return dx, dweight, None
 
 
-class _SwiGLU(torch.autograd.Function):
+class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx, activation: str, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.activation = activation
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return ACTIVATIONS[activation][0](gate).mul_(up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        dgate = torch.ops.aten.silu_backward(dy * up, gate)
-        return dgate, F.silu(gate).mul_(dy)
+        act, act_backward = ACTIVATIONS[ctx.activation]
+        return None, act_backward(dy * up, gate), act(gate).mul_(dy)
 
 
 class _Rotate(torch.autograd.Function):
@@ -102,6 +136,9 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    turned = cos.shape[-1]
+    if turned < x.shape[-1]:
+        return torch.cat([_turn(x[..., :turned], cos, sin, sign), x[..., turned:]], dim=-1)
     y = x * cos
     (a, b), (ya, yb) = x.chunk(2, -1), y.chunk(2, -1)
     ya.addcmul_(b, sin, value=-sign)

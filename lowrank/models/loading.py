@@ -254,7 +254,8 @@ def _read(
 
 def _check_layers(weights: Weights, source: str | Path) -> None:
     # before a decoder is made: a damaged number of layers would take for ever
-    last = f"model.layers.{weights.config.num_hidden_layers - 1}."
+    config = weights.config
+    last = f"{config.family.path('body', 'blocks')}.{config.num_hidden_layers - 1}."
     if not any(name.startswith(last) for name in weights.shapes):
         raise FileFormatError(
             f"{source}: missing tensors: {last}*, of the last layer by the config"

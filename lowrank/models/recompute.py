@@ -24,32 +24,36 @@ from lowrank.nn.autocast import is_autocast_on, no_autocast
 Part = Callable[[Tensor], tuple[Tensor, ...]]
 
 
-def recompute(part: Part, within: Sequence[nn.Module], last: nn.Module, x: Tensor) -> list[Tensor]:
-    """[..., last(z)] for part(x) = (..., z), of which only x is kept, and what `last` adds to z.
+def recompute(
+    part: Part, within: Sequence[nn.Module], last: Sequence[nn.Module], x: Tensor
+) -> list[Tensor]:
+    """[..., last[0](y), last[1](z)] for part(x) = (..., y, z), of which only x is kept.
 
-    `within` are the modules whose parameters `part` has. Both run as they are; gradients are the
-    same to the last bit.
+    And what each of `last`, which may be none, adds to what it is given. `within` are the modules
+    whose parameters `part` has. All run as they are; gradients are the same to the last bit.
     """
     tensors = (p for module in within for m in module.modules() for p in m._parameters.values())
     trained = [p for p in tensors if p is not None and p.requires_grad]
-    *others, z = _Again.apply(part, x, *trained)
-    node = z.grad_fn
+    outputs = list(_Again.apply(part, x, *trained))
+    first = len(outputs) - len(last)
+    node = next((z.grad_fn for z in outputs[first:] if z.grad_fn is not None), None)
     if node is None:
-        return [*others, last(z)]
-    place, size = z.data_ptr(), z.nbytes
+        return outputs[:first] + [f(z) for f, z in zip(last, outputs[first:], strict=True)]
+    places = {(z.data_ptr(), z.nbytes): i for i, z in enumerate(outputs[first:], first)}
 
-    def pack(kept: Tensor) -> Tensor | tuple[torch.Size, tuple[int, ...]]:
-        is_z = kept.data_ptr() == place and kept.nbytes == size
-        return (kept.shape, kept.stride()) if is_z else kept
+    def pack(kept: Tensor) -> Tensor | tuple[int, torch.Size, tuple[int, ...]]:
+        place = places.get((kept.data_ptr(), kept.nbytes))
+        return kept if place is None else (place, kept.shape, kept.stride())
 
-    def unpack(kept: Tensor | tuple[torch.Size, tuple[int, ...]]) -> Tensor:
+    def unpack(kept: Tensor | tuple[int, torch.Size, tuple[int, ...]]) -> Tensor:
         if isinstance(kept, Tensor):
             return kept
-        again = _outputs(node)[-1].detach()
-        return again.as_strided(*kept, again.storage_offset())
+        place, *layout = kept
+        again = _outputs(node)[place].detach()
+        return again.as_strided(*layout, again.storage_offset())
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return [*others, last(z)]
+        return outputs[:first] + [f(z) for f, z in zip(last, outputs[first:], strict=True)]
 
 
 class _Again(torch.autograd.Function):

@@ -60,7 +60,7 @@ def save_model(
                 "first, or leave format out"
             )
     tensors, quantization = _FORMATS[format](model, dtype)
-    config = model.config.to_hf(dtype or model.model.norm.weight.dtype)
+    config = model.config.to_hf(dtype or model.body.norm.weight.dtype)
     if quantization is not None:
         config["quantization_config"] = quantization
     others = {"config.json": partial(write_json, config)}
@@ -107,7 +107,7 @@ def _bitsandbytes(model: Decoder, _: None) -> tuple[Tensors, dict[str, Any]]:
             make = partial(_bitsandbytes_tensor, layer, key)
             tensors[join(name, key)] = Lazy(tensor.dtype, tuple(tensor.shape), make)
     dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    compute_dtype = next(iter(layers.values())).compute_dtype or model.model.norm.weight.dtype
+    compute_dtype = next(iter(layers.values())).compute_dtype or model.body.norm.weight.dtype
     config = bitsandbytes_config(keys, dense, compute_dtype)
     return {**tensors, **_floats(model)}, config
 

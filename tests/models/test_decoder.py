@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from lowrank.errors import ConfigError, ShapeError
-from lowrank.models.attention import KVCache
+from lowrank.models.cache import KVCache
 from lowrank.models.config import DecoderConfig
 from lowrank.models.decoder import Decoder
 from tests.models.helpers import TINY, llama, tokens
@@ -36,6 +36,22 @@ VARIANTS = {
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 64,
+        },
+    ),
+    "dynamic_rope": dict(
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        rope_scaling={"rope_type": "dynamic", "factor": 2.0},
+    ),
+    "yarn_rope": dict(
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        rope_scaling={
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "beta_fast": 8.0,
         },
     ),
 }
@@ -211,9 +227,9 @@ def test_bfloat16_stays_near_transformers():
     [
         (
             {"model_type": "mamba"},
-            r"model_type: expected one of llama; got 'mamba'.*lowrank.inject",
+            r"model_type: expected one of llama, .*; got 'mamba'.*lowrank.inject",
         ),
-        ({"hidden_act": "gelu"}, "hidden_act: expected 'silu'; got 'gelu'"),
+        ({"hidden_act": "swish"}, "hidden_act: expected one of silu, gelu.*; got 'swish'"),
         (
             {"num_key_value_heads": 4},
             "num_key_value_heads: expected a divisor of num_attention_heads=6; got 4",
@@ -236,8 +252,8 @@ def test_bfloat16_stays_near_transformers():
         ({"bos_token_id": [1]}, "bos_token_id: expected a token id or none"),
         ({"head_dim": 7}, "head_dim: .* even number; got 7"),
         (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
-            "rope_type: expected one of .*; got 'yarn'",
+            {"rope_scaling": {"rope_type": "xpos", "factor": 2.0}},
+            "rope_type: expected one of .*; got 'xpos'",
         ),
         (
             {"rope_scaling": {"rope_type": "linear"}},

@@ -1,0 +1,154 @@
+"""The table of families: what each has beside, or instead of, what Llama has. One row a family.
+
+Fields and parts go by one vocabulary here, Llama's for fields; a row says what its `config.json`
+and its checkpoints call them otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from lowrank.errors import ConfigError
+
+# What a part of the decoder does, and what Llama's checkpoints call it. Others have also positions,
+# and norms of what the attention and the MLP give: attention_out_norm, mlp_out_norm.
+PARTS = {
+    "body": "model",
+    "embedding": "embed_tokens",
+    "blocks": "layers",
+    "norm": "norm",
+    "attention_norm": "input_layernorm",
+    "attention": "self_attn",
+    "q": "q_proj",
+    "k": "k_proj",
+    "v": "v_proj",
+    "qkv": "qkv_proj",
+    "q_norm": "q_norm",
+    "k_norm": "k_norm",
+    "out": "o_proj",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp": "mlp",
+    "gate": "gate_proj",
+    "up": "up_proj",
+    "gate_up": "gate_up_proj",
+    "down": "down_proj",
+}
+
+Raw = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row. Its defaults are Llama.
+
+    `reads` are fields of `config.json` beside those that all have; `words` what it calls some of
+    them, `defaults` what they are where it does not say. `calls` is what its checkpoints call
+    `PARTS`, "" for one it has not, `slides` which of its layers see a window only.
+    """
+
+    architecture: str
+    reads: tuple[str, ...] = ()
+    words: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    calls: Mapping[str, str] = field(default_factory=dict)
+    slides: Callable[[Raw, int], bool] | None = None
+    window_is_optional: bool = False  # and not there unless `use_sliding_window`
+    norm: Literal["rms", "rms_plus_one", "layer"] = "rms"  # plus one: y = x / rms(x) * (1 + w)
+    block: Literal["sequential", "sandwich", "parallel"] = "sequential"
+    qkv: Literal["separate", "joined", "by_head"] = "separate"  # by head: [q k v] of each in turn
+    qk_norm: bool = False  # heads of queries and keys are normed before they are turned
+    out_bias: bool | None = None  # of the attention's last projection; None: as of the others
+    mlp: Literal["gated", "joined", "plain"] = "gated"  # joined: gate and up are one layer
+    mlp_ratio: int | None = None  # intermediate_size, in hidden sizes, where it is not said
+    scaled_embedding: bool = False  # embeddings times sqrt(hidden_size)
+    learned_positions: bool = False  # instead of rotary ones
+    head_bias: bool = False
+
+    @cached_property
+    def names(self) -> Mapping[str, str]:
+        """What its checkpoints call each of `PARTS`."""
+        return {part: name for part, name in {**PARTS, **self.calls}.items() if name}
+
+    def path(self, *parts: str) -> str:
+        """The name of a part within others: path("body", "norm")."""
+        return ".".join(self.names[part] for part in parts)
+
+
+def every_layer(raw: Raw, layer: int) -> bool:
+    """Mistral, Phi-3."""
+    return True
+
+
+def late_layers(raw: Raw, layer: int) -> bool:
+    """Qwen."""
+    first = raw.get("max_window_layers")
+    return layer >= (28 if first is None else first)
+
+
+def has_rotation(raw: Raw, layer: int) -> bool:
+    """SmolLM3, where config.json has no `no_rope_layers`: but for every fourth."""
+    return (layer + 1) % (raw.get("no_rope_layer_interval") or 4) != 0
+
+
+def layers_without_rotation(raw: Raw, layer: int) -> bool:
+    """SmolLM3."""
+    given = raw.get("no_rope_layers")
+    return not (has_rotation(raw, layer) if given is None else given[layer])
+
+
+_WINDOWS = ("sliding_window", "layer_types")
+_LLAMA_BIASES = ("attention_bias", "mlp_bias")
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", reads=_LLAMA_BIASES),
+    "mistral": Family(
+        "MistralForCausalLM",
+        reads=("sliding_window",),
+        defaults={"sliding_window": 4096, "num_key_value_heads": 8},
+        slides=every_layer,
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        reads=_WINDOWS,
+        defaults={"sliding_window": 4096, "attention_bias": True},
+        slides=late_layers,
+        window_is_optional=True,
+        out_bias=False,
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        reads=("attention_bias", *_WINDOWS),
+        defaults={"sliding_window": 4096, "head_dim": 128},
+        slides=late_layers,
+        window_is_optional=True,
+        qk_norm=True,
+    ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        reads=(*_LLAMA_BIASES, *_WINDOWS, "no_rope_layers"),
+        defaults={"rope_theta": 2e6, "tie_word_embeddings": True, "num_key_value_heads": 4},
+        slides=layers_without_rotation,
+        window_is_optional=True,
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        reads=("sliding_window", "partial_rotary_factor"),
+        defaults={"rms_norm_eps": 1e-5},
+        slides=every_layer,
+        qkv="joined",
+        mlp="joined",
+    ),
+}
+
+
+def find_family(model_type: object) -> Family:
+    """The row of a `model_type`. Raises ConfigError with those there are."""
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ConfigError(
+            f"model_type: expected one of {', '.join(FAMILIES)}; got {model_type!r}; "
+            "build another by its own code and adapt it with lowrank.inject(model, config)"
+        )
+    return FAMILIES[model_type]

@@ -1,0 +1,77 @@
+"""A tiny random model of each family, made by transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+import lowrank
+from lowrank.models.decoder import Decoder
+
+WINDOW = 16
+BASE = dict(
+    vocab_size=97,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    initializer_range=0.1,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=None,
+)
+LONG_ROPE = dict(
+    type="longrope",
+    short_factor=[1.0, 1.1, 1.5, 2.0, 3.0],
+    long_factor=[1.5, 2.0, 4.0, 6.0, 9.0],
+)
+# name: model_type, and what its config.json says beside BASE
+FAMILIES: dict[str, tuple[str, dict]] = {
+    "llama": ("llama", dict(attention_bias=True, mlp_bias=True)),
+    "mistral": ("mistral", dict(sliding_window=WINDOW, head_dim=10)),
+    "qwen2": ("qwen2", {}),
+    "qwen2-window": (
+        "qwen2",
+        dict(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
+    ),
+    "qwen3": ("qwen3", dict(head_dim=16, tie_word_embeddings=True)),
+    "smollm3": ("smollm3", dict(no_rope_layer_interval=2)),
+    "smollm3-window": (
+        "smollm3",
+        dict(no_rope_layers=[0, 1, 0], use_sliding_window=True, sliding_window=WINDOW),
+    ),
+    "phi3": ("phi3", dict(sliding_window=WINDOW)),
+    "phi3-longrope": (
+        "phi3",
+        dict(
+            rope_scaling=LONG_ROPE,
+            original_max_position_embeddings=32,
+            partial_rotary_factor=0.84,  # 10 of 12
+        ),
+    ),
+}
+
+
+def make(name: str) -> torch.nn.Module:
+    """transformers' model, random, biases and norms included."""
+    import transformers
+
+    model_type, changes = FAMILIES[name]
+    config = transformers.AutoConfig.for_model(model_type, **{**BASE, **changes})
+    # of the ways to attend, the one that has all that families want
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model.eval()
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("bias") or parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, 0.5, 0.3)
+    return model
+
+
+def pair(name: str, directory: Path, **options) -> tuple[Decoder, torch.nn.Module]:
+    """Our decoder, loaded from what transformers saved, and transformers'."""
+    oracle = make(name)
+    oracle.save_pretrained(directory)
+    return lowrank.load_model(directory, **options), oracle
