@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,9 @@ from lowrank.nn.autocast import linear_dtype
 from lowrank.nn.held import replaced
 from lowrank.nn.quant_weight import QuantWeight, resolve
 from lowrank.ops.checks import check_float, check_sizes, check_tensors
+from lowrank.ops.few_rows import FewRows
 from lowrank.quant import Quantizer, Storage
+from lowrank.quant.codebook import CodebookQuantizer
 
 
 class QuantLinear(QuantWeight):
@@ -30,6 +33,7 @@ class QuantLinear(QuantWeight):
     compute_dtype: torch.dtype | None = None
     fan_in_fan_out: bool = False
     conv1d: tuple[nn.Module, ...] = ()  # what it was made of, without its tensors
+    few_rows: FewRows | bool | None  # False: none can be made of the weight; None: not tried yet
 
     def __init__(
         self,
@@ -127,8 +131,31 @@ class QuantLinear(QuantWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
+        if not torch.compiler.is_compiling() and (y := self._few(x)) is not None:
+            return y
         check_tensors(x=x)
         return product(x, self.quantizer, self.storage, self.bias, self.compute_dtype)
+
+    def _few(self, x: Tensor) -> Tensor | None:
+        """The same of a few rows of x, if the kernel can be called at once."""
+        if type(x) is not Tensor or self.compute_dtype not in (None, x.dtype):
+            return None
+        parameters, few = self._parameters, self.__dict__["few_rows"]
+        if few is None or (few and not few.is_of(parameters)):
+            few = self.__dict__["few_rows"] = _few_rows(self) or False
+        return few.product(x, parameters.get("bias")) if few else None
+
+    def _set(self, storage: Storage, quantizer: Quantizer | None = None) -> None:
+        super()._set(storage, quantizer)
+        self.__dict__["few_rows"] = None
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> QuantLinear:
+        super()._apply(fn, recurse)
+        self.__dict__["few_rows"] = None
+        return self
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"few_rows": None}
 
     @property
     def plain_shape(self) -> tuple[int, ...]:
@@ -145,6 +172,15 @@ class QuantLinear(QuantWeight):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, {super().extra_repr()}{compute}"
         )
+
+
+def _few_rows(layer: QuantLinear) -> FewRows | None:
+    """What `layer` computes a few rows with, where its product is that of `codebook_linear`."""
+    quantizer = layer.quantizer
+    if getattr(type(quantizer), "linear", None) is not CodebookQuantizer.linear:
+        return None
+    *operands, block_size = quantizer.codebook_operands(layer.storage)
+    return FewRows.over(layer._parameters, tuple(operands), layer.in_features, block_size)
 
 
 def product(

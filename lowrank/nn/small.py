@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor, float32, is_autocast_enabled, nn
+from torch import Tensor, float32, is_autocast_enabled, is_grad_enabled, nn
 from torch.nn.functional import linear
 
 from lowrank.nn.fusible import is_patched
+from lowrank.nn.quant_linear import QuantLinear
 from lowrank.ops.dispatch import is_named
 
 if TYPE_CHECKING:
     from lowrank.nn.adapted import AdaptedLayer
 
+_QUANTIZED_ROWS = 16  # of x; more are multiplied with the adapter's in one pass, or by BLAS
 _ELEMENTS = 1 << 16  # of y; from there on the choice costs less than the parts it chooses among
 
 
@@ -24,7 +26,7 @@ class AtHand(NamedTuple):
     attributes is set. Modules and parameters may be replaced: kept are the dicts that they are in.
     """
 
-    base: nn.Linear
+    base: nn.Linear | QuantLinear
     base_parameters: dict[str, Tensor | None]
     As: dict[str, nn.Module]
     Bs: dict[str, nn.Module]
@@ -37,7 +39,8 @@ class AtHand(NamedTuple):
 def small_product(layer: AdaptedLayer, x: Tensor) -> Tensor | None:
     """y of a linear `layer` with one active adapter of plain LoRA, or None where it is not small.
 
-    It is for float32 on a CPU, where the operator would do the same; not for a compiler to trace.
+    It is for float32 on a CPU, where the operator would do the same; over a quantized weight only
+    without gradients, whose path is the operator's. Not for a compiler to trace.
     """
     state = layer.__dict__
     at_hand = state["at_hand"]
@@ -54,7 +57,12 @@ def small_product(layer: AdaptedLayer, x: Tensor) -> Tensor | None:
     try:
         # rows: what torch does with more dimensions depends on whether x requires a gradient
         rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-        y = linear(rows, base_parameters["weight"], base_parameters["bias"])
+        if type(base) is QuantLinear:
+            if is_grad_enabled() or x.dtype is not float32:
+                return None
+            y = base.forward(rows)
+        else:
+            y = linear(rows, base_parameters["weight"], base_parameters["bias"])
         branch = linear(
             linear(rows, As[adapter]._parameters["weight"]), Bs[adapter]._parameters["weight"]
         )
@@ -66,16 +74,19 @@ def small_product(layer: AdaptedLayer, x: Tensor) -> Tensor | None:
 
 def _find(layer: AdaptedLayer) -> AtHand | None:
     base, adapters = layer._modules["base_layer"], layer.active_adapters
-    if type(base) is not nn.Linear or len(adapters) != 1:
+    if type(base) not in (nn.Linear, QuantLinear) or len(adapters) != 1:
         return None
     if layer.disabled or layer.merged or layer.rows is not None:
         return None
-    (adapter,), weight = adapters, base._parameters.get("weight")
+    (adapter,), quantized = adapters, type(base) is QuantLinear
     if layer.config[adapter].method != "lora" or layer.spans[adapter]:
         return None
     As, Bs, dropouts = (p._modules for p in (layer.lora_A, layer.lora_B, layer.lora_dropout))
-    held = [weight, *(part[adapter]._parameters.get("weight") for part in (As, Bs))]
+    held = [part[adapter]._parameters.get("weight") for part in (As, Bs)]
+    if not quantized:
+        held.append(base._parameters.get("weight"))
     if not all(t is not None and t.is_cpu and t.dtype is float32 for t in held):
         return None
-    most = _ELEMENTS * layer.in_features // layer.out_features
+    N, K = layer.matrix_shape
+    most = _QUANTIZED_ROWS * K if quantized else _ELEMENTS * K // N
     return AtHand(base, base._parameters, As, Bs, dropouts, layer.scaling, adapter, most)

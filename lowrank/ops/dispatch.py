@@ -85,33 +85,45 @@ def straight(op: str, args: tuple, kinds: str) -> Callable | None:
 
     `kinds` has a letter for each argument: t a tensor, ? a tensor or None, i an int.
     """
-    if torch.compiler.is_compiling():
-        return None
-    name, (threads, tensors) = _named or "cpu", _plain()
-    if (
-        name not in _NATIVE
-        or _thread() not in threads
-        or torch._C._len_torch_function_stack() != 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or torch._C._autograd._profiler_enabled()
-    ):
+    name = _named or "cpu"
+    if name not in _NATIVE or not _is_alone():
         return None
     for value, kind in zip(args, kinds, strict=True):
         if kind == "i":
             if type(value) is not int:
                 return None
-        elif value is not None or kind == "t":
-            if type(value) is not torch.Tensor and type(value) is not torch.nn.Parameter:
-                return None
-            if torch._C._dispatch_keys(value).raw_repr() not in tensors:
-                return None
+        elif (value is not None or kind == "t") and not is_plain(value):
+            return None
     if torch._C._any_requires_grad(*args):
         return None
     backend = _load(name)
     if isinstance(backend, str) or backend.refuse(op, *args) is not None:
         return None
     return getattr(backend, op)
+
+
+def is_alone() -> bool:
+    """Whether a call may go past the dispatchers, ours and torch's, to the kernels of the CPU."""
+    return _named is None and _is_alone()
+
+
+def _is_alone() -> bool:
+    """Whether nothing in this thread has to see a call: what `straight` lists."""
+    return (
+        not torch.compiler.is_compiling()
+        and _thread() in _plain()[0]
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+        and not torch._C._autograd._profiler_enabled()
+    )
+
+
+def is_plain(value: object) -> bool:
+    """Whether this is a tensor of the CPU and nothing else."""
+    if type(value) is not torch.Tensor and type(value) is not torch.nn.Parameter:
+        return False
+    return torch._C._dispatch_keys(value).raw_repr() in _plain()[1]
 
 
 @cache

@@ -153,3 +153,25 @@ def test_modules_that_are_replaced_from_outside(generator):
     for part in ("lora_A", "lora_B"):
         getattr(lora, part)["default"] = getattr(other, part)["default"]
     assert torch.equal(lora(x), other(x))
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+@pytest.mark.parametrize("rows", [1, 16, 17])
+def test_over_a_quantized_weight(generator, scheme, rows):
+    linear = nn.Linear(63, 45)
+    config = LoRAConfig(r=5, lora_alpha=7, init_lora_weights=False)
+    lora = LoRALinear.wrap(linear, config, quantizer=scheme)
+    x = torch.randn(rows, 1, 63, generator=generator)
+    base = lora.base_layer.dequantize(torch.float64)
+    A, B = (part["default"].weight.detach().double() for part in (lora.lora_A, lora.lora_B))
+    wanted = x.double() @ base.T + lora.bias.double() + 7 / 5 * (x.double() @ A.T @ B.T)
+    with torch.no_grad():
+        torch.testing.assert_close(lora(x), wanted.float(), rtol=1e-4, atol=1e-4)
+        with ops.use_backend("reference"):
+            torch.testing.assert_close(lora(x), wanted.float(), rtol=1e-4, atol=1e-4)
+        if scheme == "nf4":
+            rounded = lora(x.bfloat16())
+            torch.testing.assert_close(rounded.float(), wanted.float(), rtol=0.02, atol=0.2)
+    y = lora(x)
+    torch.testing.assert_close(y, wanted.float(), rtol=1e-4, atol=1e-4)
+    assert y.requires_grad

@@ -1,0 +1,98 @@
+"""codebook_linear of a few rows of x on a CPU, over a weight that was looked at once.
+
+A row of x and a layer of a small model take 20 us, and asking whether the kernel can have them
+takes as long again: a model asks 200 times for each token that it writes. What there is to ask of a
+weight stays as it is while its tensors are the same ones, in the same place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from . import dispatch, native
+from .cpu import refuse
+
+_MOST = 16  # rows of x: up to there every CPU multiplies straight from codes
+_NAMES = ("packed", "absmax", "absmax_scale", "codebook")
+
+Held = Mapping[str, Tensor | None]
+
+
+class FewRows:
+    """x Wᵀ + b for the weight [N, K] that is held under the names of `codebook_linear`.
+
+    Made by `over`, and to be used as long as `is_of` says that it is of what is held.
+    """
+
+    def __init__(self, held: Held, N: int, K: int, block_size: int) -> None:
+        self._tensors = tuple(held.get(name) for name in _NAMES)
+        self._pointers = tuple(map(_pointer, self._tensors))
+        self._shape, codebook = self._tensors[0].shape, self._tensors[3]
+        self._K, self._N = K, N
+        self._sizes = (codebook.shape[0], N, K, block_size)
+
+    @classmethod
+    def over(
+        cls,
+        held: Held,
+        operands: tuple[Tensor, Tensor, Tensor | None, Tensor],
+        K: int,
+        block_size: int,
+    ) -> FewRows | None:
+        """None where the kernel refuses the operands, or they are not what is held.
+
+        Floats may be held as their bits.
+        """
+        x = torch.empty(1, K, device="cpu")
+        if refuse("codebook_linear", x, *operands, None, block_size) is not None:
+            return None
+        tensors = [held.get(name) for name in _NAMES]
+        if [_pointer(t) for t in tensors] != [_pointer(t) for t in operands]:
+            return None
+        if not all(t is None or dispatch.is_plain(t) for t in tensors):
+            return None
+        return cls(held, operands[0].shape[0], K, block_size)
+
+    def is_of(self, held: Held) -> bool:
+        """Whether what is held is the weight still."""
+        for name, tensor, pointer in zip(_NAMES, self._tensors, self._pointers, strict=True):
+            if held.get(name) is not tensor or _pointer(tensor) != pointer:
+                return False
+        return self._tensors[0].shape == self._shape
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """y [..., N] in the dtype of x [..., K]; `bias` is float32.
+
+        None where x has more than 16 rows, and where anybody but the kernel has to see the call.
+        """
+        K, code = self._K, native.DTYPES.get(x.dtype)
+        if code is None or x.shape[-1:] != (K,) or not 0 < x.numel() <= _MOST * K:
+            return None
+        if not (dispatch.is_alone() and dispatch.is_plain(x) and x.is_contiguous()):
+            return None
+        if bias is not None and not (
+            bias.dtype == x.dtype == torch.float32
+            and dispatch.is_plain(bias)
+            and bias.is_contiguous()
+            and bias.shape == (self._N,)
+        ):
+            return None
+        at, b = x.data_ptr(), _pointer(bias)
+        if at % x.itemsize or (b or 0) % 4:
+            return None
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(x, bias):
+            return None
+        y = x.new_empty((*x.shape[:-1], self._N))
+        status = native.load_cpu().lowrank_codebook_linear(
+            at, code, x.numel() // K, *self._pointers, *self._sizes, b, y.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        native.check(status, "codebook_linear")
+        return y
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
