@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lowrank.models.attention import Attention, take
 from lowrank.models.config import DecoderConfig
+from lowrank.models.experts import Mixture
 from lowrank.models.layers import activate, gated
 from lowrank.models.parts import Part, make_norm, part
 from lowrank.models.plan import Plan
@@ -53,7 +54,7 @@ class Block(Part):
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__(config)
         self.kind = config.kind_of(layer)
-        self.have(attention=Attention(config, layer), mlp=MLP(config))
+        self.have(attention=Attention(config, layer), mlp=_make_mlp(config, layer))
         self.have(attention_norm=make_norm(config, config.hidden_size))
         if "mlp_norm" in self.names:
             self.have(mlp_norm=make_norm(config, config.hidden_size))
@@ -148,6 +149,13 @@ class ParallelBlock(Block):
 
     def _to_mlp(self, x: Tensor, normed: Tensor, rows: Tensor | None) -> Tensor:
         return take(normed, rows) if self.mlp_norm is None else self.mlp_norm(take(x, rows))
+
+
+def _make_mlp(config: DecoderConfig, layer: int) -> nn.Module:
+    mixture = config.mixture
+    if mixture is None or not mixture.is_in(layer):
+        return MLP(config)
+    return Mixture(config.hidden_size, config.hidden_act, mixture)
 
 
 def make_block(config: DecoderConfig, layer: int) -> Block:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import ConfigError
+from lowrank.models.checks import check_positive, check_size, is_integer
 from lowrank.models.families import (
     FAMILIES,
     Family,
@@ -20,6 +20,7 @@ from lowrank.models.families import (
     has_rotation,
 )
 from lowrank.models.layers import ACTIVATIONS
+from lowrank.models.mixture_config import MixtureConfig
 from lowrank.models.rope import LENGTH_MATTERS, check_scaling, frequencies
 
 MODEL_TYPES = tuple(FAMILIES)
@@ -112,23 +113,24 @@ class DecoderConfig:
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     use_parallel_residual: bool = True
+    mixture: MixtureConfig | None = None
 
     def __post_init__(self) -> None:
         family = self.family
         for name in (*_SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings"):
-            _check_size(name, getattr(self, name))
+            check_size(name, getattr(self, name))
         for name in _POSITIVE:
             if getattr(self, name) is not None:
-                _check_positive(name, getattr(self, name))
+                check_positive(name, getattr(self, name))
         if self.sliding_window is not None:
-            _check_size("sliding_window", self.sliding_window)
+            check_size("sliding_window", self.sliding_window)
         for name in ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_parallel_residual"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: expected true or false; got {getattr(self, name)!r}")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
             ids = value if name == "eos_token_id" and isinstance(value, tuple) else (value,)
-            if not all(i is None or _is_integer(i) for i in ids):
+            if not all(i is None or is_integer(i) for i in ids):
                 raise ConfigError(f"{name}: expected a token id or none; got {value!r}")
         if self.hidden_act not in ACTIVATIONS:
             raise ConfigError(
@@ -157,6 +159,11 @@ class DecoderConfig:
             check_scaling(self.rope_scaling, self.rotary_dim, self.rope_theta)
 
     def _check_layers(self) -> None:
+        if (self.mixture is not None) != bool(self.family.mixture):
+            raise ConfigError(
+                f"mixture: expected {'a MixtureConfig' if self.family.mixture else 'none'} of a "
+                f"{self.model_type} model; got {self.mixture!r}"
+            )
         for name in _EACH_LAYER:
             if getattr(self, name) is not None:
                 _check_each_layer(name, getattr(self, name), self.num_hidden_layers)
@@ -217,14 +224,14 @@ class DecoderConfig:
             if name not in fields and word in raw and not (family.mlp_ratio and "inter" in name):
                 fields[name] = raw[word]
         if family.mlp_ratio and "intermediate_size" not in fields and "hidden_size" in fields:
-            _check_size("hidden_size", fields["hidden_size"])
+            check_size("hidden_size", fields["hidden_size"])
             fields["intermediate_size"] = family.mlp_ratio * fields["hidden_size"]
         if missing := [family.words.get(n, n) for n in _SIZES if n not in fields]:
             raise ConfigError(
                 f"{', '.join(missing)} missing; expected those of a {model_type} model"
             )
         for name in _SIZES:
-            _check_size(family.words.get(name, name), fields[name])
+            check_size(family.words.get(name, name), fields[name])
         if fields["num_hidden_layers"] > _MAX_LAYERS:
             raise ConfigError(
                 f"num_hidden_layers: expected at most {_MAX_LAYERS}; "
@@ -237,7 +244,8 @@ class DecoderConfig:
         if isinstance(fields.get("eos_token_id"), list):
             fields["eos_token_id"] = tuple(fields["eos_token_id"])
         fields |= {**_rope(raw, family), **_layers(raw, family, fields)}
-        return cls(**fields, model_type=model_type)
+        mixture = MixtureConfig.from_hf(raw, family)
+        return cls(**fields, model_type=model_type, mixture=mixture)
 
     def to_hf(self, dtype: torch.dtype) -> dict[str, Any]:
         """The `config.json` that transformers reads, for weights of `dtype`; undoes `from_hf`."""
@@ -252,6 +260,8 @@ class DecoderConfig:
             value = getattr(self, name)
             value = dict(value) if isinstance(value, Mapping) else value
             raw[family.words.get(name, name)] = list(value) if isinstance(value, tuple) else value
+        if self.mixture is not None:
+            raw |= self.mixture.to_hf(family)
         if (original := (self.rope_scaling or {}).get("original_max_position_embeddings")) and (
             self.rope_scaling["rope_type"] == "longrope"
         ):
@@ -302,11 +312,11 @@ def _rope(raw: Raw, family: Family) -> dict[str, Any]:
     for name in ("rope_theta", "partial_rotary_factor"):
         value = rope.pop(name, None) or raw.get(words.get(name, name)) or family.defaults.get(name)
         if value is not None:
-            _check_positive(name, value)
+            check_positive(name, value)
             found[name] = float(value)
     if "rope_local_base_freq" in family.reads:
         value = (local or {}).get("rope_theta") or raw.get("rope_local_base_freq") or 10000.0
-        _check_positive("rope_local_base_freq", value)
+        check_positive("rope_local_base_freq", value)
         found["rope_local_base_freq"] = float(value)
     # configs of 2023 call it "type"; Phi-3's first ones called longrope "su", and "yarn"
     kind = rope.pop("type", None)
@@ -327,7 +337,7 @@ def _layers(raw: Raw, family: Family, fields: Mapping[str, Any]) -> dict[str, An
     layers = range(fields["num_hidden_layers"])
     found: dict[str, Any] = {}
     for name in ("max_window_layers", "no_rope_layer_interval", "sliding_window_pattern"):
-        if raw.get(name) is not None and not _is_integer(raw[name]):
+        if raw.get(name) is not None and not is_integer(raw[name]):
             raise ConfigError(f"{name}: expected an integer; got {raw[name]!r}")
     for name in _EACH_LAYER:
         if isinstance(fields.get(name), list):
@@ -353,17 +363,3 @@ def _check_each_layer(name: str, value: Any, count: int) -> None:
     for entry in value:
         if not isinstance(entry, type(one)) or entry not in (one, other):
             raise ConfigError(f"{name}: expected each {one!r} or {other!r}; got {entry!r}")
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check_size(name: str, value: Any) -> None:
-    if not _is_integer(value) or not 0 < value < 2**31:
-        raise ConfigError(f"{name}: expected a positive integer; got {value!r}")
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if not (_is_integer(value) or isinstance(value, float)) or not 0 < value < math.inf:
-        raise ConfigError(f"{name}: expected a positive number; got {value!r}")

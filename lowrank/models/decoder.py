@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from lowrank.errors import ShapeError
 from lowrank.models.blocks import make_block
 from lowrank.models.cache import KVCache
 from lowrank.models.config import DecoderConfig
+from lowrank.models.experts import Experts, Router, imbalance, watched_routers
 from lowrank.models.parts import Part, make_norm, part
 from lowrank.models.plan import make_plans
 from lowrank.nn.quant_embedding import QuantEmbedding
@@ -65,8 +68,9 @@ class Decoder(Part):
 
     def _initialise(self) -> None:
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if isinstance(module, nn.Linear | nn.Embedding | Router | Experts):
+                for parameter in module.parameters(recurse=False):
+                    nn.init.normal_(parameter, std=self.config.initializer_range)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
@@ -135,7 +139,8 @@ class Decoder(Part):
 
         labels [B, S] stand at their own token's position (the shift happens here); -100, and the
         first token of every example, ask for nothing, and where nothing is asked no logits are
-        formed.
+        formed. A mixture whose config has `output_router_logits` adds the imbalance of its experts,
+        times `router_aux_loss_coef` and the number of those tokens.
         """
         if labels.shape != input_ids.shape:
             raise ShapeError(
@@ -148,16 +153,23 @@ class Decoder(Part):
             target = target.masked_fill(F.pad(position_ids[:, 1:] == 0, (0, 1)), IGNORE)
         target = target.flatten()
         rows = (target != IGNORE).nonzero().flatten()
-        h = self._hidden(input_ids, attention_mask, position_ids, None, rows[None])
-        x, target = self.body.norm(h.flatten(0, 1)), target.index_select(0, rows)  # [T, H], [T]
-        cap = self.config.final_logit_softcapping
-        if copies is None:
-            return _head_loss(self.lm_head, x, target, label_smoothing, cap)
-        if len(target) % copies:
+        mixture = self.config.mixture
+        balanced = mixture is not None and mixture.output_router_logits
+        with watched_routers(self) if balanced else nullcontext([]) as routed:
+            wanted = None if balanced else rows[None]  # all tokens count where experts are chosen
+            h = self._hidden(input_ids, attention_mask, position_ids, None, wanted)
+        h = h.flatten(0, 1).index_select(0, rows) if balanced else h.flatten(0, 1)
+        x, target = self.body.norm(h), target.index_select(0, rows)  # [T, H], [T]
+        cap, n = self.config.final_logit_softcapping, copies or 1
+        if len(target) % n:
             raise ShapeError(f"copies: expected a batch repeated {copies} times; it is not")
-        parts = zip(x.chunk(copies), target.chunk(copies), strict=True)
+        parts = zip(x.chunk(n), target.chunk(n), strict=True)
         losses = [_head_loss(self.lm_head, *part, label_smoothing, cap) for part in parts]
-        return torch.stack(losses)
+        if balanced:
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            aux = mixture.router_aux_loss_coef * imbalance(routed, mask.flatten().float(), n)
+            losses = [loss + len(target) / n * one for loss, one in zip(losses, aux, strict=True)]
+        return torch.stack(losses) if copies else losses[0]
 
     def _hidden(
         self,

@@ -6,35 +6,38 @@ them all, whether the weights [E, N, K] are dense, quantized, or have adapters.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lowrank.models.layers import ACTIVATIONS, activate
+from lowrank.models.mixture_config import MixtureConfig
 from lowrank.nn.grouped import grouped_mm
 
 
 class Router(nn.Module):
     """Which experts a token goes to, and the share each has in the sum: the largest probabilities.
 
-    x [T, H] -> shares float32 [T, k] and experts [T, k], largest first. With `normalised` the
-    shares of a token add up to 1.   Shazeer et al., arXiv:1701.06538, §2.1.
+    x [T, H] -> shares [T, k] and experts [T, k], largest first, and the probabilities [T, E] of
+    all; floats are float32. With `normalised` the shares of a token add up to 1.
+    Shazeer et al., arXiv:1701.06538, §2.1.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int, top_k: int, normalised: bool) -> None:
+    def __init__(self, hidden_size: int, config: MixtureConfig) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
-        self.top_k, self.normalised = top_k, normalised
+        self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size))
+        self.top_k, self.normalised = config.num_experts_per_tok, config.norm_topk_prob
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        shares, experts = self.probabilities(x).topk(self.top_k, dim=-1)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        probabilities = F.linear(x, self.weight).softmax(dim=-1, dtype=torch.float32)
+        shares, experts = probabilities.topk(self.top_k, dim=-1)
         if self.normalised:
             shares = shares / shares.sum(-1, keepdim=True)
-        return shares, experts
-
-    def probabilities(self, x: Tensor) -> Tensor:
-        """Of every expert, float32 [T, E]."""
-        return F.linear(x, self.weight).softmax(dim=-1, dtype=torch.float32)
+        return shares, experts, probabilities
 
     def extra_repr(self) -> str:
         return f"{list(self.weight.shape)}, top_k={self.top_k}, normalised={self.normalised}"
@@ -47,15 +50,16 @@ class Experts(nn.Module):
     out multiplied by its share.
     """
 
-    def __init__(self, hidden_size: int, intermediate_size: int, num_experts: int) -> None:
+    def __init__(self, hidden_size: int, activation: str, config: MixtureConfig) -> None:
         super().__init__()
-        E, H, I = num_experts, hidden_size, intermediate_size  # noqa: E741
+        E, H, I = config.num_experts, hidden_size, config.moe_intermediate_size  # noqa: E741
+        self.activation = activation
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * I, H))
         self.down_proj = nn.Parameter(torch.empty(E, H, I))
 
     def forward(self, x: Tensor, shares: Tensor, offs: Tensor) -> Tensor:
         gate_up = grouped_mm(x, self.gate_up_proj.transpose(-2, -1), offs=offs)
-        y = _SharedSwiGLU.apply(gate_up, shares)
+        y = _SharedGated.apply(self.activation, gate_up, shares)
         return grouped_mm(y, self.down_proj.transpose(-2, -1), offs=offs)
 
 
@@ -65,21 +69,14 @@ class Mixture(nn.Module):
     Jiang et al., arXiv:2401.04088, eq. 1.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        intermediate_size: int,
-        num_experts: int,
-        top_k: int,
-        normalised: bool,
-    ) -> None:
+    def __init__(self, hidden_size: int, activation: str, config: MixtureConfig) -> None:
         super().__init__()
-        self.gate = Router(hidden_size, num_experts, top_k, normalised)
-        self.experts = Experts(hidden_size, intermediate_size, num_experts)
+        self.gate = Router(hidden_size, config)
+        self.experts = Experts(hidden_size, activation, config)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)  # [T, H]
-        shares, experts = self.gate(rows)
+        shares, experts, _ = self.gate(rows)
         k, E = experts.shape[-1], len(self.gate.weight)
         sorted_experts, order = experts.flatten().sort(stable=True)  # [T k]
         offs = torch.searchsorted(sorted_experts, torch.arange(E, device=x.device), right=True)
@@ -88,6 +85,42 @@ class Mixture(nn.Module):
         of = order // k  # the token of each row
         y = self.experts(_Spread.apply(rows, of, place), shares.flatten()[order], offs.cpu())
         return _Collect.apply(y, of, place, len(rows)).view(x.shape)
+
+
+Routed = list[tuple[Tensor, Tensor, Tensor]]  # what each router of a forward gave
+
+
+@contextmanager
+def watched_routers(model: nn.Module) -> Iterator[Routed]:
+    """Within it, what the routers give is gathered in the list, in order of layers."""
+    found: Routed = []
+    routers = (module for module in model.modules() if isinstance(module, Router))
+    hooks = [
+        router.register_forward_hook(lambda _module, _x, given: found.append(given))
+        for router in routers
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def imbalance(routed: Routed, counts: Tensor, copies: int = 1) -> Tensor:
+    """E Σ_e f_e P_e, which is least, k, where all E experts are chosen alike: float32 [copies].
+
+    f_e is the number of times e is chosen for a token, P_e its mean probability, both over the
+    tokens of all layers for which counts [T] is 1 and not 0; one for each of `copies` of a batch.
+    Fedus et al., arXiv:2101.03961, eq. 4 to 6.
+    """
+    chosen, probable = [], []
+    for _, experts, probabilities in routed:
+        ones = torch.zeros_like(probabilities).scatter_(1, experts, 1.0)
+        for sums, each in ((chosen, ones), (probable, probabilities)):
+            sums.append((each * counts[:, None]).unflatten(0, (copies, -1)).sum(1))
+    tokens = len(routed) * counts.view(copies, -1).sum(1, keepdim=True)
+    f, P = (torch.stack(sums).sum(0) / tokens for sums in (chosen, probable))  # [copies, E]
+    return f.shape[1] * (f * P).sum(1)
 
 
 class _Spread(torch.autograd.Function):
@@ -127,25 +160,27 @@ def _sum(y: Tensor, place: Tensor, T: int) -> Tensor:
     return y.index_select(0, place).view(T, -1, y.shape[-1]).sum(1)
 
 
-class _SharedSwiGLU(torch.autograd.Function):
-    """silu(gate) * up * share, gate_up [M, 2 I] and shares [M], keeping only these two.
+class _SharedGated(torch.autograd.Function):
+    """act(gate) * up * share, gate_up [M, 2 I] and shares [M], keeping only these two.
 
     A share counts before the last product as after it, where all of that would have to be kept.
     """
 
     @staticmethod
-    def forward(ctx, gate_up: Tensor, shares: Tensor) -> Tensor:
+    def forward(ctx, activation: str, gate_up: Tensor, shares: Tensor) -> Tensor:
+        ctx.activation = activation
         ctx.save_for_backward(gate_up, shares)
         gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up).mul_(shares[:, None])
+        return activate(activation, gate).mul_(up).mul_(shares[:, None])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         gate_up, shares = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
-        silu = F.silu(gate)
-        dshares = (silu * up).mul_(dy).sum(-1, dtype=shares.dtype)
+        act, act_backward = ACTIVATIONS[ctx.activation]
+        activated = act(gate)
+        dshares = (activated * up).mul_(dy).sum(-1, dtype=shares.dtype)
         dy = dy * shares[:, None].to(dy.dtype)
-        dgate = torch.ops.aten.silu_backward(dy * up, gate)
-        return torch.cat([dgate, silu.mul_(dy)], dim=-1), dshares
+        dgate = act_backward(dy * up, gate)
+        return None, torch.cat([dgate, activated.mul_(dy)], dim=-1), dshares

@@ -66,6 +66,10 @@ class Family:
     scaled_embedding: bool = False  # embeddings times sqrt(hidden_size)
     learned_positions: bool = False  # instead of rotary ones
     head_bias: bool = False
+    # of layers with experts: fields of `config.json` and what they are where it does not say; and
+    # what its checkpoints call the mixture, and an expert's gate, up and down
+    mixture: Mapping[str, Any] = field(default_factory=dict)
+    expert_files: tuple[str, str, str, str] = ("mlp", "gate_proj", "up_proj", "down_proj")
 
     @cached_property
     def names(self) -> Mapping[str, str]:
@@ -101,6 +105,7 @@ def layers_without_rotation(raw: Raw, layer: int) -> bool:
 
 _WINDOWS = ("sliding_window", "layer_types")
 _LLAMA_BIASES = ("attention_bias", "mlp_bias")
+_BALANCE = {"output_router_logits": False, "router_aux_loss_coef": 0.001}
 
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", reads=_LLAMA_BIASES),
@@ -140,6 +145,38 @@ FAMILIES = {
         slides=every_layer,
         qkv="joined",
         mlp="joined",
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        reads=("sliding_window",),
+        words={"num_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size"},
+        defaults={"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
+        slides=every_layer,
+        mixture={
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 14336,
+            "norm_topk_prob": True,
+            **_BALANCE,
+        },
+        expert_files=("block_sparse_moe", "w1", "w3", "w2"),
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        reads=("attention_bias", "sliding_window"),
+        defaults={"sliding_window": 4096, "num_key_value_heads": 4},
+        slides=every_layer,
+        window_is_optional=True,
+        qk_norm=True,
+        mixture={
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": False,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": (),
+            **_BALANCE,
+        },
     ),
 }
 

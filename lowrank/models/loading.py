@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,14 @@ from lowrank.io.quantized import (
 from lowrank.io.shards import Shards, Tensors
 from lowrank.models.config import DecoderConfig
 from lowrank.models.decoder import Decoder
+from lowrank.models.expert_files import in_files, read_rows
+from lowrank.models.experts import Experts
 from lowrank.models.gguf import GGUFModel
 from lowrank.models.hf import HFDirectory
 from lowrank.models.origin import Origin, origin_of
 from lowrank.models.quantization_config import QuantizationConfig
 from lowrank.nn.quant_embedding import QuantEmbedding
+from lowrank.nn.quant_experts import QuantExperts, replace_parameter
 from lowrank.nn.quant_linear import QuantLinear
 from lowrank.nn.quant_weight import QuantWeight, resolve
 from lowrank.ops.checks import check_float
@@ -106,30 +109,36 @@ def load_model(
     quantized = quantized_modules(weights.shapes)
     _check_quantized(model, weights, quantized, quantizer, source)
     _check_names(model, weights, quantized, source)
-    check_each_matches(model, [name for name in skip if name != "lm_head"], "skip")
+    holders = _holders(model)
+    own = {holder.name for holder in holders}
+    unknown = [s for s in skip if s != "lm_head" and not any(matches(name, [s]) for name in own)]
+    check_each_matches(model, unknown, "skip")
     if compute_dtype is None and weights.quantization is not None:
         compute_dtype = weights.quantization.compute_dtype
-    holders = _holders(model)
-    kinds = (nn.Linear, nn.Embedding) if embeddings else nn.Linear
+    kinds = (nn.Linear, Experts, nn.Embedding) if embeddings else (nn.Linear, Experts)
     to_quantize = {
-        name
-        for name, module in holders
-        if quantizer is not None and isinstance(module, kinds) and not matches(name, skip)
+        holder.name
+        for holder in holders
+        if quantizer is not None and isinstance(holder.module, kinds)
+        if not matches(holder.name, skip) and not matches(holder.module_name, skip)
     }
 
-    def put(holder: tuple[str, nn.Module], tensors: dict[str, Tensor]) -> None:
-        name, module = holder
+    def put(holder: Holder, tensors: dict[str, Tensor]) -> None:
+        name, module = holder.name, holder.module
         tensors = {leaf: tensor.to(device) for leaf, tensor in tensors.items()}
         if name in quantized:
-            layer = _prequantized(module, tensors, dtype, compute_dtype, name, source)
+            layer = _prequantized(holder, tensors, dtype, compute_dtype, source)
         elif name in to_quantize:
-            layer = _quantized(name, module, tensors, quantizer, dtype, compute_dtype)
+            layer = _quantized(holder, tensors, quantizer, dtype, compute_dtype)
         else:
             for leaf, tensor in tensors.items():
                 setattr(module, leaf, nn.Parameter(tensor.to(dtype)))
             return
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
+        if isinstance(module, Experts):
+            replace_parameter(module, child, layer)
+        else:
+            setattr(model.get_submodule(parent), child, layer)
 
     read = partial(_read, weights, quantized, to_quantize, Reused(), source)
     read_ahead(bar(f"loading {Path(source).name}", holders), read, put)
@@ -179,28 +188,49 @@ def _open(origin: Origin, directory: type[_Directory], token: str | None) -> _Di
     raise ConfigError(error)
 
 
-def _holders(model: Decoder) -> list[tuple[str, nn.Module]]:
-    """Modules that hold parameters of their own; a tied head holds none."""
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if any(True for _ in module.parameters(recurse=False))
-        and not (name == "lm_head" and model.config.tie_word_embeddings)
-    ]
+class Holder(NamedTuple):
+    """Parameters that are read together: those of a module, or the weights of experts alone.
+
+    `name` is that of the module, or of the weights; `leaves` are their names in the module.
+    """
+
+    name: str
+    module_name: str
+    module: nn.Module
+    leaves: tuple[str, ...]
+
+    def names(self) -> dict[str, str]:
+        """Each leaf and its name in the model."""
+        return {leaf: join(self.module_name, leaf) for leaf in self.leaves}
+
+
+def _holders(model: Decoder) -> list[Holder]:
+    """All that holds parameters of its own; a tied head holds none."""
+    found = []
+    for name, module in model.named_modules():
+        leaves = tuple(leaf for leaf, _ in module.named_parameters(recurse=False))
+        if isinstance(module, Experts):
+            found += [Holder(join(name, leaf), name, module, (leaf,)) for leaf in leaves]
+        elif leaves and not (name == "lm_head" and model.config.tie_word_embeddings):
+            found.append(Holder(name, name, module, leaves))
+    return found
 
 
 def _quantized(
-    name: str,
-    module: nn.Module,
+    holder: Holder,
     fill: Mapping[str, Tensor],
     quantizer: Quantizer,
     dtype: torch.dtype,
     compute_dtype: torch.dtype | None,
 ) -> QuantWeight:
-    weight = fill["weight"]
+    name, module = holder.name, holder.module
     try:
+        if isinstance(module, Experts):
+            layer = QuantExperts(*fill.values(), quantizer, compute_dtype=compute_dtype)
+            layer.storage = replace(layer.storage, dtype=dtype)
+            return layer
         # from the file's own precision; `dtype` is what the weight would be, were it dequantized
-        storage = replace(quantizer.quantize(weight), dtype=dtype)
+        storage = replace(quantizer.quantize(fill["weight"]), dtype=dtype)
     except (WeightError, DtypeError) as error:
         raise type(error)(f"{name}.{error}") from error
     if isinstance(module, nn.Embedding):
@@ -210,20 +240,23 @@ def _quantized(
 
 
 def _prequantized(
-    module: nn.Module,
+    holder: Holder,
     own: dict[str, Tensor],
     dtype: torch.dtype,
     compute_dtype: torch.dtype | None,
-    name: str,
     source: str | Path,
 ) -> QuantWeight:
     """The layer that the files hold quantized, its codes and scales as they are."""
-    layer = quantized_twin(module, name, source)
+    module = holder.module
+    if isinstance(module, Experts):
+        layer = QuantExperts(module.get_parameter(*holder.leaves))
+    else:
+        layer = quantized_twin(module, holder.name, source)
     if "bias" in own:
         own["bias"] = own["bias"].to(dtype)
-    load_layer(layer, own, source, name)
+    load_layer(layer, own, source, holder.name)
     layer.storage = replace(layer.storage, dtype=dtype)
-    if isinstance(layer, QuantLinear):
+    if isinstance(layer, QuantLinear | QuantExperts):
         layer.compute_dtype = compute_dtype
     return layer
 
@@ -234,21 +267,21 @@ def _read(
     to_quantize: Set[str],
     reused: Reused,
     source: str | Path,
-    holder: tuple[str, nn.Module],
+    holder: Holder,
 ) -> dict[str, Tensor]:
-    """The tensors of one module, by their names in it; a weight that will be quantized in `reused`
-    memory.
-    """
-    name, module = holder
-    if name in quantized:
-        return {leaf: weights.read(join(name, leaf)) for leaf in quantized[name].names}
+    """The tensors of a holder by leaf; a weight that will be quantized in `reused` memory."""
+    if holder.name in quantized:
+        names = quantized[holder.name].names
+        return {leaf: weights.read(join(holder.name, leaf)) for leaf in names}
     tensors = {}
-    for leaf, _ in module.named_parameters(recurse=False):
-        passes = name in to_quantize and leaf == "weight"  # a bias stays
+    for leaf, name in holder.names().items():
+        passes = holder.name in to_quantize and leaf != "bias"  # which stays
+        shape = tuple(holder.module.get_parameter(leaf).shape)
+        parts = in_files(weights.config.family, name, shape, weights.shapes)
         empty = reused.empty if passes else empty_bytes
-        tensor = tensors[leaf] = weights.read(f"{name}.{leaf}", empty)
+        tensor = tensors[leaf] = read_rows(weights.read, list(parts), shape, empty)
         if not tensor.is_floating_point():
-            raise FileFormatError(f"{source}: {name}.{leaf}: expected floats; got {tensor.dtype}")
+            raise FileFormatError(f"{source}: {name}: expected floats; got {tensor.dtype}")
     return tensors
 
 
@@ -282,7 +315,7 @@ def _check_quantized(
             f"quantizer: expected None for {source}, which is quantized already, {config.format}; "
             "leave it out, or load the model that it was made from"
         )
-    linears = [name for name, module in _holders(model) if isinstance(module, nn.Linear)]
+    linears = [h.name for h in _holders(model) if isinstance(h.module, nn.Linear)]
     try:
         config.check(linears, quantized)
     except ConfigError as error:
@@ -295,13 +328,18 @@ def _check_names(
     expected = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     found = dict(weights.shapes)
     for module, tensors in quantized.items():
-        if expected.pop(f"{module}.weight", None) is not None:  # the layer itself checks its own
-            expected.pop(f"{module}.bias", None)
+        own = [name for name in (module, f"{module}.weight") if name in expected]
+        if own:  # the layer itself checks its own
+            for name in (*own, f"{module}.bias"):
+                expected.pop(name, None)
             for name in tensors.names:
                 del found[join(module, name)]
+    family, parts = model.config.family, {}
+    for name, shape in expected.items():
+        parts |= in_files(family, name, shape, found)
     for name in list(found):
         # tied models may store the head again, and old ones the rotary frequencies
         tied = name == "lm_head.weight" and model.config.tie_word_embeddings
         if tied or name.endswith("rotary_emb.inv_freq"):
             del found[name]
-    check_shapes(expected, found, source)
+    check_shapes(parts, found, source)

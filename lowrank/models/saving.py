@@ -9,14 +9,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lowrank import quant
 from lowrank.errors import ConfigError, LowrankError, WeightError
 from lowrank.io.json_files import write_json
 from lowrank.io.quantized import join, state_tensors
 from lowrank.io.safetensors import Lazy
 from lowrank.io.shards import write_shards
 from lowrank.models.decoder import Decoder
+from lowrank.models.expert_files import in_files, write_rows
 from lowrank.models.quantization_config import bitsandbytes_config, lowrank_config
 from lowrank.nn.adapted import AdaptedLayer
+from lowrank.nn.quant_experts import QuantExperts
 from lowrank.nn.quant_linear import QuantLinear
 from lowrank.nn.quant_weight import QuantWeight, quant_weights
 from lowrank.quant import Storage, bitsandbytes
@@ -79,12 +82,14 @@ def _dense(model: Decoder, dtype: torch.dtype | None) -> tuple[Tensors, None]:
     tensors: Tensors = {}
     for name, module in quant_weights(model).items():
         kept = dtype or module.weight_dtype
-        make = partial(module.dequantize, kept)
-        tensors[f"{name}.weight"] = Lazy(kept, module.shape, make)
-    for name, parameter in _floats(model).items():
-        kept = dtype or parameter.dtype
-        tensors[name] = Lazy(kept, tuple(parameter.shape), partial(parameter.to, kept))
-    return tensors, None
+        if isinstance(module, QuantExperts):
+            names = in_files(model.config.family, name, tuple(module.shape))
+            rows = partial(quant.dequantize_rows, module.quantizer, module.storage, dtype=kept)
+            tensors |= write_rows(names, kept, rows)
+        else:
+            make = partial(module.dequantize, kept)
+            tensors[f"{name}.weight"] = Lazy(kept, module.shape, make)
+    return tensors | _floats(model, dtype), None
 
 
 def _lowrank(model: Decoder, _: None) -> tuple[Tensors, dict[str, Any]]:
@@ -116,9 +121,20 @@ def _bitsandbytes_tensor(layer: QuantLinear, key: str) -> Tensor:
     return bitsandbytes.write(layer.storage)[key]
 
 
-def _floats(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter but the storage of quantized layers, which is of integers."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.is_floating_point()}
+def _floats(model: Decoder, dtype: torch.dtype | None = None) -> Tensors:
+    """Every parameter but the integers of quantized layers, as files have it."""
+    tensors: Tensors = {}
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            parts = in_files(model.config.family, name, tuple(parameter.shape))
+            kept = dtype or parameter.dtype
+            tensors |= write_rows(parts, kept, partial(_rows, parameter.detach(), kept))
+    return tensors
+
+
+def _rows(tensor: Tensor, dtype: torch.dtype, start: int, stop: int) -> Tensor:
+    """Of a tensor [..., K], or of a vector, its rows one above the other."""
+    return tensor.flatten(0, max(tensor.dim() - 2, 0))[start:stop].to(dtype)
 
 
 _FORMATS = {"dense": _dense, "lowrank": _lowrank, "bitsandbytes": _bitsandbytes}

@@ -52,6 +52,27 @@ FAMILIES: dict[str, tuple[str, dict]] = {
             partial_rotary_factor=0.84,  # 10 of 12
         ),
     ),
+    "mixtral": (
+        "mixtral",
+        dict(num_local_experts=5, num_experts_per_tok=2, sliding_window=WINDOW),
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=20, mlp_only_layers=[1]),
+    ),
+    "qwen3_moe-window": (
+        "qwen3_moe",
+        dict(
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=24,
+            decoder_sparse_step=2,
+            norm_topk_prob=True,
+            head_dim=16,
+            use_sliding_window=True,
+            sliding_window=WINDOW,
+        ),
+    ),
 }
 
 
@@ -75,3 +96,19 @@ def pair(name: str, directory: Path, **options) -> tuple[Decoder, torch.nn.Modul
     oracle = make(name)
     oracle.save_pretrained(directory)
     return lowrank.load_model(directory, **options), oracle
+
+
+def targets(model: Decoder) -> dict:
+    """What an adapter's config targets: all there is. Weights of experts are parameters."""
+    if model.config.mixture is None:
+        return {"target_modules": "all-linear"}
+    return {
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+    }
+
+
+def peft_name(name: str) -> str:
+    """Of a tensor of ours, what PEFT calls it: on parameters, one adapter is around the other."""
+    name = name.replace("experts.gate_up_proj.lora", "experts.base_layer.lora")
+    return name.replace("experts.down_proj.lora", "experts.lora")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,11 @@ from torch import nn
 from torch.testing import assert_close
 
 import lowrank
-from lowrank.models.experts import Mixture
+from lowrank.models.decoder import Decoder
+from lowrank.models.experts import Mixture, Router, watched_routers
+from lowrank.models.mixture_config import MixtureConfig
 from lowrank.nn.quant_experts import QuantExperts
+from tests.models.helpers import TINY, tokens
 
 transformers = pytest.importorskip("transformers", reason="the oracle; pip install transformers")
 
@@ -48,7 +52,8 @@ def blocks(kind: str) -> tuple[Mixture, nn.Module]:
     oracle = make()
     for parameter in oracle.parameters():
         nn.init.normal_(parameter, std=0.3)
-    ours = Mixture(H, I, E, k, normalised)
+    config = MixtureConfig(E, k, I, normalised)
+    ours = Mixture(H, "silu", config)
     ours.load_state_dict(oracle.state_dict())
     return ours, oracle
 
@@ -153,3 +158,69 @@ def test_it_compiles_and_a_seed_repeats_every_bit():
     assert all(torch.equal(first[name], second[name]) for name in first)
     compiled = torch.compile(model, backend="eager")
     assert_close(compiled(x), model(x))
+
+
+MODELS = {
+    "mixtral": dict(num_local_experts=5, num_experts_per_tok=2),
+    "qwen3_moe": dict(
+        num_experts=6, num_experts_per_tok=3, moe_intermediate_size=20, mlp_only_layers=[1]
+    ),
+}
+
+
+def pair_with_imbalance(model_type: str, directory) -> tuple[Decoder, nn.Module]:
+    """Ours and transformers', whose configs ask for the loss of the routers."""
+    config = transformers.AutoConfig.for_model(
+        model_type,
+        **{**TINY, **MODELS[model_type], "num_hidden_layers": 3},
+        output_router_logits=True,
+        router_aux_loss_coef=0.7,
+    )
+    oracle = transformers.AutoModelForCausalLM.from_config(config).eval()
+    oracle.save_pretrained(directory)
+    return lowrank.load_model(directory), oracle
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("model_type", MODELS)
+def test_the_loss_of_routers_is_transformers(model_type, padded, tmp_path):
+    ours, oracle = pair_with_imbalance(model_type, tmp_path)
+    ids, mask = tokens(3, 40), torch.ones(3, 40, dtype=torch.long)
+    if padded:
+        mask[0, 25:], mask[2, 31:] = 0, 0
+    labels = torch.where(torch.rand(3, 40) < 0.4, -100, ids).masked_fill(mask == 0, -100)
+    theirs = oracle(ids, labels=labels, attention_mask=mask)
+    theirs.loss.backward()
+    count = (labels[:, 1:] != -100).sum()
+    for way in (False, True, "selective"):
+        ours.gradient_checkpointing = way
+        ours.zero_grad()
+        loss = ours.loss(ids, labels, attention_mask=mask) / count
+        assert_close(loss, theirs.loss, atol=1e-4, rtol=1e-4)
+        loss.backward()
+        for name, parameter in oracle.named_parameters():
+            got = ours.get_parameter(name).grad
+            assert_close(got, parameter.grad, atol=1e-4, rtol=1e-4, msg=lambda m, n=name: n + m)
+    ours.config = replace(
+        ours.config, mixture=replace(ours.config.mixture, output_router_logits=False)
+    )
+    plain = ours.loss(ids, labels, attention_mask=mask) / count
+    assert_close(loss - plain, 0.7 * theirs.aux_loss, atol=1e-4, rtol=1e-4)
+
+
+def test_copies_of_a_batch_have_each_their_own(tmp_path):
+    ours, _ = pair_with_imbalance("mixtral", tmp_path)
+    ids = tokens(2, 30)
+    both = ours.loss(ids.repeat(3, 1), ids.repeat(3, 1), copies=3)
+    assert both.shape == (3,)
+    assert_close(both, ours.loss(ids, ids).expand(3))
+
+
+def test_routers_are_watched_only_while_a_loss_is_computed(tmp_path):
+    ours, _ = pair_with_imbalance("mixtral", tmp_path)
+    routers = [module for module in ours.modules() if isinstance(module, Router)]
+    with watched_routers(ours) as found:
+        ours(tokens(1, 8))
+    assert len(found) == len(routers) == 3
+    ours(tokens(1, 8))
+    assert len(found) == 3
