@@ -64,8 +64,11 @@ class SafetensorsFile:
         self.path = Path(path)
         if not self.path.is_file():
             raise FileFormatError(f"{self.path}: no such file; fetch it again")
-        size = self.path.stat().st_size
-        with open(self.path, "rb") as file:
+        try:
+            size, file = self.path.stat().st_size, open(self.path, "rb")  # noqa: SIM115
+        except OSError as error:
+            raise FileFormatError(f"{self.path}: cannot be read: {error.strerror}") from error
+        with file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER):
                 raise FileFormatError(f"{self.path}: truncated or not safetensors; fetch it again")

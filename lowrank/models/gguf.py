@@ -1,29 +1,97 @@
-"""A GGUF file of the llama architecture as a decoder's config and tensors, under their HF names."""
+"""A GGUF file as a decoder's config and tensors, under their HF names: a row an architecture.
+
+What llama.cpp's converter changed on the way into the file is undone: the order of rows of queries
+and keys, the one that it adds to Gemma's norms, GPT-2's transposed matrices.
+"""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lowrank.errors import ConfigError, FileFormatError
 from lowrank.io.pages import Empty, empty_bytes
 from lowrank.models.config import DecoderConfig
+from lowrank.models.decoder import Decoder
+from lowrank.models.families import find_family
 from lowrank.models.gguf_file import GGUFFile
 
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_IN_BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+Undo = Callable[[Tensor, str, DecoderConfig], Tensor]  # (tensor, its HF name, config)
+
+# what every architecture says: key -> field
+_KEYS = {
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "block_count": "num_hidden_layers",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "context_length": "max_position_embeddings",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.layer_norm_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+}
+_NEEDED = ("embedding_length", "feed_forward_length", "block_count", "attention.head_count")
+_WINDOW = {"attention.sliding_window": "sliding_window"}
+_TOKENS = {"bos": "bos", "eos": "eos", "padding": "pad"}
+# tensors that are read with the config, or not at all
+_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
+
+
+def _unpermuted(tensor: Tensor, name: str, config: DecoderConfig) -> Tensor:
+    """Rows of q or k from GGUF's order, rotary pairs side by side, to HF's, halves of a head."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    of = heads.get(name.split(".")[-2])
+    if of is None:
+        return tensor
+    return tensor.unflatten(0, (of, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _without_one(tensor: Tensor, name: str, config: DecoderConfig) -> Tensor:
+    return tensor.sub_(1) if name.endswith("norm.weight") else tensor
+
+
+def _by_head(tensor: Tensor, name: str, config: DecoderConfig) -> Tensor:
+    """All queries, then all keys, all values: to those of each head in turn."""
+    if "query_key_value" not in name:
+        return tensor
+    return tensor.unflatten(0, (3, config.num_attention_heads, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def _transposed(tensor: Tensor, name: str, config: DecoderConfig) -> Tensor:
+    return tensor.t().contiguous() if _is_conv1d(name) else tensor
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A row: HF's `model_type`, the `keys` it has beside those of all, and what to `undo`."""
+
+    model_type: str
+    keys: Mapping[str, str] = field(default_factory=dict)
+    undo: Undo | None = None
+
+
+_CAPS = {f"{which}_logit_softcapping": f"{which}_logit_softcapping" for which in ("attn", "final")}
+ARCHITECTURES = {
+    "llama": Architecture("llama", undo=_unpermuted),  # Mistral's too
+    "smollm3": Architecture("smollm3", undo=_unpermuted),
+    "qwen2": Architecture("qwen2"),
+    "qwen3": Architecture("qwen3"),
+    "phi3": Architecture("phi3", _WINDOW),
+    "phi2": Architecture("phi"),
+    "gemma2": Architecture("gemma2", _WINDOW | _CAPS, _without_one),
+    "gemma3": Architecture(
+        "gemma3_text", _WINDOW | {"rope.freq_base_swa": "rope_local_base_freq"}, _without_one
+    ),
+    "gptneox": Architecture(
+        "gpt_neox", {"use_parallel_residual": "use_parallel_residual"}, _by_head
+    ),
+    "gpt2": Architecture("gpt2", undo=_transposed),
 }
 
 
@@ -35,84 +103,121 @@ class GGUFModel:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._file = GGUFFile(path)
-        self._names = {_hf_name(name): name for name in self._file.tensors}
-        self.shapes = {hf: self._file.tensors[name].shape for hf, name in self._names.items()}
         try:
-            self.config = _config(self._file, self.shapes)
+            name, self._row = _architecture(self._file.metadata)
+            self.config = _config(self._file, name, self._row)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
+        self._names = _names(self._file, name, self.config)
+        self.shapes = {hf: self._shape(hf) for hf in self._names}
 
     def read(self, name: str, empty: Empty = empty_bytes) -> Tensor:
-        """The tensor as float32 in Hugging Face's order of rows."""
+        """The tensor as float32, as Hugging Face's files have it."""
         tensor = self._file.read(self._names[name], empty)
-        if ".q_proj." in name:
-            return _unpermute(tensor, self.config.num_attention_heads)
-        if ".k_proj." in name:
-            return _unpermute(tensor, self.config.num_key_value_heads)
-        return tensor
+        undo = self._row.undo
+        return tensor if undo is None else undo(tensor, name, self.config)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        shape = self._file.tensors[self._names[name]].shape
+        return shape[::-1] if self._row.undo is _transposed and _is_conv1d(name) else shape
 
 
-def _hf_name(name: str) -> str:
-    """The HF name of a GGUF tensor; a name of no known part stays, and is then unexpected."""
-    part, _, leaf = name.rpartition(".")
-    if part in _TOP:
-        return f"{_TOP[part]}.{leaf}"
-    block = re.fullmatch(r"blk\.(\d+)\.(\w+)", part)
-    if block and block[2] in _IN_BLOCK:
-        return f"model.layers.{block[1]}.{_IN_BLOCK[block[2]]}.{leaf}"
-    return name
-
-
-def _config(file: GGUFFile, shapes: dict[str, tuple[int, ...]]) -> DecoderConfig:
-    metadata = file.metadata
-    architecture = metadata.get("general.architecture")
-    if architecture != "llama":
+def _architecture(metadata: Mapping[str, Any]) -> tuple[str, Architecture]:
+    name = metadata.get("general.architecture")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ConfigError(
-            f"expected GGUF architecture llama; got {architecture!r}; "
+            f"expected a GGUF architecture of {', '.join(ARCHITECTURES)}; got {name!r}; "
             "build it by its own code and adapt it with lowrank.inject(model, config)"
         )
-    if "rope_freqs.weight" in shapes:
-        raise ConfigError(
-            "rope_freqs: the scaled positions of Llama 3 are not read from GGUF; "
-            "load the Hugging Face checkpoint"
-        )
-    embedding = shapes.get("model.embed_tokens.weight")
-    if embedding is None:
+    return name, ARCHITECTURES[name]
+
+
+def _config(file: GGUFFile, name: str, row: Architecture) -> DecoderConfig:
+    """The config that the file's metadata and the names of its tensors tell."""
+    metadata, tensors = file.metadata, file.tensors
+    for key in _NEEDED:
+        if not isinstance(value := metadata.get(f"{name}.{key}"), int):
+            raise FileFormatError(f"{file.path}: {name}.{key}: expected int; got {value!r}")
+    if "token_embd.weight" not in tensors:
         raise FileFormatError(f"{file.path}: token_embd.weight missing")
-    hidden, heads = _need(file, "embedding_length", int), _need(file, "attention.head_count", int)
-    scaling = metadata.get("llama.rope.scaling.type", "none")
-    return DecoderConfig(
-        vocab_size=embedding[0],
-        hidden_size=hidden,
-        intermediate_size=_need(file, "feed_forward_length", int),
-        num_hidden_layers=_need(file, "block_count", int),
-        num_attention_heads=heads,
-        num_key_value_heads=metadata.get("llama.attention.head_count_kv", heads),
-        head_dim=metadata.get("llama.attention.key_length") or hidden // max(heads, 1),
-        max_position_embeddings=_need(file, "context_length", int),
-        # stored as float32: 1e-05 comes back as 9.999999747e-06
-        rms_norm_eps=float(f"{_need(file, 'attention.layer_norm_rms_epsilon', float):.6g}"),
-        rope_theta=metadata.get("llama.rope.freq_base", 10000.0),
-        rope_scaling=None
-        if scaling == "none"
-        else {"rope_type": scaling, "factor": metadata.get("llama.rope.scaling.factor")},
-        tie_word_embeddings="lm_head.weight" not in shapes,
-        attention_bias="model.layers.0.self_attn.q_proj.bias" in shapes,
-        mlp_bias="model.layers.0.mlp.up_proj.bias" in shapes,
-        bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
-        eos_token_id=metadata.get("tokenizer.ggml.eos_token_id"),
-        pad_token_id=metadata.get("tokenizer.ggml.padding_token_id"),
+    last = f"blk.{metadata[f'{name}.block_count'] - 1}."
+    if not any(tensor.startswith(last) for tensor in tensors):
+        raise FileFormatError(
+            f"{file.path}: missing tensors: {last}*, of the last layer by {name}.block_count"
+        )
+    fields: dict[str, Any] = {
+        "vocab_size": tensors["token_embd.weight"].shape[0],
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "attention_bias": any(f"blk.0.attn_{q}.bias" in tensors for q in ("q", "qkv")),
+        "mlp_bias": "blk.0.ffn_up.bias" in tensors,
+    }
+    for key, of in {**_KEYS, **row.keys}.items():
+        if (value := metadata.get(f"{name}.{key}")) is not None:
+            # stored as float32: 1e-05 comes back as 9.999999747e-06
+            fields[of] = float(f"{value:.7g}") if isinstance(value, float) else value
+    for theirs, ours in _TOKENS.items():
+        fields[f"{ours}_token_id"] = metadata.get(f"tokenizer.ggml.{theirs}_token_id")
+    if not fields.get("sliding_window"):  # 0 is Phi-4's word for none
+        fields["sliding_window"] = None
+    heads = max(fields["num_attention_heads"], 1)
+    width = fields.get("head_dim") or fields["hidden_size"] // heads
+    turned = metadata.get(f"{name}.rope.dimension_count")
+    if isinstance(turned, int) and isinstance(width, int) and 0 < turned < width:
+        fields["partial_rotary_factor"] = turned / width
+    if row.model_type.startswith("gemma"):
+        # which llama.cpp, too, tells by the number of layers: the 27B ones differ
+        large = fields["num_hidden_layers"] in (46, 62)
+        fields["query_pre_attn_scalar"] = fields["hidden_size"] // heads if large else width
+    family = find_family(row.model_type)
+    raw = {family.words.get(word, word): value for word, value in fields.items()}
+    scaling = _rope_scaling(file, name, fields)
+    return DecoderConfig.from_hf({"model_type": row.model_type, "rope_scaling": scaling, **raw})
+
+
+def _rope_scaling(file: GGUFFile, name: str, fields: Mapping[str, Any]) -> dict[str, Any] | None:
+    """As in a config.json."""
+
+    def said(key: str) -> Any:
+        return file.metadata.get(f"{name}.rope.scaling.{key}")
+
+    original = said("original_context_length") or fields.get("max_position_embeddings")
+    own, short, long = (
+        file.read(tensor).flatten().tolist() if tensor in file.tensors else None
+        for tensor in _FACTORS
     )
+    if own is not None:  # Llama 3's scaling, worked out: each frequency has a divisor
+        short, long = own, own
+    if short is not None and long is not None:
+        length = 1.0 if own is not None else said("attn_factor")
+        return {
+            "rope_type": "longrope",
+            "short_factor": short,
+            "long_factor": long,
+            "original_max_position_embeddings": original,
+            **({} if length is None else {"attention_factor": length}),
+        }
+    kind = said("type")
+    if kind in (None, "none"):
+        return None
+    scaling = {"rope_type": kind, "factor": said("factor")}
+    return scaling | ({"original_max_position_embeddings": original} if kind == "yarn" else {})
 
 
-def _need(file: GGUFFile, key: str, kind: type) -> Any:
-    value = file.metadata.get(f"llama.{key}")
-    if not isinstance(value, kind):
-        raise FileFormatError(f"{file.path}: llama.{key}: expected {kind.__name__}; got {value!r}")
-    return value
+def _names(file: GGUFFile, architecture: str, config: DecoderConfig) -> dict[str, str]:
+    """HF name -> the file's; what has no place in such a model stays, and is then unexpected."""
+    import gguf
+
+    archs = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+    table = gguf.get_tensor_name_map(archs[architecture], config.num_hidden_layers)
+    with torch.device("meta"):
+        model = Decoder(config)
+    theirs = {
+        name: table.get_name(name, (".weight", ".bias")) for name, _ in model.named_parameters()
+    }
+    names = {hf: name for hf, name in theirs.items() if name in file.tensors}
+    taken = {*names.values(), *_FACTORS}
+    return names | {name: name for name in file.tensors if name not in taken}
 
 
-def _unpermute(tensor: Tensor, heads: int) -> Tensor:
-    """Rows of q or k from GGUF's order, rotary pairs side by side, to HF's, halves of a head."""
-    pairs = tensor.view(heads, -1, 2, *tensor.shape[1:])
-    return pairs.transpose(1, 2).reshape(tensor.shape)
+def _is_conv1d(name: str) -> bool:
+    return name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))

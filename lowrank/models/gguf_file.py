@@ -68,6 +68,8 @@ class GGUFFile:
                 mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view,
             ):
                 self.metadata, self.tensors = self._parse(_Cursor(view))
+        except OSError as error:
+            raise FileFormatError(f"{self.path}: cannot be read: {error.strerror}") from error
         except (struct.error, ValueError, OverflowError) as error:
             if isinstance(error, FileFormatError):
                 raise
@@ -97,9 +99,13 @@ class GGUFFile:
                     raise FileFormatError(f"{self.path}: {name} ends early; the file has changed")
                 codes = np.frombuffer(raw, np.uint8).reshape(len(part), info.row_bytes)
                 try:
-                    part[:] = dequantize(codes, GGMLQuantizationType(info.kind))
+                    with np.errstate(all="ignore"):  # a scale of infinity is the file's own
+                        part[:] = dequantize(codes, GGMLQuantizationType(info.kind))
                 except NotImplementedError as error:
-                    raise FileFormatError(f"{self.path}: {name}: {error}") from error
+                    raise FileFormatError(
+                        f"{self.path}: {name}: the gguf package cannot decode {self.kind(name)}; "
+                        "quantize the model to another type, or get a newer gguf"
+                    ) from error
         return out
 
     def _parse(self, cursor: _Cursor) -> tuple[dict[str, Any], dict[str, TensorInfo]]:

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 import lowrank
 from lowrank import quant
-from tests.models.helpers import llama, write_gguf
+from tests.models.gguf_models import write_gguf
+from tests.models.helpers import llama
 
 FILES = {"report.md", "report.json", "error.png", "layers.png"}
 

@@ -76,11 +76,15 @@ FAMILIES: dict[str, tuple[str, dict]] = {
 }
 
 
-def make(name: str) -> torch.nn.Module:
-    """transformers' model, random, biases and norms included."""
+def make(name: str, **other: object) -> torch.nn.Module:
+    """transformers' model, random, biases and norms included.
+
+    With `other`, that is what its config.json says beside BASE.
+    """
     import transformers
 
-    model_type, changes = FAMILIES[name]
+    model_type, changes = FAMILIES[name] if name in FAMILIES else (name.split("-")[0], {})
+    changes = other or changes
     config = transformers.AutoConfig.for_model(model_type, **{**BASE, **changes})
     # of the ways to attend, the one that has all that families want
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")

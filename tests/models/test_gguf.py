@@ -1,5 +1,6 @@
 """GGUF files made by the gguf package's own writer, whole and broken."""
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -7,10 +8,12 @@ from torch.testing import assert_close
 import lowrank
 from lowrank.errors import ConfigError, FileFormatError
 from lowrank.models.gguf_file import GGUFFile
-from tests.models.helpers import llama, tokens, write_gguf
+from tests.models.families import make
+from tests.models.gguf_models import write_gguf
+from tests.models.helpers import llama, tokens
 
 gguf = pytest.importorskip("gguf", reason="the writer and oracle; pip install gguf")
-pytest.importorskip("transformers", reason="the oracle; pip install transformers")
+transformers = pytest.importorskip("transformers", reason="the oracle; pip install transformers")
 
 
 def dequantized(model, kind):
@@ -23,8 +26,10 @@ def dequantized(model, kind):
     return model
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
-@pytest.mark.parametrize("tied", [True, False])
+KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
+
+
+@pytest.mark.parametrize(("kind", "tied"), [(kind, i % 2 > 0) for i, kind in enumerate(KINDS)])
 def test_logits_equal_transformers_on_the_same_values(tmp_path, kind, tied):
     oracle = llama(tie_word_embeddings=tied, rope_theta=50000.0, rms_norm_eps=1e-5)
     write_gguf(tmp_path / "m.gguf", oracle, kind)
@@ -37,10 +42,108 @@ def test_logits_equal_transformers_on_the_same_values(tmp_path, kind, tied):
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
 
 
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.5, 2.0, 3.0, 3.5],
+    "long_factor": [1.5, 2.0, 4.0, 6.0, 9.0, 9.5],
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+# what transformers' config says of a tiny model; windows and biases as GGUF can have them
+ARCHITECTURES = {
+    "llama": {},
+    "llama-3": {"rope_parameters": {"rope_theta": 5e5, **LLAMA3}},
+    "mistral": {"sliding_window": None, "head_dim": 10},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen2-yarn": {"rope_parameters": {"rope_theta": 1e6, **YARN}},
+    "qwen3": {"head_dim": 16},
+    "smollm3": {"num_hidden_layers": 5},
+    "phi3": {"sliding_window": 16},
+    "phi3-longrope": {
+        "rope_scaling": LONG_ROPE,
+        "original_max_position_embeddings": 32,
+        "sliding_window": None,
+    },
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_gives_the_logits_of_what_it_was_made_from(tmp_path, name):
+    oracle = make(name, **ARCHITECTURES[name])
+    write_gguf(tmp_path / "m.gguf", oracle)
+    model = lowrank.load_model(tmp_path / "m.gguf")
+    ids = tokens(2, 50)
+    with torch.no_grad():
+        assert_close(model(ids), oracle(ids).logits, atol=1e-4, rtol=1e-4)
+    scaled = {"llama-3": "longrope", "qwen2-yarn": "yarn", "phi3-longrope": "longrope"}.get(name)
+    assert (model.config.rope_scaling or {}).get("rope_type") == scaled
+    # and what is saved of it is a model of that family
+    lowrank.save_model(model, tmp_path / "saved")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        assert_close(again(ids).logits, oracle(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def readable_types():
+    """Every type of matrices that the gguf package can decode."""
+    names = []
+    for kind in gguf.GGMLQuantizationType:
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        try:
+            gguf.quants.dequantize(np.zeros((1, size), np.uint8), kind)
+        except NotImplementedError:
+            continue
+        names.append(kind.name)
+    return names
+
+
+def write_codes(path, kind, rows, n_blocks, architecture="llama"):
+    """A file with one matrix of random codes; returns them, [rows, bytes]."""
+    size = gguf.GGML_QUANT_SIZES[kind][1]
+    codes = torch.randint(0, 256, (rows, n_blocks * size), dtype=torch.uint8).numpy()
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_tensor("token_embd.weight", codes, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return codes
+
+
+@pytest.mark.parametrize("kind", readable_types())
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # random codes have infinite scales
+def test_every_type_is_read_in_pieces_as_the_gguf_package_decodes_it_whole(tmp_path, kind):
+    kind = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    n_blocks = max(1, 1030 // block)
+    rows = 2 * 2**18 // (n_blocks * size) + 7  # the third piece is short
+    codes = write_codes(tmp_path / "m.gguf", kind, rows, n_blocks)
+    ours = GGUFFile(tmp_path / "m.gguf").read("token_embd.weight")
+    expected = gguf.quants.dequantize(codes, kind)
+    assert ours.shape == (rows, n_blocks * block)
+    assert_close(ours, torch.tensor(expected), atol=0, rtol=0, equal_nan=True)
+
+
+def test_the_types_that_are_read():
+    kinds = {"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"}
+    assert kinds | {f"Q{n}_K" for n in range(2, 7)} <= set(readable_types())
+
+
+def test_a_type_that_cannot_be_decoded_is_named(tmp_path):
+    write_codes(tmp_path / "m.gguf", gguf.GGMLQuantizationType.Q8_1, 4, 3)
+    with pytest.raises(FileFormatError, match=r"token_embd\.weight: .* cannot decode Q8_1"):
+        GGUFFile(tmp_path / "m.gguf").read("token_embd.weight")
+
+
 def test_linear_positions_and_quantization(tmp_path):
     oracle = llama(rope_scaling={"rope_type": "linear", "factor": 4.0})
-    scaling = {"rope_scaling_type": gguf.RopeScalingType.LINEAR, "rope_scaling_factor": 4.0}
-    write_gguf(tmp_path / "m.gguf", oracle, **scaling)
+    write_gguf(tmp_path / "m.gguf", oracle)
     ids = tokens(1, 60)
     model = lowrank.load_model(str(tmp_path / "m.gguf"))
     assert_close(model(ids), oracle(ids).logits, atol=1e-4, rtol=1e-4)
@@ -90,7 +193,7 @@ def test_random_damage_to_the_header_never_escapes_as_another_error(tmp_path):
 @pytest.mark.parametrize(
     ("metadata", "says"),
     [
-        ({"block_count": 2**31 - 1}, "missing tensors: model.layers.2147483646"),
+        ({"block_count": 2**31 - 1}, "missing tensors: blk.2147483646"),
         ({"rope_freq_base": float("nan")}, "rope_theta: expected a positive number; got nan"),
         ({"layer_norm_rms_eps": float("inf")}, "rms_norm_eps: expected a positive number; got inf"),
         ({"head_count": 0}, "num_attention_heads: expected a positive integer; got 0"),
@@ -104,13 +207,8 @@ def test_metadata_that_cannot_be_is_refused_with_the_file(tmp_path, metadata, sa
 
 def test_other_architectures_and_kinds_are_refused(tmp_path):
     path = tmp_path / "m.gguf"
-    writer = gguf.GGUFWriter(path, "qwen2")
-    writer.add_tensor("token_embd.weight", torch.randn(4, 4).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(ConfigError, match="expected GGUF architecture llama; got 'qwen2'"):
+    write_codes(path, gguf.GGMLQuantizationType.F32, 4, 4, architecture="mamba")
+    with pytest.raises(ConfigError, match="expected a GGUF architecture of llama, .*; got 'mamba'"):
         lowrank.load_model(path)
     path.write_bytes(b"GGML" + bytes(100))
     with pytest.raises(FileFormatError, match="does not begin with 'GGUF'"):
