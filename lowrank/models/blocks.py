@@ -137,15 +137,15 @@ class ParallelBlock(Block):
         return take(x, rows) + attention + self.mlp(self._to_mlp(x, normed, rows))
 
     def recomputed(self, x: Tensor, plan: Plan, rows: Tensor | None, selective: bool) -> Tensor:
-        def both(x: Tensor) -> tuple[Tensor, Tensor]:
+        def both(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             normed = self.attention_norm(x)
             attended = self.attention.attended(normed, plan, rows)
-            return attended, self.mlp.activated(self._to_mlp(x, normed, rows))
+            return take(x, rows), attended, self.mlp.activated(self._to_mlp(x, normed, rows))
 
-        # there is no sum in the middle
+        # there is no sum in the middle; dropout draws for `out` after it did for the MLP
         last = [self.attention.out, self.mlp.down]
-        attention, mlp = recompute(both, [self], last, x)
-        return take(x, rows) + attention + mlp
+        x, attention, mlp = recompute(both, [self], last, x)
+        return x + attention + mlp
 
     def _to_mlp(self, x: Tensor, normed: Tensor, rows: Tensor | None) -> Tensor:
         return take(normed, rows) if self.mlp_norm is None else self.mlp_norm(take(x, rows))

@@ -214,6 +214,12 @@ class DecoderConfig:
         """
         model_type = raw.get("model_type")
         family = find_family(model_type)
+        for name, value in family.must.items():
+            if raw.get(name) is not None and raw[name] is not value:
+                raise ConfigError(
+                    f"{name}: expected {value}, as the {model_type} models that are known; "
+                    f"got {raw[name]!r}"
+                )
         fields = dict(family.defaults)
         for name in (*_COMMON, *family.reads):
             word = family.words.get(name, name)
@@ -310,7 +316,8 @@ def _rope(raw: Raw, family: Family) -> dict[str, Any]:
             raise ConfigError(f"rope_parameters: expected an object a kind of layer; got {rope!r}")
     rope = dict(rope)
     for name in ("rope_theta", "partial_rotary_factor"):
-        value = rope.pop(name, None) or raw.get(words.get(name, name)) or family.defaults.get(name)
+        given = [rope.pop(name, None), raw.get(words.get(name, name)), raw.get(name)]
+        value = next((v for v in (*given, family.defaults.get(name)) if v is not None), None)
         if value is not None:
             check_positive(name, value)
             found[name] = float(value)

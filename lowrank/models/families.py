@@ -63,6 +63,9 @@ class Family:
     out_bias: bool | None = None  # of the attention's last projection; None: as of the others
     mlp: Literal["gated", "joined", "plain"] = "gated"  # joined: gate and up are one layer
     mlp_ratio: int | None = None  # intermediate_size, in hidden sizes, where it is not said
+    must: Mapping[str, Any] = field(default_factory=dict)  # what the decoder has no other of
+    stored: Mapping[str, str] = field(default_factory=dict)  # parts that files call otherwise
+    transposed: bool = False  # files hold the weights of blocks as [K, N]
     scaled_embedding: bool = False  # embeddings times sqrt(hidden_size)
     learned_positions: bool = False  # instead of rotary ones
     head_bias: bool = False
@@ -103,7 +106,33 @@ def layers_without_rotation(raw: Raw, layer: int) -> bool:
     return not (has_rotation(raw, layer) if given is None else given[layer])
 
 
+def even_layers(raw: Raw, layer: int) -> bool:
+    """Gemma 2."""
+    return layer % 2 == 0
+
+
+def but_every_sixth(raw: Raw, layer: int) -> bool:
+    """Gemma 3."""
+    return (layer + 1) % (raw.get("sliding_window_pattern") or 6) != 0
+
+
 _WINDOWS = ("sliding_window", "layer_types")
+_GEMMA = (*_WINDOWS, "attention_bias", "query_pre_attn_scalar", "final_logit_softcapping")
+_GEMMA_DEFAULTS = {
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+    "sliding_window": 4096,
+    "query_pre_attn_scalar": 256,
+}
+_GEMMA_NORMS = {
+    "attention_out_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_out_norm": "post_feedforward_layernorm",
+}
+_CAUSAL = {"use_bidirectional_attention": False}
+_BIASED = {"attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-5}
 _LLAMA_BIASES = ("attention_bias", "mlp_bias")
 _BALANCE = {"output_router_logits": False, "router_aux_loss_coef": 0.001}
 
@@ -177,6 +206,122 @@ FAMILIES = {
             "mlp_only_layers": (),
             **_BALANCE,
         },
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        reads=(*_GEMMA, "attn_logit_softcapping"),
+        words={"hidden_act": "hidden_activation"},
+        defaults={
+            **_GEMMA_DEFAULTS,
+            "max_position_embeddings": 8192,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        calls=_GEMMA_NORMS,
+        slides=even_layers,
+        must=_CAUSAL,
+        norm="rms_plus_one",
+        block="sandwich",
+        scaled_embedding=True,
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        reads=(*_GEMMA, "rope_local_base_freq"),
+        words={"hidden_act": "hidden_activation"},
+        defaults={**_GEMMA_DEFAULTS, "max_position_embeddings": 131072, "rope_theta": 1e6},
+        calls=_GEMMA_NORMS,
+        slides=but_every_sixth,
+        must=_CAUSAL,
+        norm="rms_plus_one",
+        block="sandwich",
+        qk_norm=True,
+        scaled_embedding=True,
+    ),
+    "phi": Family(
+        "PhiForCausalLM",
+        reads=("partial_rotary_factor",),
+        words={"rms_norm_eps": "layer_norm_eps"},
+        defaults={**_BIASED, "hidden_act": "gelu_new", "partial_rotary_factor": 0.5},
+        calls={
+            "norm": "final_layernorm",
+            "out": "dense",
+            "up": "fc1",
+            "down": "fc2",
+            "mlp_norm": "",
+        },
+        must={"qk_layernorm": False},
+        norm="layer",
+        block="parallel",
+        mlp="plain",
+        head_bias=True,
+    ),
+    "gpt_neox": Family(
+        "GPTNeoXForCausalLM",
+        reads=("attention_bias", "use_parallel_residual", "partial_rotary_factor"),
+        words={
+            "rms_norm_eps": "layer_norm_eps",
+            "rope_theta": "rotary_emb_base",
+            "partial_rotary_factor": "rotary_pct",
+        },
+        defaults={**_BIASED, "hidden_act": "gelu", "partial_rotary_factor": 0.25},
+        calls={
+            "body": "gpt_neox",
+            "embedding": "embed_in",
+            "norm": "final_layer_norm",
+            "attention": "attention",
+            "qkv": "query_key_value",
+            "out": "dense",
+            "up": "dense_h_to_4h",
+            "down": "dense_4h_to_h",
+        },
+        stored={"lm_head": "embed_out"},
+        norm="layer",
+        block="parallel",
+        qkv="by_head",
+        mlp="plain",
+    ),
+    "gpt2": Family(
+        "GPT2LMHeadModel",
+        words={
+            "hidden_size": "n_embd",
+            "intermediate_size": "n_inner",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "max_position_embeddings": "n_positions",
+            "hidden_act": "activation_function",
+            "rms_norm_eps": "layer_norm_epsilon",
+        },
+        defaults={
+            **_BIASED,
+            "hidden_act": "gelu_new",
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 1024,
+        },
+        calls={
+            "body": "transformer",
+            "embedding": "wte",
+            "positions": "wpe",
+            "blocks": "h",
+            "norm": "ln_f",
+            "attention_norm": "ln_1",
+            "attention": "attn",
+            "qkv": "c_attn",
+            "out": "c_proj",
+            "mlp_norm": "ln_2",
+            "up": "c_fc",
+            "down": "c_proj",
+        },
+        must={
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False,
+        },
+        norm="layer",
+        qkv="joined",
+        mlp="plain",
+        mlp_ratio=4,
+        learned_positions=True,
+        transposed=True,
     ),
 }
 

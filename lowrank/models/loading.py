@@ -338,8 +338,7 @@ def _check_names(
     for name, shape in expected.items():
         parts |= in_files(family, name, shape, found)
     for name in list(found):
-        # tied models may store the head again, and old ones the rotary frequencies
-        tied = name == "lm_head.weight" and model.config.tie_word_embeddings
-        if tied or name.endswith("rotary_emb.inv_freq"):
+        # tied models may store the head again
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
             del found[name]
     check_shapes(parts, found, source)

@@ -17,6 +17,7 @@ from lowrank.io.safetensors import Lazy
 from lowrank.io.shards import write_shards
 from lowrank.models.decoder import Decoder
 from lowrank.models.expert_files import in_files, write_rows
+from lowrank.models.hf import to_files
 from lowrank.models.quantization_config import bitsandbytes_config, lowrank_config
 from lowrank.nn.adapted import AdaptedLayer
 from lowrank.nn.quant_experts import QuantExperts
@@ -67,6 +68,8 @@ def save_model(
     if quantization is not None:
         config["quantization_config"] = quantization
     others = {"config.json": partial(write_json, config)}
+    kept = () if quantization is None else quant_weights(model)
+    tensors = to_files(model.config.family, tensors, kept)
     write_shards(directory, tensors, max_shard_bytes, others)
 
 

@@ -73,7 +73,43 @@ FAMILIES: dict[str, tuple[str, dict]] = {
             sliding_window=WINDOW,
         ),
     ),
+    "gemma2": ("gemma2", dict(sliding_window=WINDOW, head_dim=10, query_pre_attn_scalar=13)),
+    "gemma3": (
+        "gemma3_text",
+        dict(
+            sliding_window=WINDOW,
+            sliding_window_pattern=2,
+            head_dim=10,
+            query_pre_attn_scalar=13,
+            rope_scaling={"rope_type": "linear", "factor": 8.0},
+            final_logit_softcapping=20.0,
+        ),
+    ),
+    "phi": ("phi", dict(num_key_value_heads=4)),
+    "gpt_neox": ("gpt_neox", dict(num_key_value_heads=4, rotary_pct=0.5)),
+    "gpt_neox-sequential": (
+        "gpt_neox",
+        dict(
+            num_key_value_heads=4,
+            rotary_pct=0.5,
+            use_parallel_residual=False,
+            attention_bias=False,
+            hidden_act="gelu_fast",
+        ),
+    ),
+    "gpt2": ("gpt2", {}),
 }
+# what their config.json has in BASE's place
+GPT2 = dict(
+    n_embd=48,
+    n_layer=3,
+    n_head=4,
+    n_positions=128,
+    vocab_size=97,
+    initializer_range=0.1,
+    eos_token_id=2,
+    bos_token_id=1,
+)
 
 
 def make(name: str, **other: object) -> torch.nn.Module:
@@ -85,7 +121,8 @@ def make(name: str, **other: object) -> torch.nn.Module:
 
     model_type, changes = FAMILIES[name] if name in FAMILIES else (name.split("-")[0], {})
     changes = other or changes
-    config = transformers.AutoConfig.for_model(model_type, **{**BASE, **changes})
+    base = GPT2 if model_type == "gpt2" else BASE
+    config = transformers.AutoConfig.for_model(model_type, **{**base, **changes})
     # of the ways to attend, the one that has all that families want
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     model.eval()

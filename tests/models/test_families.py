@@ -59,8 +59,8 @@ def test_gradients_of_all_weights_equal_transformers(name, tmp_path):
     found = dict(ours.named_parameters())
     assert found.keys() == theirs.keys()
     for key, parameter in found.items():
-        expected = theirs[key].grad
-        if parameter.shape != expected.shape:
+        expected, layer = theirs[key].grad, oracle.get_submodule(key.rpartition(".")[0])
+        if type(layer).__name__ == "Conv1D" and expected.ndim == 2:
             expected = expected.T
         assert_close(parameter.grad, expected, **TOLERANCE, msg=lambda m, k=key: f"{k}: {m}")
 
@@ -68,7 +68,9 @@ def test_gradients_of_all_weights_equal_transformers(name, tmp_path):
 @each_family
 def test_every_gradient_of_an_adapter_of_pefts_equals_pefts(name, tmp_path):
     ours, oracle = pair(name, tmp_path)
-    config = peft.LoraConfig(r=4, **targets(ours), init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=4, **targets(ours), init_lora_weights=False, fan_in_fan_out=name == "gpt2"
+    )
     theirs = peft.get_peft_model(oracle, config)
     theirs.save_pretrained(tmp_path / "adapter")
     ours.requires_grad_(False)
@@ -148,9 +150,10 @@ def test_checkpointing_changes_no_bit(name, tmp_path, seed):
     ours, _ = pair(name, tmp_path)
     ids = tokens(2, S)
     positions = torch.cat([torch.arange(20), torch.arange(30)]).expand(2, S)
-    dropout = 0.0 if ours.config.mixture else 0.2  # the input of experts is not seen
-    options = dict(r=4, lora_dropout=dropout, init_lora_weights=False, **targets(ours))
-    lowrank.inject(ours, lowrank.LoRAConfig(**options)).train()
+    # the input of experts is not seen; parts side by side draw random numbers in another order
+    plain = ours.config.mixture is None and ours.config.family.block != "parallel"
+    options = dict(r=4, lora_dropout=0.2 if plain else 0.0, init_lora_weights=False)
+    lowrank.inject(ours, lowrank.LoRAConfig(**options, **targets(ours))).train()
     found = []
     for way in (False, True, "selective"):
         for options in ({}, {"position_ids": positions}):
