@@ -5,17 +5,18 @@ A parameter [E, N, K] is the rows of such tensors one above the other, expert af
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate, pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lowrank.errors import FileFormatError
-from lowrank.io.pages import Empty, empty_bytes
 from lowrank.io.safetensors import Lazy
 from lowrank.models.families import Family
+from lowrank.nn.quant_experts import QuantExperts
+from lowrank.quant import Quantizer, Storage
 
 Shape = tuple[int, ...]
 
@@ -45,30 +46,47 @@ def in_files(
     }
 
 
-def read_rows(
-    read: Callable[[str, Empty], Tensor],
-    names: Sequence[str],
-    shape: Shape,
-    empty: Empty = empty_bytes,
-) -> Tensor:
-    """The tensor of this shape that the rows of those of the names make, all of one size.
+class Gathered:
+    """Weights of experts of this shape, made of their rows as these come from files.
 
-    Each is read to where it belongs, in memory from `empty`. FileFormatError: dtypes differ.
+    A row-local quantizer quantizes each part by itself, so that only codes are ever held; what
+    others, or none, need is held as a whole.
     """
-    if len(names) == 1:
-        return read(names[0], empty)
-    memory: list[Tensor] = []
 
-    def place(i: int, n_bytes: int) -> Tensor:
-        if not memory:
-            memory.append(empty(n_bytes * len(names)))
-        return memory[0][i * n_bytes : (i + 1) * n_bytes]
+    def __init__(
+        self,
+        shape: Shape,
+        quantizer: Quantizer | None,
+        dtype: torch.dtype,
+        compute_dtype: torch.dtype | None,
+    ) -> None:
+        self._shape, self._quantizer = shape, quantizer
+        self._dtype, self._compute_dtype = dtype, compute_dtype
+        self._filled, self._parts, self._whole = 0, [], None
 
-    dtypes = [read(name, partial(place, i)).dtype for i, name in enumerate(names)]
-    for name, dtype in zip(names, dtypes, strict=True):
-        if dtype != dtypes[0]:
-            raise FileFormatError(f"{name}: expected {dtypes[0]} as of {names[0]}; got {dtype}")
-    return memory[0].view(dtypes[0]).view(shape)
+    def add(self, rows: Tensor) -> nn.Parameter | QuantExperts | None:
+        """The weights, when the last rows are there; None before."""
+        E, N, K = self._shape
+        rows = rows.view(-1, K)
+        start = self._filled
+        self._filled += len(rows)
+        by_parts = getattr(self._quantizer, "row_local", False) and len(rows) > 1
+        if by_parts:
+            self._parts.append(self._quantizer.quantize(rows))
+        else:
+            if self._whole is None:
+                dtype = self._dtype if self._quantizer is None else rows.dtype
+                self._whole = rows.new_empty(E * N, K, dtype=dtype)
+            self._whole[start : self._filled] = rows
+        if self._filled < E * N:
+            return None
+        if self._quantizer is None:
+            return nn.Parameter(self._whole.view(self._shape))
+        storage = (
+            Storage.of_rows(self._parts) if by_parts else self._quantizer.quantize(self._whole)
+        )
+        storage = replace(storage, dtype=self._dtype)
+        return QuantExperts.from_storage(storage, self._quantizer, E, self._compute_dtype)
 
 
 def write_rows(

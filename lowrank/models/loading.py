@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from lowrank.io.quantized import (
 from lowrank.io.shards import Shards, Tensors
 from lowrank.models.config import DecoderConfig
 from lowrank.models.decoder import Decoder
-from lowrank.models.expert_files import in_files, read_rows
+from lowrank.models.expert_files import Gathered, in_files
 from lowrank.models.experts import Experts
 from lowrank.models.gguf import GGUFModel
 from lowrank.models.hf import HFDirectory
@@ -109,7 +109,7 @@ def load_model(
     quantized = quantized_modules(weights.shapes)
     _check_quantized(model, weights, quantized, quantizer, source)
     _check_names(model, weights, quantized, source)
-    holders = _holders(model)
+    holders = _holders(model, {*weights.shapes, *quantized})
     own = {holder.name for holder in holders}
     unknown = [s for s in skip if s != "lm_head" and not any(matches(name, [s]) for name in own)]
     check_each_matches(model, unknown, "skip")
@@ -123,11 +123,22 @@ def load_model(
         if not matches(holder.name, skip) and not matches(holder.module_name, skip)
     }
 
+    gathered: dict[str, Gathered] = {}  # experts that are not all there yet
+
     def put(holder: Holder, tensors: dict[str, Tensor]) -> None:
         name, module = holder.name, holder.module
         tensors = {leaf: tensor.to(device) for leaf, tensor in tensors.items()}
         if name in quantized:
             layer = _prequantized(holder, tensors, dtype, compute_dtype, source)
+        elif isinstance(module, Experts):
+            if name not in gathered:
+                shape = tuple(module.get_parameter(*tensors).shape)
+                by = quantizer if name in to_quantize else None
+                gathered[name] = Gathered(shape, by, dtype, compute_dtype)
+            layer = _with_rows(gathered[name], *tensors.values(), name)
+            if layer is None:
+                return
+            del gathered[name]
         elif name in to_quantize:
             layer = _quantized(holder, tensors, quantizer, dtype, compute_dtype)
         else:
@@ -135,7 +146,7 @@ def load_model(
                 setattr(module, leaf, nn.Parameter(tensor.to(dtype)))
             return
         parent, _, child = name.rpartition(".")
-        if isinstance(module, Experts):
+        if isinstance(layer, QuantExperts):
             replace_parameter(module, child, layer)
         else:
             setattr(model.get_submodule(parent), child, layer)
@@ -189,31 +200,39 @@ def _open(origin: Origin, directory: type[_Directory], token: str | None) -> _Di
 
 
 class Holder(NamedTuple):
-    """Parameters that are read together: those of a module, or the weights of experts alone.
+    """What is read together: the parameters of a module, or rows of the weights of experts.
 
-    `name` is that of the module, or of the weights; `leaves` are their names in the module.
+    `name` is that of the module, or of the weights. `files` are the names of tensors in files by
+    those in the module.
     """
 
     name: str
     module_name: str
     module: nn.Module
-    leaves: tuple[str, ...]
-
-    def names(self) -> dict[str, str]:
-        """Each leaf and its name in the model."""
-        return {leaf: join(self.module_name, leaf) for leaf in self.leaves}
+    files: Mapping[str, str]
 
 
-def _holders(model: Decoder) -> list[Holder]:
-    """All that holds parameters of its own; a tied head holds none."""
-    found = []
+def _holders(model: Decoder, found: Collection[str]) -> list[Holder]:
+    """All that takes tensors, of which the files have those `found`; a tied head takes none."""
+    holders = []
     for name, module in model.named_modules():
-        leaves = tuple(leaf for leaf, _ in module.named_parameters(recurse=False))
+        files = {
+            leaf: list(in_files(model.config.family, join(name, leaf), tuple(p.shape), found))
+            for leaf, p in module.named_parameters(recurse=False)
+        }
         if isinstance(module, Experts):
-            found += [Holder(join(name, leaf), name, module, (leaf,)) for leaf in leaves]
-        elif leaves and not (name == "lm_head" and model.config.tie_word_embeddings):
-            found.append(Holder(name, name, module, leaves))
-    return found
+            for leaf, parts in files.items():
+                holders += [Holder(join(name, leaf), name, module, {leaf: p}) for p in parts]
+        elif files and not (name == "lm_head" and model.config.tie_word_embeddings):
+            holders.append(Holder(name, name, module, {leaf: p for leaf, (p,) in files.items()}))
+    return holders
+
+
+def _with_rows(experts: Gathered, rows: Tensor, name: str) -> nn.Parameter | QuantExperts | None:
+    try:
+        return experts.add(rows)
+    except (WeightError, DtypeError) as error:
+        raise type(error)(f"{name}: {error}") from error
 
 
 def _quantized(
@@ -225,10 +244,6 @@ def _quantized(
 ) -> QuantWeight:
     name, module = holder.name, holder.module
     try:
-        if isinstance(module, Experts):
-            layer = QuantExperts(*fill.values(), quantizer, compute_dtype=compute_dtype)
-            layer.storage = replace(layer.storage, dtype=dtype)
-            return layer
         # from the file's own precision; `dtype` is what the weight would be, were it dequantized
         storage = replace(quantizer.quantize(fill["weight"]), dtype=dtype)
     except (WeightError, DtypeError) as error:
@@ -249,7 +264,7 @@ def _prequantized(
     """The layer that the files hold quantized, its codes and scales as they are."""
     module = holder.module
     if isinstance(module, Experts):
-        layer = QuantExperts(module.get_parameter(*holder.leaves))
+        layer = QuantExperts(module.get_parameter(*holder.files))
     else:
         layer = quantized_twin(module, holder.name, source)
     if "bias" in own:
@@ -274,12 +289,12 @@ def _read(
         names = quantized[holder.name].names
         return {leaf: weights.read(join(holder.name, leaf)) for leaf in names}
     tensors = {}
-    for leaf, name in holder.names().items():
-        passes = holder.name in to_quantize and leaf != "bias"  # which stays
-        shape = tuple(holder.module.get_parameter(leaf).shape)
-        parts = in_files(weights.config.family, name, shape, weights.shapes)
-        empty = reused.empty if passes else empty_bytes
-        tensor = tensors[leaf] = read_rows(weights.read, list(parts), shape, empty)
+    for leaf, name in holder.files.items():
+        # a bias stays, and so does what is dense, but for rows that are copied
+        passes = isinstance(holder.module, Experts) or (
+            holder.name in to_quantize and leaf == "weight"
+        )
+        tensor = tensors[leaf] = weights.read(name, reused.empty if passes else empty_bytes)
         if not tensor.is_floating_point():
             raise FileFormatError(f"{source}: {name}: expected floats; got {tensor.dtype}")
     return tensors
@@ -315,7 +330,9 @@ def _check_quantized(
             f"quantizer: expected None for {source}, which is quantized already, {config.format}; "
             "leave it out, or load the model that it was made from"
         )
-    linears = [h.name for h in _holders(model) if isinstance(h.module, nn.Linear)]
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if model.config.tie_word_embeddings:
+        linears.remove("lm_head")
     try:
         config.check(linears, quantized)
     except ConfigError as error:

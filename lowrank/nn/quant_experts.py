@@ -163,16 +163,28 @@ class QuantExperts(QuantWeight, LikeWeights):
             raise ShapeError(
                 f"weight: expected [E, N, K], each at least 1; got {list(weight.shape)}"
             )
+        quantizer = check_quantizer(resolve(quantizer))
+        storage = quantizer.quantize(_matrix(weight, transposed))
+        self._hold(storage, quantizer, weight.shape[0], transposed, compute_dtype)
+
+    @classmethod
+    def from_storage(
+        cls,
+        storage: Storage,
+        quantizer: Quantizer,
+        num_experts: int,
+        compute_dtype: torch.dtype | None = None,
+    ) -> QuantExperts:
+        """Those of the rows [E N, K] of already quantized experts."""
+        experts = cls.__new__(cls)
+        experts._hold(storage, check_quantizer(quantizer), num_experts, False, compute_dtype)
+        return experts
+
+    def _hold(self, storage, quantizer, num_experts, transposed, compute_dtype) -> None:
         if compute_dtype is not None:
             check_float("compute_dtype", compute_dtype)
-        quantizer = resolve(quantizer)
-        if not quant.decodes_rows(quantizer):
-            raise ConfigError(
-                "quantizer: expected one that is row_local or has dequantize_rows for experts; "
-                f"got {getattr(quantizer, 'name', type(quantizer).__name__)!r}"
-            )
-        super().__init__(quantizer.quantize(_matrix(weight, transposed)), quantizer)
-        self.num_experts, self.transposed = weight.shape[0], transposed
+        super().__init__(storage, quantizer)
+        self.num_experts, self.transposed = num_experts, transposed
         self.compute_dtype = compute_dtype
 
     @property
@@ -218,6 +230,16 @@ class QuantExperts(QuantWeight, LikeWeights):
     def __torch_function__(cls, func: Callable, types: Any, args: tuple, kwargs: Any = None) -> Any:
         args = tuple(_whole(value) for value in args)
         return _call(func, args, {name: _whole(value) for name, value in (kwargs or {}).items()})
+
+
+def check_quantizer(quantizer: Quantizer) -> Quantizer:
+    """The same. Raises ConfigError for one that cannot decode one expert without the others."""
+    if not quant.decodes_rows(quantizer):
+        raise ConfigError(
+            "quantizer: expected one that is row_local or has dequantize_rows for experts; "
+            f"got {getattr(quantizer, 'name', type(quantizer).__name__)!r}"
+        )
+    return quantizer
 
 
 def is_transposed(module: nn.Module) -> bool:

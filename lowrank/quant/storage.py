@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -51,6 +51,20 @@ class Storage:
         """Rows `index` [n], int64 or int32, of such a weight, copied. IndexError: there is none."""
         part = {k: t.index_select(0, index) if own else t for k, (t, own) in self._by_row().items()}
         return replace(self, shape=(index.numel(), *self.shape[1:]), tensors=part)
+
+    @classmethod
+    def of_rows(cls, parts: Sequence[Storage]) -> Storage:
+        """The weight of the parts' rows one above the other, each part of several rows.
+
+        What a row-local scheme makes of the whole; what its parts share is that of the first.
+        """
+        first = parts[0]
+        tensors = {
+            name: torch.cat([part[name] for part in parts]) if own else tensor
+            for name, (tensor, own) in first._by_row().items()
+        }
+        rows = sum(part.shape[0] for part in parts)
+        return replace(first, shape=(rows, *first.shape[1:]), tensors=tensors)
 
     def _by_row(self) -> dict[str, tuple[Tensor, bool]]:
         """Each tensor, and whether it has a part for each row."""

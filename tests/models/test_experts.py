@@ -7,15 +7,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
 import lowrank
+from lowrank import quant
+from lowrank.errors import ConfigError, FileFormatError, LowrankError, WeightError
+from lowrank.models.config import DecoderConfig
 from lowrank.models.decoder import Decoder
 from lowrank.models.experts import Mixture, Router, watched_routers
 from lowrank.models.mixture_config import MixtureConfig
 from lowrank.nn.quant_experts import QuantExperts
 from tests.models.helpers import TINY, tokens
+from tests.quant.schemes import same
 
 transformers = pytest.importorskip("transformers", reason="the oracle; pip install transformers")
 
@@ -170,14 +175,7 @@ MODELS = {
 
 def pair_with_imbalance(model_type: str, directory) -> tuple[Decoder, nn.Module]:
     """Ours and transformers', whose configs ask for the loss of the routers."""
-    config = transformers.AutoConfig.for_model(
-        model_type,
-        **{**TINY, **MODELS[model_type], "num_hidden_layers": 3},
-        output_router_logits=True,
-        router_aux_loss_coef=0.7,
-    )
-    oracle = transformers.AutoModelForCausalLM.from_config(config).eval()
-    oracle.save_pretrained(directory)
+    oracle = saved(model_type, directory, output_router_logits=True, router_aux_loss_coef=0.7)
     return lowrank.load_model(directory), oracle
 
 
@@ -224,3 +222,104 @@ def test_routers_are_watched_only_while_a_loss_is_computed(tmp_path):
     assert len(found) == len(routers) == 3
     ours(tokens(1, 8))
     assert len(found) == 3
+
+
+def saved(model_type: str, directory, **changes) -> nn.Module:
+    """transformers' model, as it writes it."""
+    sizes = {**TINY, **MODELS[model_type], "num_hidden_layers": 3, **changes}
+    config = transformers.AutoConfig.for_model(model_type, **sizes)
+    oracle = transformers.AutoModelForCausalLM.from_config(config).eval()
+    oracle.save_pretrained(directory)
+    return oracle
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "int8", "hqq", "flat", "fitted"])
+def test_experts_are_quantized_part_by_part_as_they_would_be_whole(scheme, tmp_path):
+    oracle = saved("mixtral", tmp_path)
+    quantizer = {"fitted": lambda: quant.Fitted()}.get(scheme, lambda: scheme)()
+    model = lowrank.load_model(tmp_path, quantizer, compute_dtype=torch.bfloat16)
+    for name in ("gate_up_proj", "down_proj"):
+        whole = getattr(oracle.model.layers[1].mlp.experts, name)
+        got = getattr(model.model.layers[1].mlp.experts, name)
+        assert got.compute_dtype == torch.bfloat16 and got.shape == whole.shape
+        assert same(got.storage, QuantExperts(whole, quantizer).storage)
+
+
+def test_what_is_skipped_stays_dense(tmp_path):
+    saved("qwen3_moe", tmp_path)
+    model = lowrank.load_model(tmp_path, "nf4", skip=["lm_head", "experts.down_proj"])
+    experts = model.model.layers[0].mlp.experts
+    assert isinstance(experts.gate_up_proj, QuantExperts)
+    assert isinstance(experts.down_proj, nn.Parameter)
+    dense = lowrank.load_model(tmp_path, "nf4", skip=["experts"], dtype=torch.bfloat16)
+    assert dense.model.layers[2].mlp.experts.gate_up_proj.dtype == torch.bfloat16
+    assert isinstance(dense.model.layers[1].mlp.up_proj, lowrank.QuantLinear)
+    with pytest.raises(LowrankError, match="skip: .*experts.up_proj"):
+        lowrank.load_model(tmp_path, "nf4", skip=["experts.up_proj"])
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_quantized_models_are_saved_and_read_again(model_type, tmp_path):
+    saved(model_type, tmp_path / "dense")
+    model = lowrank.load_model(tmp_path / "dense", "nf4")
+    ids = tokens(2, 20)
+    lowrank.save_model(model, tmp_path / "packed", format="lowrank", max_shard_bytes=20_000)
+    again = lowrank.load_model(tmp_path / "packed")
+    assert isinstance(again.model.layers[0].mlp.experts.down_proj, QuantExperts)
+    assert torch.equal(again(ids), model(ids))
+    lowrank.save_model(model, tmp_path / "decoded")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "decoded")
+    assert_close(theirs(ids).logits, model(ids), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ConfigError, match="gate_up_proj: expected a linear layer, as bitsandbytes"):
+        lowrank.save_model(model, tmp_path / "bnb", format="bitsandbytes")
+    assert not (tmp_path / "bnb").exists()
+
+
+def test_all_that_is_wrong_in_a_directory_is_listed(tmp_path):
+    saved("mixtral", tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    block = "model.layers.1.block_sparse_moe"
+    del tensors[f"{block}.experts.3.w2.weight"], tensors[f"{block}.gate.weight"]
+    tensors[f"{block}.experts.5.w1.weight"] = torch.zeros(3)
+    tensors[f"{block}.experts.0.w3.weight"] = torch.zeros(160, 63)
+    save_file(tensors, path)
+    with pytest.raises(FileFormatError) as caught:
+        lowrank.load_model(tmp_path)
+    for part in (
+        f"missing tensors: {block}.experts.3.w2.weight, {block}.gate.weight",
+        f"unexpected tensors: {block}.experts.5.w1.weight",
+        f"{block}.experts.0.w3.weight: expected shape (160, 64); got (160, 63)",
+    ):
+        assert part in str(caught.value)
+
+
+def test_a_nan_names_the_experts_it_is_in(tmp_path):
+    oracle = saved("mixtral", tmp_path)
+    oracle.model.layers[2].mlp.experts.down_proj.data[3, 5, 7] = torch.nan
+    oracle.save_pretrained(tmp_path)
+    with pytest.raises(WeightError, match=r"model\.layers\.2\.mlp\.experts\.down_proj: "):
+        lowrank.load_model(tmp_path, "nf4")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_local_experts": 0}, "num_experts: expected a positive integer; got 0"),
+        ({"num_local_experts": "8"}, "num_experts: expected a positive integer; got '8'"),
+        ({"num_experts": 7}, "num_experts and num_local_experts: expected one number"),
+        ({"num_experts_per_tok": 6}, "num_experts_per_tok: expected at most num_experts=5; got 6"),
+        ({"router_jitter_noise": 0.1}, "router_jitter_noise: expected 0; got 0.1"),
+        ({"router_aux_loss_coef": -1}, "router_aux_loss_coef: expected a positive number; got -1"),
+        ({"output_router_logits": "yes"}, "output_router_logits: expected true or false"),
+        ({"mlp_only_layers": 3}, "mlp_only_layers: expected a list; got 3"),
+        ({"mlp_only_layers": ["a"]}, "mlp_only_layers: expected numbers"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step: expected a positive integer; got 0"),
+    ],
+)
+def test_a_config_that_is_wrong(changes, message):
+    of_qwen = any(name.startswith(("mlp_only", "decoder_sparse")) for name in changes)
+    model_type = "qwen3_moe" if of_qwen else "mixtral"
+    raw = {**TINY, "model_type": model_type, **MODELS[model_type], **changes}
+    with pytest.raises(ConfigError, match=message):
+        DecoderConfig.from_hf(raw)

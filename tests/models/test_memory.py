@@ -85,6 +85,24 @@ def test_neither_loading_nor_saving_holds_the_full_model(dense, tmp_path, format
     assert saved < held + 2 * LARGEST_MB + SLACK_MB
 
 
+def test_experts_are_never_dense_together(tmp_path):
+    """Those of a layer would be 32 MB and 16 MB; one projection of one expert is 2 MB."""
+    import transformers
+
+    config = transformers.MixtralConfig(
+        vocab_size=1000,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_local_experts=8,
+    )
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "dense")
+    loaded, saved, held = peaks(tmp_path / "dense", "nf4", tmp_path / "out", "dense")
+    assert file_mb(tmp_path / "dense") > 100 and held < 20
+    assert held < loaded < held + 2 * 2 + SLACK_MB and saved < held + 2 * 2 + SLACK_MB
+
+
 @pytest.mark.parametrize(
     ("name", "load"),
     [("lowrank", LOAD), ("bnb", LOAD), ("lowrank", ON_META)],
