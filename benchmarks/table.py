@@ -35,6 +35,17 @@ STEP_COLUMNS = (
     "last loss",
     "loss difference",
 )
+DECODING_COLUMNS = (
+    "",
+    "ms/token",
+    "p10–p90",
+    "n",
+    "tokens/s",
+    "speed",
+    "over dense fp32",
+    "peak MB",
+    "loading MB",
+)
 
 
 def render(result: dict) -> str:
@@ -108,10 +119,13 @@ def titled(rows: Sequence[dict]) -> str:
 
 def table(rows: Sequence[dict]) -> str:
     """One case as a Markdown table. `speed` is against the row that says 1.00."""
-    step = "tokens_per_second" in rows[0]
-    columns = STEP_COLUMNS if step else OP_COLUMNS
+    columns, cells = OP_COLUMNS, _op_cells
+    if "losses" in rows[0]:
+        columns, cells = STEP_COLUMNS, _step_cells
+    elif "new_tokens" in rows[0]:
+        columns, cells = DECODING_COLUMNS, _decoding_cells
     lines = [[*columns], ["---", *("---:" for _ in columns[1:])]]
-    lines += [_step_cells(row) if step else _op_cells(row) for row in rows]
+    lines += [cells(row) for row in rows]
     keep = [i for i in range(len(columns)) if i == 0 or any(line[i] for line in lines[2:])]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     return "\n".join(
@@ -154,6 +168,20 @@ def _step_cells(row: dict) -> list[str]:
         f"{losses[0]:.4f}",
         f"{losses[-1]:.4f}",
         "" if row["loss_difference"] is None else f"{row['loss_difference']:.1e}",
+    ]
+
+
+def _decoding_cells(row: dict) -> list[str]:
+    return [
+        row["contender"],
+        f"{row['median_ms']:.1f}",
+        f"{row['p10_ms']:.1f}–{row['p90_ms']:.1f}",
+        str(row["n"]),
+        f"{row['written_per_second']:.1f}",
+        f"{row['speed']:.2f}×",
+        f"{row['over_dense']:.2f}×" if "over_dense" in row else "",
+        megabytes(row["peak_bytes"]),
+        megabytes(row["load_peak_bytes"]),
     ]
 
 

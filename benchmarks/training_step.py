@@ -40,7 +40,7 @@ LOSS_LIMIT = 1e-2  # relative, from the peer at any step
 
 def run(settings: Settings) -> list[dict]:
     """One case, every side. Raises MissingInputError."""
-    gguf, pairs = _inputs()
+    gguf, pairs = inputs()
     sides = [*OURS]
     if {"peft", "bitsandbytes"} <= set(settings.against):
         sides += [PEER, f"{PEER}, checkpointing"]
@@ -51,7 +51,7 @@ def run(settings: Settings) -> list[dict]:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         settings.tell("training_step: converting the model")
-        _convert(gguf, pairs, directory, settings.steps)
+        convert(gguf, pairs, directory, settings.steps)
         batches = {
             side: json.loads((directory / file).read_text())
             for side in sides
@@ -81,14 +81,16 @@ def operations(adapted: int, trainable: int, head: int, tokens: int, labels: int
 
 
 class Worker:
-    """A side in a process; `step(i)` waits for it. What its libraries say is kept in a file."""
+    """A side in a process; `ask` waits for its answer. What its libraries say is kept in a file."""
 
-    def __init__(self, side: str, directory: Path) -> None:
+    def __init__(
+        self, side: str, directory: Path, module: str = "benchmarks.training_worker"
+    ) -> None:
         self.side = side
         self._log = directory / f"{side}.log"
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.training_worker", side, str(directory)],
+                [sys.executable, "-m", module, side, str(directory)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -98,10 +100,10 @@ class Worker:
             )
         self.loaded = self._answer()  # one after another: loading uses every core
 
-    def step(self, index: int) -> dict:
-        """Seconds, loss and peak memory of step `index`."""
+    def ask(self, line: str) -> dict:
+        """What the worker answers: of a training step `line`, its seconds, loss and peak memory."""
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{index}\n")
+        self._process.stdin.write(f"{line}\n")
         return self._answer()
 
     def close(self) -> None:
@@ -119,11 +121,12 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             status, said = self._process.wait(), self._log.read_text()[-4000:]
-            raise RuntimeError(f"training_step: {self.side} ended with status {status}:\n{said}")
+            raise RuntimeError(f"{self.side} ended with status {status}:\n{said}")
         return json.loads(line)
 
 
-def _convert(gguf: str, pairs: str, directory: Path, steps: int) -> None:
+def convert(gguf: str, pairs: str, directory: Path, steps: int) -> None:
+    """Write the model and the batches of `training_data` into the directory."""
     module = [sys.executable, "-m", "benchmarks.training_data"]
     done = subprocess.run(
         [*module, gguf, pairs, str(directory), str(steps)],
@@ -141,7 +144,7 @@ def _take_turns(workers: list[Worker], settings: Settings) -> list[list[dict]]:
     for step in range(settings.steps):
         for position in range(len(workers)):
             which = (position + step) % len(workers)
-            answers[which].append(workers[which].step(step))
+            answers[which].append(workers[which].ask(str(step)))
         settings.tell(
             f"training_step: step {step + 1} of {settings.steps}: "
             + ", ".join(
@@ -212,7 +215,8 @@ def _difference(losses: list[float], reference: list[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(losses, reference, strict=True))
 
 
-def _inputs() -> tuple[str, str]:
+def inputs() -> tuple[str, str]:
+    """The GGUF file and the E2E pairs. Raises MissingInputError."""
     gguf = os.environ.get("LOWRANK_SMOLLM2", ROOT / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf")
     pairs = (
         Path(os.environ.get("LOWRANK_TEST_DATA", ROOT.parent / "shared" / "data"))

@@ -88,11 +88,11 @@ def lowrank_side(directory: Path, loss: Loss = end_to_end, checkpointing: bool |
 
 def peft_side(directory: Path, checkpointing: bool = False):
     """transformers + peft + bitsandbytes as their tutorials set them up for QLoRA."""
-    model = _quantized(directory)
+    model = bitsandbytes_model(directory)
     import peft
 
     model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
-    return _loop(peft.get_peft_model(model, _peft_config()), as_transformers)
+    return _loop(peft.get_peft_model(model, peft_config()), as_transformers)
 
 
 def dense_side(directory: Path):
@@ -101,18 +101,18 @@ def dense_side(directory: Path):
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    return _loop(peft.get_peft_model(model, _peft_config()), as_transformers)
+    return _loop(peft.get_peft_model(model, peft_config()), as_transformers)
 
 
 def trl_side(directory: Path):
     """TRL's SFTTrainer over the same quantized model: its own loss, loop and collation."""
-    model = _quantized(directory)
+    model = bitsandbytes_model(directory)
     import peft
 
     from benchmarks.training_trl import begin
 
     model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    model = peft.get_peft_model(model, _peft_config())
+    model = peft.get_peft_model(model, peft_config())
     return model, functools.partial(begin, model, directory, LEARNING_RATE)
 
 
@@ -131,7 +131,8 @@ SIDES: dict[str, Side] = {
 FULL = ("lowrank, packed",)  # those that train on full.json
 
 
-def _quantized(directory: Path) -> nn.Module:
+def bitsandbytes_model(directory: Path) -> nn.Module:
+    """transformers' model of the directory in NF4 with double quantization, by bitsandbytes."""
     from benchmarks import peers
 
     peers.bitsandbytes()
@@ -150,7 +151,8 @@ def _quantized(directory: Path) -> nn.Module:
     )
 
 
-def _peft_config():
+def peft_config():
+    """LoRA on every linear layer, as on all sides."""
     import peft
 
     return peft.LoraConfig(

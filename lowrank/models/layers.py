@@ -40,7 +40,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return _RMSNorm.apply(x, self.weight, self.eps)
+        return _rms_norm(x, self.weight, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}"
@@ -54,7 +54,7 @@ class RMSNormPlusOne(RMSNorm):
         nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _RMSNorm.apply(x, 1 + self.weight.float(), self.eps)
+        return _rms_norm(x, 1 + self.weight.float(), self.eps)
 
 
 def activate(activation: str, x: Tensor) -> Tensor:
@@ -64,6 +64,8 @@ def activate(activation: str, x: Tensor) -> Tensor:
 
 def gated(activation: str, gate: Tensor, up: Tensor) -> Tensor:
     """act(gate) * up, keeping only its two arguments.   Shazeer, arXiv:2002.05202, eq. 6."""
+    if not torch.is_grad_enabled():  # a Function takes longer than a token's gate
+        return activate(activation, gate).mul_(up)
     return _Gated.apply(activation, gate, up)
 
 
@@ -76,19 +78,29 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     y[:D/2] = x[:D/2] cos - x[D/2:] sin,  y[D/2:] = x[D/2:] cos + x[:D/2] sin. Keeps only cos and
     sin: the backward is the turn by the opposite angle.   RoFormer, arXiv:2104.09864, eq. 34.
     """
-    return _Rotate.apply(x, cos, sin)
+    return _Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else _turn(x, cos, sin, 1)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if torch.is_grad_enabled():
+        return _RMSNorm.apply(x, weight, eps)
+    return _normed(x, weight, eps)[0]
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """y, and 1 / sqrt(mean(x²) + eps) [..., 1]."""
+    x32 = x.float()
+    mean_square = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+    rstd = mean_square.add_(eps).rsqrt_()
+    return (x32 * rstd).to(weight.dtype).mul_(weight).to(x.dtype), rstd
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x32 = x.float()
-        mean_square = (
-            torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        )
-        rstd = mean_square.add_(eps).rsqrt_()  # [..., 1]
+        y, rstd = _normed(x, weight, eps)
         ctx.save_for_backward(x, weight, rstd)
-        return (x32 * rstd).to(weight.dtype).mul_(weight).to(x.dtype)
+        return y
 
     @staticmethod
     @once_differentiable

@@ -145,7 +145,7 @@ def _mask(
     mask = None
     if attention_mask is not None:
         # a padded query sees nothing, and softmax over nothing is NaN: let it see itself
-        itself = torch.eye(total, dtype=torch.bool, device=device)[past:]
+        itself = torch.ones(S, total, dtype=torch.bool, device=device).tril_(past).triu_(past)
         seen = causal_mask(S, total, window, device) & attention_mask.bool()[:, None, :]
         mask = (seen | itself)[:, None]
     elif S > 1 and (past or window):
