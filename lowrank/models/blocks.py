@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -36,6 +38,10 @@ class MLP(Part):
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.activated(x))
 
+    def parts(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """What makes of x what the last projection projects, and that projection."""
+        return self.activated, self.down
+
     def activated(self, x: Tensor) -> Tensor:
         """What the last projection projects, [..., I]."""
         if self.gate is not None:
@@ -69,8 +75,11 @@ class Block(Part):
         What makes x, or that sum, of it is computed again, but for its last projection.
         """
         kinds = type(self) in _BLOCKS.values(), type(self.attention) is Attention
-        known = all(kinds) and type(self.mlp) is MLP
-        patched = any(is_patched(module) for module in (self, self.attention, self.mlp))
+        known = all(kinds) and type(self.mlp) in (MLP, Mixture)
+        own = [self, self.attention, self.mlp]
+        if type(self.mlp) is Mixture:
+            own.append(self.mlp.gate)
+        patched = any(map(is_patched, own))
         if torch.compiler.is_compiling() or not known or patched:
             # calling one of them may be anything else than its parts
             return checkpoint(self, x, plan, rows, use_reentrant=False)
@@ -78,22 +87,23 @@ class Block(Part):
 
     def recomputed(self, x: Tensor, plan: Plan, rows: Tensor | None, selective: bool) -> Tensor:
         """`checkpointed`, where each part is what its class says."""
+        to_last, last = self.mlp.parts()
 
         def attended(x: Tensor) -> tuple[Tensor]:
             return (self.attention.attended(self.attention_norm(x), plan, rows),)
 
         def activated(x: Tensor) -> tuple[Tensor]:
-            return (self.mlp.activated(self.mlp_norm(x)),)
+            return (to_last(self.mlp_norm(x)),)
 
         def both(x: Tensor) -> tuple[Tensor, Tensor]:
             x = take(x, rows) + self.attention.out(*attended(x))
             return x, *activated(x)
 
         if not selective:
-            return torch.add(*recompute(both, [self], [self.mlp.down], x))
+            return torch.add(*recompute(both, [self], [last], x))
         within = [self.attention_norm, self.attention]
         x = take(x, rows) + recompute(attended, within, [self.attention.out], x)[0]
-        return x + recompute(activated, [self.mlp_norm, self.mlp], [self.mlp.down], x)[0]
+        return x + recompute(activated, [self.mlp_norm, self.mlp], [last], x)[0]
 
 
 class SandwichBlock(Block):
@@ -137,14 +147,15 @@ class ParallelBlock(Block):
         return take(x, rows) + attention + self.mlp(self._to_mlp(x, normed, rows))
 
     def recomputed(self, x: Tensor, plan: Plan, rows: Tensor | None, selective: bool) -> Tensor:
+        to_last, last = self.mlp.parts()
+
         def both(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             normed = self.attention_norm(x)
             attended = self.attention.attended(normed, plan, rows)
-            return take(x, rows), attended, self.mlp.activated(self._to_mlp(x, normed, rows))
+            return take(x, rows), attended, to_last(self._to_mlp(x, normed, rows))
 
         # there is no sum in the middle; dropout draws for `out` after it did for the MLP
-        last = [self.attention.out, self.mlp.down]
-        x, attention, mlp = recompute(both, [self], last, x)
+        x, attention, mlp = recompute(both, [self], [self.attention.out, last], x)
         return x + attention + mlp
 
     def _to_mlp(self, x: Tensor, normed: Tensor, rows: Tensor | None) -> Tensor:

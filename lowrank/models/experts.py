@@ -6,8 +6,9 @@ them all, whether the weights [E, N, K] are dense, quantized, or have adapters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,8 +47,8 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """E gated MLPs in two parameters, gate and up of an expert above one another.
 
-    x [M, H] sorted by expert -> [M, H]; rows offs[e - 1] to offs[e] are expert e's, and each comes
-    out multiplied by its share.
+    x [M, H] are sorted by expert: rows offs[e - 1] to offs[e] are expert e's. Each comes out
+    multiplied by its share.
     """
 
     def __init__(self, hidden_size: int, activation: str, config: MixtureConfig) -> None:
@@ -57,10 +58,14 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * I, H))
         self.down_proj = nn.Parameter(torch.empty(E, H, I))
 
-    def forward(self, x: Tensor, shares: Tensor, offs: Tensor) -> Tensor:
+    def activated(self, x: Tensor, shares: Tensor, offs: Tensor) -> Tensor:
+        """What the last projection projects, [M, I]."""
         gate_up = grouped_mm(x, self.gate_up_proj.transpose(-2, -1), offs=offs)
-        y = _SharedGated.apply(self.activation, gate_up, shares)
-        return grouped_mm(y, self.down_proj.transpose(-2, -1), offs=offs)
+        return _SharedGated.apply(self.activation, gate_up, shares)
+
+    def down(self, x: Tensor, offs: Tensor) -> Tensor:
+        """The last projection, x [M, I] -> [M, H]."""
+        return grouped_mm(x, self.down_proj.transpose(-2, -1), offs=offs)
 
 
 class Mixture(nn.Module):
@@ -75,16 +80,44 @@ class Mixture(nn.Module):
         self.experts = Experts(hidden_size, activation, config)
 
     def forward(self, x: Tensor) -> Tensor:
+        way, z = self._activated(x)
+        return self._collected(way, z)
+
+    def parts(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """What makes of x what the last projection projects, and what makes y of that."""
+        way: _Way
+
+        def activated(x: Tensor) -> Tensor:
+            nonlocal way
+            way, z = self._activated(x)
+            return z
+
+        return activated, lambda z: self._collected(way, z)
+
+    def _activated(self, x: Tensor) -> tuple[_Way, Tensor]:
         rows = x.flatten(0, -2)  # [T, H]
         shares, experts, _ = self.gate(rows)
         k, E = experts.shape[-1], len(self.gate.weight)
         sorted_experts, order = experts.flatten().sort(stable=True)  # [T k]
         offs = torch.searchsorted(sorted_experts, torch.arange(E, device=x.device), right=True)
-        place = torch.empty_like(order)  # where row i of [T k] went: the inverse of `order`
+        place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=x.device)
-        of = order // k  # the token of each row
-        y = self.experts(_Spread.apply(rows, of, place), shares.flatten()[order], offs.cpu())
-        return _Collect.apply(y, of, place, len(rows)).view(x.shape)
+        way = _Way(order // k, place, offs.cpu(), x.shape)
+        y = _Spread.apply(rows, way.of, place)
+        return way, self.experts.activated(y, shares.flatten()[order], way.offs)
+
+    def _collected(self, way: _Way, z: Tensor) -> Tensor:
+        T = way.shape[:-1].numel()
+        return _Collect.apply(self.experts.down(z, way.offs), way.of, way.place, T).view(way.shape)
+
+
+class _Way(NamedTuple):
+    """How tokens went: the token of each row, the row of each token and choice, ends of experts."""
+
+    of: Tensor  # [T k]
+    place: Tensor  # [T k], the inverse of the order in which rows were sorted
+    offs: Tensor  # [E], on the CPU
+    shape: torch.Size  # of x
 
 
 Routed = list[tuple[Tensor, Tensor, Tensor]]  # what each router of a forward gave

@@ -25,7 +25,7 @@ Part = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 def recompute(
-    part: Part, within: Sequence[nn.Module], last: Sequence[nn.Module], x: Tensor
+    part: Part, within: Sequence[nn.Module], last: Sequence[Callable[[Tensor], Tensor]], x: Tensor
 ) -> list[Tensor]:
     """[..., last[0](y), last[1](z)] for part(x) = (..., y, z), of which only x is kept.
 
