@@ -1,8 +1,9 @@
 """Fine-tune a small model, to see that it works.
 
-  lowrank demo --tiny                 a model of 0.5 million parameters that comes with lowrank
-  lowrank demo --model SmolLM2.gguf   a real one; `make demo` fetches it
+  lowrank demo --tiny
+  lowrank demo --model SmolLM2.gguf
 
+The tiny model has 0.5 million parameters and comes with lowrank; `make demo` fetches the other.
 QLoRA: NF4 with double quantization on all linear layers of each block, LoRA of rank 16, loss on the
 completion alone. The data are the docstrings of the running Python's own standard library.
 """

@@ -1,6 +1,9 @@
 """Show what is installed here, which backends run, and why others do not.
 
-lowrank env
+  lowrank env
+
+For each operator: the backend that runs it on arguments which none refuses. Paste it all into a bug
+report.
 """
 
 from __future__ import annotations

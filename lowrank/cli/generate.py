@@ -1,9 +1,12 @@
 """Continue prompts, or answer them; a single one is shown as it is written.
 
-lowrank generate --model HuggingFaceTB/SmolLM2-135M-Instruct --prompt "Once upon a time"
-lowrank generate --model DIR --quantizer nf4 --adapter out --chat --prompt "What is 7 + 7?"
-lowrank generate --model DIR --prompt "Once" --prompt "Twice" --stop "." --json
-cat prompt.txt | lowrank generate --model DIR --temperature 0.8 --top-p 0.9
+  lowrank generate --model HuggingFaceTB/SmolLM2-135M-Instruct --prompt "Once upon a time"
+  lowrank generate --model HuggingFaceTB/SmolLM2-135M-Instruct --quantizer nf4 --adapter out \\
+    --chat --prompt "What is 7 + 7?"
+  lowrank generate --config out/run.toml --prompt "Once" --prompt "Twice" --stop "." --json
+  lowrank generate --config out/run.toml --temperature 0.8 --top-p 0.9 < prompt.txt
+
+With --config and a training's run.toml, the model is that of the training.
 """
 
 from __future__ import annotations

@@ -58,6 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             name,
             help=summary.strip(),
+            # the examples come first: argparse's own usage of a hundred flags would
+            usage=f"lowrank {name} [flags]",
             description=f"{summary}\n\n{details}".strip(),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
@@ -115,7 +117,7 @@ def _parsed(argv: Sequence[str]) -> argparse.Namespace:
             parser.error(f"expected arguments in UTF-8; got {word!a}")
     args, unknown = parser.parse_known_args([_dashes(word) for word in argv])
     if unknown:
-        flags = re.findall(r"--[\w-]+", args.command.format_usage())
+        flags = re.findall(r"--[\w-]+", args.command.format_help())
         near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         args.command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")

@@ -1,12 +1,14 @@
 """Merge an adapter into its model, as a new model.
 
-  lowrank merge --model DIR --adapter out --output merged --dtype bfloat16 --data held_out.jsonl
+  lowrank merge --config out/run.toml --adapter out --output merged --data held_out.jsonl
+  lowrank merge --model HuggingFaceTB/SmolLM2-135M-Instruct --quantizer nf4 --adapter out \\
+    --output merged-bf16 --dtype bfloat16
 
 It is written as a Hugging Face directory, which transformers loads. An adapter trained over
-quantized weights belongs to those: give --quantizer and its options as in training, and what it
-is added to are the dequantized weights.
+quantized weights belongs to those: give --quantizer and its options as in training, as the
+training's run.toml does, and what it is added to are the dequantized weights.
 
-  lowrank merge --model DIR --quantizer nf4 --adapter out --output merged --quantized
+  lowrank merge --config out/run.toml --adapter out --output merged-nf4 --quantized
 
 With --quantized the weights stay quantized, in lowrank's format. What their codes cannot take,
 which is most of it, is an adapter of half the rank in the folder residual; shares are printed.

@@ -1,7 +1,8 @@
 """Quantize a model, as a new directory that loads as it is.
 
-  lowrank quantize --model DIR --quantizer nf4 --output quantized
-  lowrank quantize --model DIR --quantizer nf4 --format bitsandbytes --output for-transformers
+  lowrank quantize --model HuggingFaceTB/SmolLM2-135M-Instruct --quantizer nf4 --output nf4
+  lowrank quantize --model HuggingFaceTB/SmolLM2-135M-Instruct --quantizer nf4 \\
+    --format bitsandbytes --output for-transformers
 
 Train, generate and merge then take the directory as --model, without --quantizer. The format
 lowrank holds any scheme; bitsandbytes holds nf4, fp4 and int8, for transformers too.

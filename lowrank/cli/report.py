@@ -1,7 +1,8 @@
 """Compare quantizers on a model: error, perplexity, speed and memory of each.
 
-  lowrank report --model DIR --schemes nf4 int4 nf4:block_size=128 --text text.txt --output DIR
-  lowrank report --model weights.safetensors --output DIR
+  lowrank report --model HuggingFaceTB/SmolLM2-135M-Instruct \\
+    --schemes nf4 int4 nf4:block_size=128 --text text.txt --output report
+  lowrank report --model weights.safetensors --output report2
 
 Of what lowrank cannot run, a .safetensors file or a directory of another architecture, the weights
 alone are compared. The output directory gets report.md, report.json and two plots.

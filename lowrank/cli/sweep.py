@@ -1,8 +1,9 @@
 """Try ranks, or any grid of settings, over one frozen model in memory.
 
-  lowrank sweep --model DIR --data train.jsonl --eval-data held_out.jsonl --quantizer nf4 \\
-    --target-modules all-linear --lora-alpha 16 --max-steps 100 --output-dir sweep
-  lowrank sweep --config run.toml --ranks 8 16 32 --grid learning_rate=1e-4,2e-4 --output-dir sweep
+  lowrank sweep --model HuggingFaceTB/SmolLM2-135M-Instruct --quantizer nf4 --data train.jsonl \\
+    --eval-data held_out.jsonl --target-modules all-linear --output-dir sweep
+  lowrank sweep --config out/run.toml --ranks 8 16 --grid learning_rate=1e-4,2e-4 \\
+    --output-dir sweep2
 
 Adapters that share batches are trained side by side. What comes out: a table, sweep.md; a plot,
 sweep.png; the elbow, the smallest rank that is good enough; and every adapter. lora_alpha keeps its

@@ -1,7 +1,8 @@
 """Fine-tune a model on your own examples.
 
-  lowrank train --model DIR --data train.jsonl --quantizer nf4 --r 16 --output-dir out
-  lowrank train --config run.toml --learning-rate 1e-4
+  lowrank train --model HuggingFaceTB/SmolLM2-135M-Instruct --quantizer nf4 --data train.jsonl \\
+    --eval-data held_out.jsonl --r 16 --target-modules all-linear --output-dir out
+  lowrank train --config out/run.toml --learning-rate 1e-4 --output-dir out2
 
 A TOML file has the tables [run], [train] and [lora]; a flag beats it. The settings a run was made
 with are written into its output directory as run.toml, which --config takes.
