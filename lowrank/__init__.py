@@ -1,5 +1,7 @@
 """Low-rank fine-tuning over quantized weights."""
 
+from typing import TYPE_CHECKING, Any
+
 from . import adapters as adapters
 from . import errors as errors
 from . import ops as ops
@@ -43,3 +45,14 @@ from .surgery import scale_adapter as scale_adapter
 from .surgery import set_adapter as set_adapter
 from .surgery import unload as unload
 from .surgery import unmerge as unmerge
+
+if TYPE_CHECKING:
+    from .plan import plan_memory as plan_memory
+
+
+def __getattr__(name: str) -> Any:
+    if name == "plan_memory":  # with the optimizers it is a tenth of what this package imports
+        from .plan import plan_memory
+
+        return plan_memory
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -106,6 +106,8 @@ def comparing(model: nn.Module, tok: object) -> None:
 
 
 def models() -> None:
+    plan = lowrank.plan_memory("path", lowrank.LoRAConfig(r=16), quantizer="nf4", max_length=512)
+    assert_type(plan.peak, int)
     model = lowrank.load_model("path", quantizer="nf4", dtype=torch.bfloat16, device="cpu")
     lowrank.save_model(model, "directory", format="lowrank")
     assert_type(lowrank.load_quantized(nn.Linear(4, 4), "directory"), nn.Module)

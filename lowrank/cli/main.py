@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
-from lowrank.cli import demo, env, eval, generate, merge, quantize, report, sweep, train
+from lowrank.cli import demo, env, eval, generate, merge, plan, quantize, report, sweep, train
 from lowrank.errors import ConfigError, LowrankError, MissingPackageError, TrainingError
 from lowrank.train.remedies import is_out_of_memory
 
-COMMANDS = (train, sweep, generate, eval, merge, quantize, report, env, demo)
+COMMANDS = (train, sweep, generate, eval, merge, quantize, plan, report, env, demo)
 
 OK = 0
 NO = 1  # the command's own answer: the demo's check failed, the model does not fit

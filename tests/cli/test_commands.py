@@ -23,7 +23,18 @@ from lowrank import ops
 from .conftest import write_pairs
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("train", "sweep", "generate", "eval", "merge", "quantize", "report", "env", "demo")
+COMMANDS = (
+    "train",
+    "sweep",
+    "generate",
+    "eval",
+    "merge",
+    "quantize",
+    "plan",
+    "report",
+    "env",
+    "demo",
+)
 
 
 def python(*words: object, **options) -> subprocess.Popen:
