@@ -225,24 +225,7 @@ class DecoderConfig:
             word = family.words.get(name, name)
             if raw.get(word) is not None or (word in raw and name in _NULLABLE):
                 fields[name] = raw[word]
-        for name in _SIZES:  # a size of null is named as such
-            word = family.words.get(name, name)
-            if name not in fields and word in raw and not (family.mlp_ratio and "inter" in name):
-                fields[name] = raw[word]
-        if family.mlp_ratio and "intermediate_size" not in fields and "hidden_size" in fields:
-            check_size("hidden_size", fields["hidden_size"])
-            fields["intermediate_size"] = family.mlp_ratio * fields["hidden_size"]
-        if missing := [family.words.get(n, n) for n in _SIZES if n not in fields]:
-            raise ConfigError(
-                f"{', '.join(missing)} missing; expected those of a {model_type} model"
-            )
-        for name in _SIZES:
-            check_size(family.words.get(name, name), fields[name])
-        if fields["num_hidden_layers"] > _MAX_LAYERS:
-            raise ConfigError(
-                f"num_hidden_layers: expected at most {_MAX_LAYERS}; "
-                f"got {fields['num_hidden_layers']}"
-            )
+        fields |= _sizes(raw, family)
         heads = fields["num_attention_heads"]
         fields.setdefault("num_key_value_heads", heads)
         if not fields.get("head_dim"):
@@ -299,6 +282,24 @@ def rope_frequencies(
     scaling = None if local else config.rope_scaling
     context = config.max_position_embeddings
     return frequencies(config.rotary_dim, theta, scaling, context, length, device)
+
+
+def _sizes(raw: Raw, family: Family) -> dict[str, int]:
+    words = {name: family.words.get(name, name) for name in _SIZES}
+    derived = {"intermediate_size"} if family.mlp_ratio else set()
+    if missing := [word for n, word in words.items() if word not in raw and n not in derived]:
+        raise ConfigError(
+            f"{', '.join(missing)} missing; expected those of a {raw['model_type']} model"
+        )
+    found: dict[str, int] = {}
+    for name, word in words.items():
+        found[name] = raw.get(word)
+        if found[name] is None and name in derived:
+            found[name] = family.mlp_ratio * found["hidden_size"]
+        check_size(word, found[name])
+    if (layers := found["num_hidden_layers"]) > _MAX_LAYERS:
+        raise ConfigError(f"num_hidden_layers: expected at most {_MAX_LAYERS}; got {layers}")
+    return found
 
 
 def _rope(raw: Raw, family: Family) -> dict[str, Any]:

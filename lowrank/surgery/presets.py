@@ -6,13 +6,15 @@ from collections.abc import Iterable
 
 from torch import nn
 
-# What PEFT takes for these families where it is not the query and value projections.
+# What PEFT takes for these families where it is not the query and value projections; and for the
+# first Qwen, of which PEFT knows nothing, what tutorials take.
 _BY_MODEL_TYPE: dict[str, list[str] | str] = {
     "blip-2": ["q", "v", "q_proj", "v_proj"],
     "btlm": ["c_proj", "c_attn"],
     "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
     "nemotron_h": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "phi": ["q_proj", "v_proj", "fc1", "fc2"],
+    "qwen": ["c_attn", "c_proj"],
     "rwkv": ["key", "value", "receptance", "output"],
     "rwkv7": ["r_proj", "k_proj", "v_proj", "o_proj", "key", "value"],
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from lowrank.models.cache import KVCache
 from lowrank.models.config import DecoderConfig
 from lowrank.models.decoder import Decoder
 from lowrank.models.families import FAMILIES as TABLE
-from tests.models.families import FAMILIES, WINDOW, pair, peft_name, targets
+from tests.models.families import FAMILIES, WINDOW, make, pair, peft_name, targets
 from tests.models.helpers import tokens
 
 transformers = pytest.importorskip("transformers", reason="the oracle; pip install transformers")
@@ -21,6 +23,7 @@ peft = pytest.importorskip("peft", reason="the oracle; pip install peft")
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
+ROOT = Path(__file__).resolve().parents[2]
 S = 50  # beyond every window
 TOLERANCE = dict(atol=1e-4, rtol=1e-4)
 EXACT = dict(atol=1e-5, rtol=1e-5)
@@ -207,3 +210,18 @@ def test_it_is_built_on_meta(name, tmp_path):
         model = Decoder(ours.config)
     shapes = {key: p.shape for key, p in model.named_parameters()}
     assert shapes == {key: p.shape for key, p in ours.named_parameters()}
+
+
+def test_the_page_of_models_has_every_family_and_what_is_adapted_by_default():
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    told = {row[0].strip("| `"): set(re.findall(r"`(\w+)`", row[-1])) for row in rows}
+    assert set(told) - {"model_type"} == set(TABLE)
+    for model_type, expected in told.items():
+        if model_type in TABLE:
+            raw = make(model_type.removesuffix("_text")).config.to_dict()
+            with torch.device("meta"):
+                model = Decoder(DecoderConfig.from_hf(raw))
+            lowrank.inject(model, lowrank.LoRAConfig(r=2))
+            layers = [n for n, m in model.named_modules() if isinstance(m, lowrank.LoRALinear)]
+            assert {name.split(".")[-1] for name in layers} == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 from torch import nn
@@ -69,6 +70,16 @@ def test_what_none_means_elsewhere(family):
     names, saved = adapted_names(family, None)
     assert sorted(saved) == NOT_PEFTS[family]
     assert {name.split(".")[-1] for name in names} == set(NOT_PEFTS[family])
+
+
+def test_the_first_qwen_is_adapted_as_tutorials_do():
+    """Its own code is no part of transformers."""
+    attention = nn.ModuleDict({"c_attn": nn.Linear(8, 24), "c_proj": nn.Linear(8, 8)})
+    mlp = nn.ModuleDict({n: nn.Linear(8, 8) for n in ("w1", "w2", "c_proj")})
+    model = nn.ModuleDict({"attn": attention, "mlp": mlp})
+    model.config = SimpleNamespace(model_type="qwen")
+    lowrank.inject(model, LoRAConfig(r=2))
+    assert names_of(model, AdaptedLayer) == {"attn.c_attn", "attn.c_proj", "mlp.c_proj"}
 
 
 @pytest.mark.parametrize("family", ATTENTION)
