@@ -1,7 +1,7 @@
 """A GGUF file as a decoder's config and tensors, under their HF names: a row an architecture.
 
 What llama.cpp's converter changed on the way into the file is undone: the order of rows of queries
-and keys, the one that it adds to Gemma's norms, GPT-2's transposed matrices.
+and keys, and of those of each head in turn, and the one that it adds to Gemma's norms.
 """
 
 from __future__ import annotations
@@ -63,25 +63,34 @@ def _by_head(tensor: Tensor, name: str, config: DecoderConfig) -> Tensor:
     return tensor.unflatten(0, (3, config.num_attention_heads, -1)).transpose(0, 1).flatten(0, 2)
 
 
-def _transposed(tensor: Tensor, name: str, config: DecoderConfig) -> Tensor:
-    return tensor.t().contiguous() if _is_conv1d(name) else tensor
-
-
 @dataclass(frozen=True)
 class Architecture:
-    """A row: HF's `model_type`, the `keys` it has beside those of all, and what to `undo`."""
+    """A row: HF's `model_type`, the `keys` it has beside those of all, and what to `undo`.
+
+    `means`: fields that no key says.
+    """
 
     model_type: str
     keys: Mapping[str, str] = field(default_factory=dict)
     undo: Undo | None = None
+    means: Mapping[str, Any] = field(default_factory=dict)
 
 
 _CAPS = {f"{which}_logit_softcapping": f"{which}_logit_softcapping" for which in ("attn", "final")}
+_EXPERTS = {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
+_MIXTRAL = Architecture(
+    "mixtral", _EXPERTS | {"feed_forward_length": "moe_intermediate_size"}, _unpermuted
+)
 ARCHITECTURES = {
-    "llama": Architecture("llama", undo=_unpermuted),  # Mistral's too
+    "llama": Architecture("llama", undo=_unpermuted),  # Mistral's too, and with experts Mixtral's
     "smollm3": Architecture("smollm3", undo=_unpermuted),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
+    "qwen3moe": Architecture(
+        "qwen3_moe",
+        _EXPERTS | {"expert_feed_forward_length": "moe_intermediate_size"},
+        means={"norm_topk_prob": True},
+    ),
     "phi3": Architecture("phi3", _WINDOW),
     "phi2": Architecture("phi"),
     "gemma2": Architecture("gemma2", _WINDOW | _CAPS, _without_one),
@@ -91,7 +100,7 @@ ARCHITECTURES = {
     "gptneox": Architecture(
         "gpt_neox", {"use_parallel_residual": "use_parallel_residual"}, _by_head
     ),
-    "gpt2": Architecture("gpt2", undo=_transposed),
+    "gpt2": Architecture("gpt2"),
 }
 
 
@@ -113,13 +122,16 @@ class GGUFModel:
 
     def read(self, name: str, empty: Empty = empty_bytes) -> Tensor:
         """The tensor as float32, as Hugging Face's files have it."""
-        tensor = self._file.read(self._names[name], empty)
+        parts = [self._file.read(part, empty) for part in self._names[name]]
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         undo = self._row.undo
         return tensor if undo is None else undo(tensor, name, self.config)
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        shape = self._file.tensors[self._names[name]].shape
-        return shape[::-1] if self._row.undo is _transposed and _is_conv1d(name) else shape
+        shape, *more = (self._file.tensors[part].shape for part in self._names[name])
+        if more:  # [E, I, H] of gate and of up
+            shape = (shape[0], shape[1] + more[0][1], *shape[2:])
+        return shape
 
 
 def _architecture(metadata: Mapping[str, Any]) -> tuple[str, Architecture]:
@@ -129,7 +141,8 @@ def _architecture(metadata: Mapping[str, Any]) -> tuple[str, Architecture]:
             f"expected a GGUF architecture of {', '.join(ARCHITECTURES)}; got {name!r}; "
             "build it by its own code and adapt it with lowrank.inject(model, config)"
         )
-    return name, ARCHITECTURES[name]
+    has_experts = name == "llama" and metadata.get("llama.expert_count")
+    return name, _MIXTRAL if has_experts else ARCHITECTURES[name]
 
 
 def _config(file: GGUFFile, name: str, row: Architecture) -> DecoderConfig:
@@ -146,6 +159,7 @@ def _config(file: GGUFFile, name: str, row: Architecture) -> DecoderConfig:
             f"{file.path}: missing tensors: {last}*, of the last layer by {name}.block_count"
         )
     fields: dict[str, Any] = {
+        **row.means,
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": any(f"blk.0.attn_{q}.bias" in tensors for q in ("q", "qkv")),
@@ -203,21 +217,25 @@ def _rope_scaling(file: GGUFFile, name: str, fields: Mapping[str, Any]) -> dict[
     return scaling | ({"original_max_position_embeddings": original} if kind == "yarn" else {})
 
 
-def _names(file: GGUFFile, architecture: str, config: DecoderConfig) -> dict[str, str]:
-    """HF name -> the file's; what has no place in such a model stays, and is then unexpected."""
+def _names(file: GGUFFile, architecture: str, config: DecoderConfig) -> dict[str, list[str]]:
+    """HF name -> the file's, of which those of experts' gate and up lie one above the other.
+
+    What has no place in such a model stays under its name, and is then unexpected.
+    """
     import gguf
 
     archs = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
     table = gguf.get_tensor_name_map(archs[architecture], config.num_hidden_layers)
     with torch.device("meta"):
         model = Decoder(config)
-    theirs = {
-        name: table.get_name(name, (".weight", ".bias")) for name, _ in model.named_parameters()
-    }
-    names = {hf: name for hf, name in theirs.items() if name in file.tensors}
-    taken = {*names.values(), *_FACTORS}
-    return names | {name: name for name in file.tensors if name not in taken}
-
-
-def _is_conv1d(name: str) -> bool:
-    return name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
+    names = {}
+    for name, _ in model.named_parameters():
+        parts = [name]
+        if ".experts." in name:  # one parameter each, without `.weight`
+            leaves = ("gate_proj", "up_proj") if "gate_up_proj" in name else ("down_proj",)
+            parts = [f"{name.rpartition('.')[0]}.{leaf}.weight" for leaf in leaves]
+        theirs = [table.get_name(part, (".weight", ".bias")) for part in parts]
+        if all(part in file.tensors for part in theirs):
+            names[name] = theirs
+    taken = {*_FACTORS, *(part for parts in names.values() for part in parts)}
+    return names | {name: [name] for name in file.tensors if name not in taken}

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import FileFormatError, MissingPackageError
+from lowrank.io.names import plain
 from lowrank.io.pages import Empty, empty_bytes
 
 _PANEL_BYTES = 1 << 18  # of a tensor in the file, expanded at once
@@ -132,7 +133,7 @@ class GGUFFile:
             n_bytes = math.prod(info.shape[:-1]) * info.row_bytes
             if placed.offset + n_bytes > cursor.size:
                 raise FileFormatError(
-                    f"{self.path}: truncated: {name} needs {placed.offset + n_bytes} bytes, "
+                    f"{self.path}: truncated: {plain(name)} needs {placed.offset + n_bytes} bytes, "
                     f"the file has {cursor.size}; fetch it again"
                 )
             tensors[name] = placed
@@ -140,19 +141,18 @@ class GGUFFile:
 
     def _info(self, cursor: _Cursor) -> tuple[str, TensorInfo]:
         name = cursor.string()
+        said = f"{self.path}: {plain(name)}"
         n_dims = cursor.scalar("I")
         if n_dims > 4:
-            raise FileFormatError(
-                f"{self.path}: {name}: expected at most 4 dimensions; got {n_dims}"
-            )
+            raise FileFormatError(f"{said}: expected at most 4 dimensions; got {n_dims}")
         shape = tuple(cursor.scalar("Q") for _ in range(n_dims))[::-1]
         kind, offset = cursor.scalar("I"), cursor.scalar("Q")
         if kind not in self._block_sizes:
-            raise FileFormatError(f"{self.path}: {name}: unknown tensor type {kind}")
+            raise FileFormatError(f"{said}: unknown tensor type {kind}")
         block, block_bytes = self._block_sizes[kind]
         if not shape or 0 in shape or shape[-1] % block:
             raise FileFormatError(
-                f"{self.path}: {name}: expected rows of a multiple of {block}; got shape {shape}"
+                f"{said}: expected rows of a multiple of {block}; got shape {shape}"
             )
         return name, TensorInfo(shape, kind, offset, shape[-1] // block * block_bytes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ ARCHITECTURES = {
     "smollm3": "SMOLLM3",
     "qwen2": "QWEN2",
     "qwen3": "QWEN3",
+    "qwen3_moe": "QWEN3MOE",
+    "mixtral": "LLAMA",
     "phi3": "PHI3",
     "phi": "PHI2",
     "gemma2": "GEMMA2",
@@ -38,7 +41,7 @@ def write_gguf(path: Path, model: torch.nn.Module, kind: str = "F32", **metadata
         writer.add_tensor(name, factors.numpy())
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     tied = config.tie_word_embeddings
-    for name, tensor in model.state_dict().items():
+    for name, tensor in _apart(model.state_dict()):
         if tied and name in ("lm_head.weight", "embed_out.weight"):
             continue
         tensor = _converted(config, name, tensor.float())
@@ -53,31 +56,47 @@ def write_gguf(path: Path, model: torch.nn.Module, kind: str = "F32", **metadata
     writer.close()
 
 
+def _apart(state: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """With gate and up of experts, which transformers holds in one, for themselves."""
+    for name, tensor in state.items():
+        start, fused, _ = name.partition("gate_up_proj")
+        if fused and ".experts." in name:
+            gate, up = tensor.chunk(2, dim=1)
+            yield from ((f"{start}gate_proj.weight", gate), (f"{start}up_proj.weight", up))
+        else:
+            yield name + ".weight" * (".experts." in name), tensor
+
+
 def _metadata(config) -> dict[str, object]:
     """What the converter writes of a config: {name of the writer's function: value}."""
     import gguf
 
-    heads = config.num_attention_heads
+    kind, heads = config.model_type, config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     rope = getattr(config, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope)
+    wide = config.n_inner if kind == "gpt2" else config.intermediate_size
     said = {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
         "head_count": heads,
-        "head_count_kv": getattr(config, "num_key_value_heads", None),
-        "feed_forward_length": getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        "head_count_kv": None if kind in ("gpt2", "gpt_neox") else config.num_key_value_heads,
+        "feed_forward_length": wide or 4 * config.hidden_size,
         "rope_freq_base": rope.get("rope_theta"),
     }
     for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"):
         if hasattr(config, name):
             key = "layer_norm_rms_eps" if name == "rms_norm_eps" else "layer_norm_eps"
             said[key] = getattr(config, name)
-    kind = config.model_type
     if kind not in ("gpt2", "gpt_neox", "phi", "phi3"):
         said |= {"key_length": width, "value_length": width}
-    if kind in ("llama", "mistral", "smollm3"):
+    if kind in ("mixtral", "qwen3_moe"):
+        number = "num_local_experts" if kind == "mixtral" else "num_experts"
+        said["expert_count"] = getattr(config, number)
+        said["expert_used_count"] = config.num_experts_per_tok
+        said["expert_feed_forward_length"] = getattr(config, "moe_intermediate_size", None)
+    if kind in ("llama", "mistral", "mixtral", "smollm3"):
         said["rope_dimension_count"] = width
     if kind in ("phi", "phi3", "gpt_neox"):
         share = rope.get("partial_rotary_factor", 1.0)
@@ -127,7 +146,7 @@ def _factors(config) -> dict[str, torch.Tensor]:
 def _converted(config, name: str, tensor: torch.Tensor) -> torch.Tensor:
     """The tensor as its architecture in llama.cpp wants it."""
     kind, leaf = config.model_type, name.split(".")[-2]
-    if kind in ("llama", "mistral", "smollm3") and leaf in ("q_proj", "k_proj"):
+    if kind in ("llama", "mistral", "mixtral", "smollm3") and leaf in ("q_proj", "k_proj"):
         heads = config.num_attention_heads if leaf == "q_proj" else config.num_key_value_heads
         # the two halves of a head become pairs side by side
         halves = tensor.reshape(heads, 2, -1, *tensor.shape[1:])
