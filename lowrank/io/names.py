@@ -46,7 +46,13 @@ def folded(names: Iterable[str]) -> list[str]:
 def listed(names: Sequence[str]) -> str:
     """The first of the names, and how many more there are."""
     more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
-    return ", ".join(map(_plain, names[:_MOST])) + more
+    return ", ".join(map(plain, names[:_MOST])) + more
+
+
+def plain(name: str) -> str:
+    """A name from a file, in one line and short enough to be shown."""
+    name = name if len(name) <= _LONGEST else f"{name[:_LONGEST]}…"
+    return name if name.isprintable() else ascii(name)
 
 
 def _folded_at(names: Iterable[str], at: int) -> list[str]:
@@ -87,8 +93,3 @@ def _refuse(
     said = [start + listed(names) for start, names in lists.items() if names]
     if said:
         raise FileFormatError(f"{source}: {'; '.join(said)}")
-
-
-def _plain(name: str) -> str:
-    name = name if len(name) <= _LONGEST else f"{name[:_LONGEST]}…"
-    return name if name.isprintable() else ascii(name)

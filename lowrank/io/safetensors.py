@@ -19,6 +19,7 @@ from torch import Tensor
 from lowrank.errors import DtypeError, FileFormatError
 
 from .atomic import write_files
+from .names import plain
 from .pages import Empty, empty_bytes
 
 _DTYPES = {
@@ -78,13 +79,13 @@ class SafetensorsFile:
                 self.entries = {name: _entry(8 + length, **raw) for name, raw in header.items()}
             except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
                 raise FileFormatError(
-                    f"{self.path}: damaged safetensors header: {error}"
+                    f"{self.path}: damaged safetensors header: {plain(str(error))}"
                 ) from error
         end = 8 + length
         for name, entry in sorted(self.entries.items(), key=lambda item: item[1].start):
             if entry.start != end:
                 raise FileFormatError(
-                    f"{self.path}: {name} begins at {entry.start}; expected {end}"
+                    f"{self.path}: {plain(name)} begins at {entry.start}; expected {end}"
                 )
             end = entry.end
         if end != size:

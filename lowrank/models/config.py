@@ -132,7 +132,7 @@ class DecoderConfig:
             ids = value if name == "eos_token_id" and isinstance(value, tuple) else (value,)
             if not all(i is None or is_integer(i) for i in ids):
                 raise ConfigError(f"{name}: expected a token id or none; got {value!r}")
-        if self.hidden_act not in ACTIVATIONS:
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
             raise ConfigError(
                 f"hidden_act: expected one of {', '.join(ACTIVATIONS)}; got {self.hidden_act!r}"
             )
