@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,9 @@ from lowrank.models.plan import make_plans
 from lowrank.nn.quant_embedding import QuantEmbedding
 from lowrank.nn.quant_linear import QuantLinear
 from lowrank.ops import linear_cross_entropy
+
+if TYPE_CHECKING:
+    from lowrank.models.placement import Placement
 
 IGNORE = -100  # a label that asks for nothing
 _CHUNK_ROWS = 256  # rows of logits alive at once where the head is not a frozen nn.Linear
@@ -58,6 +62,7 @@ class Decoder(Part):
         self.config = config
         self.name_or_path: str | None = None
         self.gradient_checkpointing: bool | str = False
+        self.placement: Placement | None = None
         self.have(body=Body(config))
         H, V = config.hidden_size, config.vocab_size
         self.lm_head = nn.Linear(H, V, bias=config.family.head_bias)
@@ -202,11 +207,15 @@ class Decoder(Part):
         last = len(body.blocks) - 1
         for i, block in enumerate(body.blocks):
             plan, wanted = plans[block.kind], rows if i == last else None
+            if self.placement is not None:
+                self.placement.enter(i)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 selective = self.gradient_checkpointing == "selective"
                 h = block.checkpointed(h, plan, wanted, selective)
             else:
                 h = block(h, plan, wanted)
+            if self.placement is not None:
+                h = self.placement.leave(i, h)
         if cache is not None:
             cache.length += S
         return h

@@ -63,6 +63,7 @@ def load_model(
     skip: Iterable[str] = ("lm_head",),
     embeddings: bool = False,
     compute_dtype: torch.dtype | None = None,
+    weights_budget: int | None = None,
     revision: str | None = None,
     token: str | None = None,
     load_in_4bit: bool = False,
@@ -81,7 +82,10 @@ def load_model(
     name is or ends in one of `skip`; with `embeddings` the embedding too, a QuantEmbedding, whose
     storage a tied head then shares. Everything else is held in `dtype`. What a directory holds
     quantized, by bitsandbytes or by `save_model`, is taken as it is. Memory peaks at the finished
-    model and twice the largest tensor. `compute_dtype` is that of QuantLinear. From `load_in_4bit`
+    model and twice the largest tensor. `compute_dtype` is that of QuantLinear.
+
+    With a `weights_budget`, bytes of weights that may lie on the device, the blocks beyond it wait
+    in host memory, frozen, and each comes while the one before it computes. From `load_in_4bit`
     on, the arguments are the tutorials' words for a quantizer and compute_dtype. Raises ConfigError
     for what is no known model, FileFormatError for damaged files and for tensors that
     are missing, unexpected or misshaped, WeightError for a NaN in what is to be quantized.
@@ -143,18 +147,25 @@ def load_model(
             layer = _quantized(holder, tensors, quantizer, dtype, compute_dtype)
         else:
             for leaf, tensor in tensors.items():
-                setattr(module, leaf, nn.Parameter(tensor.to(dtype)))
+                setattr(module, leaf, nn.Parameter(tensor.to(home, dtype)))
             return
+        for tensor in [layer] if isinstance(layer, nn.Parameter) else layer.parameters():
+            tensor.data = tensor.data.to(home)
         parent, _, child = name.rpartition(".")
         if isinstance(layer, QuantExperts):
             replace_parameter(module, child, layer)
         else:
             setattr(model.get_submodule(parent), child, layer)
 
+    home = device if weights_budget is None else "cpu"  # and what is quantized is so on the device
     read = partial(_read, weights, quantized, to_quantize, Reused(), source)
     read_ahead(bar(f"loading {Path(source).name}", holders), read, put)
     model.tie_weights(compute_dtype)
     model.name_or_path = str(source)
+    if weights_budget is not None:
+        from lowrank.models.placement import place
+
+        model.placement = place(model, model.body.blocks, torch.device(device), weights_budget)
     if origin.adapter is not None:
         load_adapter(model, origin.adapter, weights=_tensors(origin, token))
     return model.eval()

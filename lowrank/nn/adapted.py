@@ -180,8 +180,9 @@ class AdaptedLayer(RescaledLayer, InFiles):
         weight, dtype = parameters_of(self.base_layer)[0], torch.float32
         if weight.is_floating_point():
             dtype = torch.promote_types(weight.dtype, dtype)
+        device = getattr(weight, "computes_on", weight.device)  # of a weight that comes and goes
         tensors = {
-            part: torch.empty(shape, dtype=dtype, device=weight.device)
+            part: torch.empty(shape, dtype=dtype, device=device)
             for part, shape in self.part_shapes(self.base_layer, config, name).items()
         }
         self.init_(tensors, config)
