@@ -18,7 +18,8 @@ from lowrank.errors import ConfigError, FileFormatError
 from lowrank.io.pages import Empty, empty_bytes
 from lowrank.models.config import DecoderConfig
 from lowrank.models.decoder import Decoder
-from lowrank.models.families import find_family
+from lowrank.models.expert_files import in_files
+from lowrank.models.families import Family, find_family
 from lowrank.models.gguf_file import GGUFFile
 
 Undo = Callable[[Tensor, str, DecoderConfig], Tensor]  # (tensor, its HF name, config)
@@ -118,20 +119,13 @@ class GGUFModel:
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
         self._names = _names(self._file, name, self.config)
-        self.shapes = {hf: self._shape(hf) for hf in self._names}
+        self.shapes = {hf: self._file.tensors[name].shape for hf, name in self._names.items()}
 
     def read(self, name: str, empty: Empty = empty_bytes) -> Tensor:
         """The tensor as float32, as Hugging Face's files have it."""
-        parts = [self._file.read(part, empty) for part in self._names[name]]
-        tensor = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        tensor = self._file.read(self._names[name], empty)
         undo = self._row.undo
         return tensor if undo is None else undo(tensor, name, self.config)
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        shape, *more = (self._file.tensors[part].shape for part in self._names[name])
-        if more:  # [E, I, H] of gate and of up
-            shape = (shape[0], shape[1] + more[0][1], *shape[2:])
-        return shape
 
 
 def _architecture(metadata: Mapping[str, Any]) -> tuple[str, Architecture]:
@@ -217,25 +211,31 @@ def _rope_scaling(file: GGUFFile, name: str, fields: Mapping[str, Any]) -> dict[
     return scaling | ({"original_max_position_embeddings": original} if kind == "yarn" else {})
 
 
-def _names(file: GGUFFile, architecture: str, config: DecoderConfig) -> dict[str, list[str]]:
-    """HF name -> the file's, of which those of experts' gate and up lie one above the other.
-
-    What has no place in such a model stays under its name, and is then unexpected.
-    """
+def _names(file: GGUFFile, architecture: str, config: DecoderConfig) -> dict[str, str]:
+    """HF name -> the file's; what has no place in such a model stays, and is then unexpected."""
     import gguf
 
     archs = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
     table = gguf.get_tensor_name_map(archs[architecture], config.num_hidden_layers)
     with torch.device("meta"):
         model = Decoder(config)
-    names = {}
-    for name, _ in model.named_parameters():
-        parts = [name]
-        if ".experts." in name:  # one parameter each, without `.weight`
-            leaves = ("gate_proj", "up_proj") if "gate_up_proj" in name else ("down_proj",)
-            parts = [f"{name.rpartition('.')[0]}.{leaf}.weight" for leaf in leaves]
-        theirs = [table.get_name(part, (".weight", ".bias")) for part in parts]
-        if all(part in file.tensors for part in theirs):
-            names[name] = theirs
-    taken = {*_FACTORS, *(part for parts in names.values() for part in parts)}
-    return names | {name: [name] for name in file.tensors if name not in taken}
+    if config.mixture is not None:
+        file.split_experts()
+    theirs = {}
+    for name, parameter in model.named_parameters():
+        parts = in_files(config.family, name, tuple(parameter.shape))
+        if len(parts) > 1:
+            theirs |= {part: _of_expert(part, config.family) for part in parts}
+        else:
+            theirs[name] = table.get_name(name, (".weight", ".bias"))
+    names = {hf: name for hf, name in theirs.items() if name in file.tensors}
+    taken = {*names.values(), *_FACTORS}
+    return names | {name: name for name in file.tensors if name not in taken}
+
+
+def _of_expert(name: str, family: Family) -> str:
+    """GGUFFile's name of a tensor of one expert."""
+    before, _, after = name.partition(".experts.")
+    layer, (e, projection, _) = before.split(".")[-2], after.split(".")
+    words = dict(zip(family.expert_files[1:], ("ffn_gate", "ffn_up", "ffn_down"), strict=True))
+    return f"blk.{layer}.{words[projection]}_exps.weight[{e}]"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,16 @@ class GGUFFile:
                         "quantize the model to another type, or get a newer gguf"
                     ) from error
         return out
+
+    def split_experts(self) -> None:
+        """Put in place of each tensor [E, N, K] those of its experts: `name[e]`, [N, K]."""
+        for name, info in list(self.tensors.items()):
+            if len(info.shape) == 3:
+                del self.tensors[name]
+                for e in range(info.shape[0]):
+                    offset = info.offset + e * info.shape[1] * info.row_bytes
+                    one = replace(info, shape=info.shape[1:], offset=offset)
+                    self.tensors[f"{name}[{e}]"] = one
 
     def _parse(self, cursor: _Cursor) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
         if cursor.take(4) != b"GGUF":

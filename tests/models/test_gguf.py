@@ -8,6 +8,7 @@ from torch.testing import assert_close
 import lowrank
 from lowrank.errors import ConfigError, FileFormatError
 from lowrank.models.gguf_file import GGUFFile
+from lowrank.nn.quant_experts import QuantExperts
 from tests.models.families import make
 from tests.models.gguf_models import write_gguf
 from tests.models.helpers import llama, tokens
@@ -106,6 +107,22 @@ def test_every_architecture_gives_the_logits_of_what_it_was_made_from(tmp_path, 
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     with torch.no_grad():
         assert_close(again(ids).logits, oracle(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "BF16"])
+def test_experts_are_those_of_the_file_in_any_type(tmp_path, kind):
+    oracle = make("qwen3_moe", hidden_size=64, moe_intermediate_size=32, mlp_only_layers=[])
+    write_gguf(tmp_path / "m.gguf", oracle, kind)
+    dense = lowrank.load_model(tmp_path / "m.gguf", dtype=torch.float64)
+    quant = gguf.GGMLQuantizationType[kind]
+    packed = lowrank.load_model(tmp_path / "m.gguf", "nf4")
+    for name, weight in oracle.named_parameters():
+        if weight.ndim == 3:
+            codes = gguf.quants.quantize(weight.detach().numpy(), quant)
+            expected = torch.from_numpy(gguf.quants.dequantize(codes, quant).copy())
+            assert torch.equal(dense.get_parameter(name), expected.double())
+            whole = QuantExperts(expected, "nf4")
+            assert torch.equal(packed.get_submodule(name).dequantize(), whole.dequantize())
 
 
 def readable_types():
