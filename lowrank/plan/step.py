@@ -70,7 +70,7 @@ def _run(
     ids = torch.zeros(B, S, dtype=torch.int64, device="meta")
     before = [torch.empty_like(p) for p in parameters] if accumulates else []
     held = [ids, *model.parameters(), *model.buffers(), *before]
-    trace = Trace(held, model.config.vocab_size, B * (S - 1), _within(device))
+    trace = Trace(held, model.config.vocab_size, B * (S - 1), S, _within(device))
     handles = mark_first_gradient(trace, first)
     try:
         for p, gradient in zip(parameters, before, strict=False):

@@ -26,14 +26,24 @@ class Trace(TorchDispatchMode):
     """Inside, what is made and freed is written down; `peaks` then says what was alive at most.
 
     What is `held` before does not count. Tensors whose last dimension is `vocab_size` are logits.
-    `labelled` rows have a label: how many is what no tensor without values can say.
+    What no tensor without values can say: `labelled` rows have a label, the last position is that
+    of `length` tokens, and as many tokens go to one expert as to another.
     """
 
     def __init__(
-        self, held: Iterable[Tensor], vocab_size: int, labelled: int, within: Within
+        self, held: Iterable[Tensor], vocab_size: int, labelled: int, length: int, within: Within
     ) -> None:
         super().__init__()
-        self._vocab_size, self._labelled, self._within = vocab_size, labelled, within
+        self._vocab_size, self._within = vocab_size, within
+        self._choices = 0  # of experts, by all tokens
+        aten = torch.ops.aten
+        # what depends on values that are not there, and what torch's own way imports a compiler for
+        self._answers: dict[Any, Callable[..., Any]] = {
+            aten.nonzero.default: lambda x: x.new_empty(labelled, x.ndim, dtype=torch.int64),
+            aten._local_scalar_dense.default: lambda x: length - 1,
+            aten.searchsorted.Tensor: self._searchsorted,
+            aten.index_select.default: _index_select,
+        }
         self._held = {id(storage): storage for t in held for storage in [t.untyped_storage()]}
         self._kinds: list[str] = []
         self._sizes: list[int] = []
@@ -57,10 +67,10 @@ class Trace(TorchDispatchMode):
         self._library._destroy()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.nonzero.default:
-            result = args[0].new_empty(self._labelled, args[0].ndim, dtype=torch.int64)
-        elif func is torch.ops.aten.index_select.default:
-            result = _index_select(*args)
+        if func in self._answers:
+            result = self._answers[func](*args)
+        elif func is torch.ops.aten._to_copy.default and _leaves_meta(args[0], kwargs):
+            result = self._ends(args[0])
         else:
             result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else (result,):
@@ -99,6 +109,15 @@ class Trace(TorchDispatchMode):
                 most[part], found[part] = now, live + Counter(extra)
         return found
 
+    def _searchsorted(self, chosen: Tensor, edges: Tensor, **_: Any) -> Tensor:
+        self._choices = chosen.numel()
+        return edges.new_empty(edges.shape)
+
+    def _ends(self, offs: Tensor) -> Tensor:
+        """Where each expert's rows end, on the CPU."""
+        E = offs.numel()
+        return torch.arange(1, E + 1, dtype=offs.dtype, device="cpu") * self._choices // E
+
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if id(storage) in self._alive or id(storage) in self._held:
@@ -129,32 +148,43 @@ def mark_first_gradient(trace: Trace, module: nn.Module) -> list[Any]:
     return [p.register_post_accumulate_grad_hook(mark) for p in trained]
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
-    return _Fused.apply(q, k, v)
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
+) -> Tensor:
+    return _Fused.apply(q, k, v, attn_mask)
 
 
 class _Fused(torch.autograd.Function):
-    """Fused attention keeps q, k, v, its result and a number for each row of scores.
+    """Fused attention keeps q, k, v, its result, a number for each row of scores, and a mask, made
+    into numbers.
 
     Tensors [B, heads, S, D] lie in memory as [B, S, heads, D], as the kernels write them.
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         B, heads, S, D = q.shape
         out = q.new_empty(B, S, heads, v.shape[-1]).transpose(1, 2)
-        ctx.save_for_backward(q, k, v, out, q.new_empty(B, heads, S, dtype=torch.float32))
+        if mask is not None and mask.dtype == torch.bool:
+            mask = q.new_empty(mask.shape)
+        sums = q.new_empty(B, heads, S, dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, sums, mask)
         return out
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, ...]:
-        q, k, v, _, _ = ctx.saved_tensors
-        return tuple(_like(t) for t in (q, k, v))
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *_ = ctx.saved_tensors
+        return *(_like(t) for t in (q, k, v)), None
 
 
 def _like(t: Tensor) -> Tensor:
     B, heads, S, D = t.shape
     return t.new_empty(B, S, heads, D).transpose(1, 2)
+
+
+def _leaves_meta(x: Tensor, kwargs: Any) -> bool:
+    device = (kwargs or {}).get("device")
+    return x.is_meta and device is not None and torch.device(device).type != "meta"
 
 
 def _index_select(x: Tensor, dim: int, index: Tensor) -> Tensor:
