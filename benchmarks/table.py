@@ -46,6 +46,7 @@ DECODING_COLUMNS = (
     "peak MB",
     "loading MB",
 )
+MEMORY_COLUMNS = ("", "predicted MB", "measured MB", "of measured", "with malloc as it is, MB")
 
 
 def render(result: dict) -> str:
@@ -124,6 +125,8 @@ def table(rows: Sequence[dict]) -> str:
         columns, cells = STEP_COLUMNS, _step_cells
     elif "new_tokens" in rows[0]:
         columns, cells = DECODING_COLUMNS, _decoding_cells
+    elif "predicted_bytes" in rows[0]:
+        columns, cells = MEMORY_COLUMNS, _memory_cells
     lines = [[*columns], ["---", *("---:" for _ in columns[1:])]]
     lines += [cells(row) for row in rows]
     keep = [i for i in range(len(columns)) if i == 0 or any(line[i] for line in lines[2:])]
@@ -182,6 +185,16 @@ def _decoding_cells(row: dict) -> list[str]:
         f"{row['over_dense']:.2f}×" if "over_dense" in row else "",
         megabytes(row["peak_bytes"]),
         megabytes(row["load_peak_bytes"]),
+    ]
+
+
+def _memory_cells(row: dict) -> list[str]:
+    return [
+        row["contender"],
+        megabytes(row["predicted_bytes"]),
+        megabytes(row["measured_bytes"]),
+        f"{row['predicted_bytes'] / row['measured_bytes']:.1%}",
+        megabytes(row["kept_bytes"]),
     ]
 
 

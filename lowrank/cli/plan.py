@@ -1,7 +1,7 @@
 """Say how much memory training takes, and whether it fits a card, before anything is loaded.
 
-  lowrank plan --model Qwen/Qwen3-8B --quantizer nf4 --target-modules all-linear --card "12 GB"
-  lowrank plan --config run.toml --card 4090
+  lowrank plan --model HuggingFaceTB/SmolLM2-135M-Instruct --quantizer nf4 --card "12 GB"
+  lowrank plan --config out/run.toml --card 4090
   lowrank plan --hidden-size 4096 --num-hidden-layers 32 --num-attention-heads 32 --full
 
 Of a model on the hub, config.json alone is fetched. A TOML file of `lowrank train` is taken as it
@@ -48,7 +48,7 @@ _SIZES = (
 class Step:
     """A model, how its weights are stored, and what a step of training is.
 
-    model: a Hugging Face directory, a config.json, or a name on the Hugging Face hub.
+    model: a Hugging Face directory, a config.json, a .gguf file, or a name on the Hugging Face hub.
     hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads,
         vocab_size: numbers in place of a model, of a Llama; of the last ones left out, usual ones.
     quantizer: how the frozen linear weights are stored, nf4 for QLoRA; none keeps them in `dtype`.
@@ -133,7 +133,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    step, lora = _resolve(args)
+    step, lora, notes = _resolve(args)
     settings = settings_of(
         None if step.full else lora,
         quantizer=step.quantizer and quant.get(step.quantizer, **step.quantizer_options),
@@ -152,23 +152,33 @@ def run(args: argparse.Namespace) -> int:
     planner = Planner.of(step.source())
     plan = planner.plan(settings)
     advice = None if card is None else advise(planner, settings, card)
-    show(args, _text(step, plan, card, advice), _values(plan, card, advice))
+    show(args, _text(step, plan, card, advice, notes), _values(plan, card, advice))
     return OK if card is None or plan.fits(card) else DOES_NOT_FIT
 
 
-def _resolve(args: argparse.Namespace) -> tuple[Step, lowrank.LoRAConfig]:
-    """The file of --config, what of it matters here, and the flags over it."""
+def _resolve(args: argparse.Namespace) -> tuple[Step, lowrank.LoRAConfig, list[str]]:
+    """The file of --config, what of it matters here, the flags over it; and what is to be said."""
     file = read_toml(args.config, TABLES) if args.config else {}
-    known = {field.name for field in dataclasses.fields(Step)}
     both = {**file.get("run", {}), **file.get("train", {})}
-    step = {k: v for k, v in both.items() if k in known} | given_fields(args, "step")
-    if args.config and "dtype" not in step:
-        step["dtype"] = "float32"  # as `lowrank train` has it
+    known = {field.name for field in dataclasses.fields(Step)}
+    if args.config:
+        both.setdefault("dtype", "float32")  # as `lowrank train` has it
+    flags = given_fields(args, "step")
+    if "card" in flags:
+        both.pop("device", None)  # of the machine that the file was made on
+    if any(name in flags for name in ("model", *_SIZES)):
+        both.pop("model", None)
+    notes = []
+    if both.get("bf16") or both.get("fp16"):
+        notes.append("activations count as those of dtype: under autocast there are fewer bytes")
+    step = {k: v for k, v in both.items() if k in known} | flags
     lora = file.get("lora", {}) | given_fields(args, "lora")
-    return make(Step, step), make(lowrank.LoRAConfig, lora)
+    return make(Step, step), make(lowrank.LoRAConfig, lora), notes
 
 
-def _text(step: Step, plan: MemoryPlan, card: Card | None, advice: Advice | None) -> str:
+def _text(
+    step: Step, plan: MemoryPlan, card: Card | None, advice: Advice | None, notes: list[str]
+) -> str:
     """For people: the components, the largest first, a bar beside each."""
     parts = {name: n for name, n in plan.components.items() if n >= 1 << 20}
     rows = [
@@ -201,18 +211,26 @@ def _text(step: Step, plan: MemoryPlan, card: Card | None, advice: Advice | None
         lines += [_remedy(remedy) for remedy in advice.remedies]
         if not plan.fits(card) and not advice.remedies:
             lines.append("no change of settings makes it fit: take a smaller model or more devices")
-    return "\n".join(lines).rstrip()
+    return "\n".join([*lines, *notes]).rstrip()
 
 
 def _remedy(remedy: Remedy) -> str:
-    said = " ".join(f"--{k.replace('_', '-')} {_word(v)}" for k, v in remedy.changes.items())
+    said = " ".join(_flag(name, value) for name, value in remedy.changes.items())
     return f"it fits with {said}: {_size(remedy.plan.peak)} ({remedy.cost})"
 
 
-def _word(value: Any) -> str:
+def _flag(name: str, value: Any) -> str:
     if isinstance(value, lowrank.LoRAConfig):
-        return f"r={value.r}"
-    return str(getattr(value, "name", value)).lower()
+        return f"--no-full --r {value.r} --target-modules {value.target_modules}"
+    return f"--{name.replace('_', '-')} {str(_word(value)).lower()}"
+
+
+def _word(value: Any) -> Any:
+    """What stands for a setting's value in a file."""
+    if isinstance(value, lowrank.LoRAConfig):
+        return {"r": value.r, "target_modules": value.target_modules}
+    word = getattr(value, "name", value)
+    return word if isinstance(word, bool) else str(word)
 
 
 def _values(plan: MemoryPlan, card: Card | None, advice: Advice | None) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def advise(planner: Planner, settings: Settings, card: Card) -> Advice:
 
 
 def _remedies(planner: Planner, settings: Settings, card: Card) -> list[Remedy]:
-    """Single changes that suffice; if none does, all of them one after another until they do."""
+    """Single changes that suffice; if none does, a set of them that does, none of them idle."""
     found = []
     for changes, cost in _changes(settings):
         plan = planner.plan(replace(settings, **changes))
@@ -57,20 +57,27 @@ def _remedies(planner: Planner, settings: Settings, card: Card) -> list[Remedy]:
             found.append(Remedy(changes, cost, plan))
     if found:
         return found
-    done: dict[str, Any] = {}
-    costs: list[str] = []
-    now, plan = settings, planner.plan(settings)
-    while left := _changes(now):
-        changes, cost = left[0]
-        after = planner.plan(replace(now, **changes))
-        if after.peak < plan.peak:
-            costs.append(cost)
-            done |= changes
-            plan = after
-        now = replace(now, **changes)
-        if plan.fits(card):
-            break
-    return [Remedy(done, "; ".join(dict.fromkeys(costs)), plan)] if done else []
+    taken: list[tuple[dict[str, Any], str]] = []
+    now = settings
+    while not planner.plan(now).fits(card):
+        left = _changes(now)
+        if not left:
+            return []
+        taken.append(left[0])
+        now = replace(now, **left[0][0])
+    for change in list(taken):
+        others = [other for other in taken if other is not change]
+        if planner.plan(_changed(settings, others)).fits(card):
+            taken = others
+    plan = planner.plan(_changed(settings, taken))
+    costs = dict.fromkeys(cost for _, cost in taken)
+    return [Remedy({k: v for c, _ in taken for k, v in c.items()}, "; ".join(costs), plan)]
+
+
+def _changed(settings: Settings, changes: list[tuple[dict[str, Any], str]]) -> Settings:
+    for change, _ in changes:
+        settings = replace(settings, **change)
+    return settings
 
 
 def _changes(s: Settings) -> list[tuple[dict[str, Any], str]]:
@@ -78,7 +85,7 @@ def _changes(s: Settings) -> list[tuple[dict[str, Any], str]]:
     changes: list[tuple[dict[str, Any], str]] = []
     size, batches = s.per_device_train_batch_size, s.gradient_accumulation_steps
     if s.gradient_checkpointing is False:
-        changes.append(({"gradient_checkpointing": "selective"}, "a fifth more time"))
+        changes.append(({"gradient_checkpointing": "selective"}, "some more time"))
     if size > 1:
         halved = {
             "per_device_train_batch_size": size // 2,
@@ -86,7 +93,7 @@ def _changes(s: Settings) -> list[tuple[dict[str, Any], str]]:
         }
         changes.append((halved, "learns the same"))
     if s.gradient_checkpointing is not True:
-        changes.append(({"gradient_checkpointing": True}, "a quarter more time"))
+        changes.append(({"gradient_checkpointing": True}, "more time"))
     if "8bit" not in s.optim and s.optim != "sgd":
         kind = "lion" if "lion" in s.optim else "adamw"
         changes.append(({"optim": f"paged_{kind}_8bit"}, "states in 8 bits"))

@@ -49,24 +49,25 @@ def find_card(name: str | float) -> Card:
         return Card(f"{name:g} GB", int(name * GIB))
     if not isinstance(name, str):
         raise ConfigError(f"card: expected a name or a number of GB; got {name!r}")
-    words = _plain(name)
-    if size := re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?)(gb|gib|g)", words):
+    text = name.strip().lower()
+    if size := re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?)\s*(?:gb|gib|g)", text):
         return find_card(float(size[1]))
-    known = {_plain(known): known for known in _MIB}
-    known = {key.removeprefix("rtx"): card for key, card in known.items()} | known
-    found = known.get(words) or known.get(re.sub(r"\d+gb$", "", words))
-    if found is None:
-        near = [known[k] for k in difflib.get_close_matches(words, known, n=3)]
+    known = {_plain(name): name for name in _MIB}
+    known = {key.removeprefix("rtx"): name for key, name in known.items()} | known
+    # "A100-80GB" is a card's name and memory, "RTX 3080 12GB" is also all of a name
+    parts = re.fullmatch(r"(.*?)[\s_-]+(\d{1,6})\s*gb", text)
+    found = known.get(_plain(text)) or (parts and known.get(_plain(parts[1])))
+    if not found:
+        near = [known[k] for k in difflib.get_close_matches(_plain(text), known, n=3)]
         hint = f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else "pass its memory"
         raise ConfigError(
             f"card: expected a card's name or its memory, '24 GB'; got {name!r}: {hint}"
         )
     card = Card(found.upper(), _MIB[found] << 20)
-    said = re.search(r"(\d+)gb$", words)
-    if said and abs(card.total / GIB - int(said[1])) > 2:
+    if parts and abs(card.total / GIB - int(parts[2])) > 2:
         raise ConfigError(
             f"card: {card.name} has {card.total / GIB:.0f} GB; got {name!r}; "
-            f"pass '{said[1]} GB' for one that has those"
+            f"pass '{parts[2]} GB' for one that has those"
         )
     return card
 

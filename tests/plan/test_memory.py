@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from lowrank.plan import plan_memory
 from lowrank.plan.optimizers import KINDS, optimizer_state
 from lowrank.train import TrainConfig
 from lowrank.train.optimizer import OPTIMIZERS
+from tests.io.conftest import hub as hub
 from tests.plan.test_step import config
 
 LLAMA3_8B = {
@@ -132,7 +135,17 @@ def test_what_no_run_could_be_told(changes, words):
 
 
 def test_a_model_that_is_nowhere():
-    with pytest.raises(ConfigError, match="no such directory or config.json"):
+    with pytest.raises(ConfigError, match="no such directory, config.json"):
         plan_memory("there/is/none")
     with pytest.raises(ConfigError, match="num_attention_heads missing"):
         plan_memory({k: v for k, v in LLAMA3_8B.items() if k != "num_attention_heads"})
+
+
+def test_of_a_repository_nothing_but_the_config_is_fetched(hub):
+    run, root, asked = hub
+    folder = root / "owner" / "model"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(LLAMA3_8B))
+    script = "import lowrank; print(lowrank.plan_memory('owner/model', max_length=16).parameters)"
+    assert run(script) == ["8030261248"]
+    assert asked and all("config.json" in path for path in asked)
