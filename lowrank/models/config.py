@@ -349,7 +349,9 @@ def _layers(raw: Raw, family: Family, fields: Mapping[str, Any]) -> dict[str, An
             raise ConfigError(f"{name}: expected an integer; got {raw[name]!r}")
     for name in _EACH_LAYER:
         if isinstance(fields.get(name), list):
-            found[name] = tuple(fields[name][: len(layers)])
+            found[name] = tuple(fields[name])
+            if name == "no_rope_layers":  # of a larger model, it may be
+                found[name] = found[name][: len(layers)]
             _check_each_layer(name, found[name], len(layers))
     if "no_rope_layers" in family.reads and fields.get("no_rope_layers") is None:
         found["no_rope_layers"] = tuple(int(has_rotation(raw, i)) for i in layers)
@@ -360,6 +362,8 @@ def _layers(raw: Raw, family: Family, fields: Mapping[str, Any]) -> dict[str, An
         found["sliding_window"] = found["layer_types"] = None
     elif "layer_types" in family.reads and fields.get("layer_types") is None:
         found["layer_types"] = tuple(SLIDING if family.slides(raw, i) else FULL for i in layers)
+    if family.window_is_optional and SLIDING not in (found.get("layer_types") or (SLIDING,)):
+        found["sliding_window"] = found["layer_types"] = None
     return found
 
 

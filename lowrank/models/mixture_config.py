@@ -63,7 +63,10 @@ class MixtureConfig:
         for name, default in family.mixture.items():
             value = raw.get(family.words.get(name, name))
             fields[name] = default if value is None else value
-        given = {raw.get(name) for name in _COUNTS} - {None}
+        counts = {name: raw[name] for name in _COUNTS if raw.get(name) is not None}
+        for name, value in counts.items():
+            check_size(name, value)
+        given = set(counts.values())
         if len(given) > 1:
             raise ConfigError(f"{' and '.join(_COUNTS)}: expected one number; got {given}")
         fields["num_experts"] = (given or {fields["num_experts"]}).pop()

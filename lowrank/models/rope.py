@@ -20,6 +20,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "yarn": ("factor", "original_max_position_embeddings"),
     "longrope": ("original_max_position_embeddings",),
 }
+_MOST = 1e12  # of any number: far beyond what is used, and powers of it are still numbers
 LENGTH_MATTERS = ("dynamic", "longrope")
 
 
@@ -79,10 +80,12 @@ def check_scaling(scaling: Mapping[str, Any], D: int, theta: float) -> None:
     for name in dict.fromkeys((*NEEDS[kind], *also)):
         value = scaling.get(name)
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not 0 < value < math.inf:
+        if not number or not 0 < value < _MOST:
             raise ConfigError(
                 f"rope_scaling: {kind} needs {name}: expected a positive number; got {value!r}"
             )
+    if not theta < _MOST:
+        raise ConfigError(f"rope_theta: expected less than {_MOST:g} to be scaled; got {theta}")
     if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise ConfigError(
             "rope_scaling: low_freq_factor: expected less than high_freq_factor="

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -9,8 +11,8 @@ from torch.testing import assert_close
 import lowrank
 from lowrank.errors import ConfigError, ShapeError
 from lowrank.io.safetensors import load_safetensors, save_safetensors
-from lowrank.models.config import DecoderConfig
-from tests.models.families import make, pair
+from lowrank.models.config import DecoderConfig, rope_frequencies
+from tests.models.families import FAMILIES, make, pair
 from tests.models.helpers import tokens
 
 transformers = pytest.importorskip("transformers", reason="the oracle; pip install transformers")
@@ -203,3 +205,32 @@ def test_a_missing_size_goes_by_its_own_word():
         ConfigError, match="n_embd, n_layer missing; expected those of a gpt2 model"
     ):
         DecoderConfig.from_hf(raw)
+
+
+ODD = [
+    None, True, False, 0, -1, 1, 7, 2**31, 10**40, 1.5, float("nan"), float("inf"), "x", [], [1],
+    {}, [[1]], {"rope_type": "yarn"}, {"rope_type": "longrope", "short_factor": "abc"},
+    {"full_attention": None}, {"full_attention": {"rope_type": "dynamic", "factor": 1e300}},
+]  # fmt: skip
+NOT_IN_ALL = [
+    "rope_scaling",
+    "rotary_pct",
+    "n_inner",
+    "sliding_window_pattern",
+    "max_window_layers",
+]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_any_value_of_any_field_is_taken_or_refused(name):
+    """And what is taken survives being written."""
+    raw = make(name).config.to_dict()
+    for field in [*raw, *NOT_IN_ALL]:
+        for value in random.sample(ODD, 6):
+            try:
+                config = DecoderConfig.from_hf({**raw, field: value})
+            except ConfigError as error:
+                assert "\n" not in str(error)
+            else:
+                assert DecoderConfig.from_hf(config.to_hf(torch.float32)) == config
+                rope_frequencies(config, False, 10**6, "cpu")
