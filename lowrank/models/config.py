@@ -178,7 +178,7 @@ class DecoderConfig:
         """The row of `model_type` in the table of families."""
         return find_family(self.model_type)
 
-    @property
+    @cached_property
     def rotary_dim(self) -> int:
         """How many of head_dim numbers are turned by their position."""
         return int(self.head_dim * self.partial_rotary_factor)

@@ -212,6 +212,18 @@ def test_it_is_built_on_meta(name, tmp_path):
     assert shapes == {key: p.shape for key, p in ours.named_parameters()}
 
 
+@pytest.mark.slow
+# torch's own tracing of any autograd.Function
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_each_is_one_graph_to_the_compiler(tmp_path):
+    """All in one process, where the compiler takes what differs between two for a variable."""
+    ids = tokens(2, S)
+    for name in ("qwen3", "smollm3-window", "phi3", "gemma2", "gemma3", "phi", "gpt_neox", "gpt2"):
+        ours, _ = pair(name, tmp_path / name)
+        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+        assert_close(compiled(ids), ours(ids), **EXACT)
+
+
 def test_the_page_of_models_has_every_family_and_what_is_adapted_by_default():
     page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
