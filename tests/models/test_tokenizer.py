@@ -172,6 +172,78 @@ def test_a_gguf_tokenizer_equals_byte_pair_encoding_by_the_book(tmp_path, pre, s
         assert theirs.encode(text, add_special_tokens=False) == ours.encode(text)
 
 
+def test_a_gguf_tokenizer_of_qwen_equals_transformers(tmp_path):
+    tokens, merges = write_gguf_tokenizer(tmp_path / "t.gguf", train(), "qwen2")
+    vocab = {token: i for i, token in enumerate(tokens)}
+    theirs = transformers.Qwen2Tokenizer(vocab=vocab, merges=merges)
+    theirs.add_special_tokens({"additional_special_tokens": SPECIAL})
+    ours = load_tokenizer(tmp_path / "t.gguf")
+    for text in (*TEXTS, "e\u0301t\u00e9", "1234 5\r\n\r\n  x"):
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False), text
+
+
+def write_sentencepiece(path, **changes):
+    """Bytes, characters and merged pieces of this file with scores; returns {piece: score}."""
+    gguf = pytest.importorskip("gguf", reason="the writer; pip install gguf")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, show_progress=False)
+    text = Path(__file__).read_text(encoding="utf-8").replace(" ", "\u2581")
+    tokenizer.train_from_iterator(text.splitlines(), trainer)
+    learned = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *learned]
+    scores = [0.0] * 259 + [float(-i) for i in range(len(learned))]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores(scores)
+    writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * len(learned)])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_add_bos_token(True)
+    writer.add_add_space_prefix(changes.get("add_space_prefix", True))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return tokens, dict(zip(tokens, scores, strict=True))
+
+
+def merge_by_score(text, scores):
+    """SentencePiece by the book: of all that can merge, the best, and of these the first."""
+    parts = list(text)
+    while True:
+        found = [
+            (-scores[a + b], i)
+            for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False))
+            if a + b in scores
+        ]
+        if not found:
+            return parts
+        i = min(found)[1]
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_gguf_tokenizer_of_sentencepiece_equals_merging_by_score(tmp_path, before):
+    tokens, scores = write_sentencepiece(tmp_path / "t.gguf", add_space_prefix=before)
+    ids = {token: i for i, token in enumerate(tokens)}
+    ours = load_tokenizer(tmp_path / "t.gguf")
+    lines = Path(__file__).read_text(encoding="utf-8").splitlines()
+    for text in [t for t in (*TEXTS, *lines[:80]) if t and not t.startswith("<|")]:
+        spaced = ("\u2581" * before + text).replace(" ", "\u2581")
+        expected = [
+            i
+            for part in merge_by_score(spaced, scores)
+            for i in ([ids[part]] if part in ids else [3 + b for b in part.encode()])
+        ]
+        assert ours.encode(text) == expected, text
+        assert ours.decode(expected) == text
+    assert ours.encode("a", add_special_tokens=True)[0] == 1
+    ours.save(tmp_path / "saved")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert theirs.encode("def f(x)", add_special_tokens=False) == ours.encode("def f(x)")
+
+
 def test_a_gguf_that_asks_for_it_begins_with_its_first_token(tmp_path):
     write_gguf_tokenizer(tmp_path / "t.gguf", train(), add_bos=True)
     ours = load_tokenizer(tmp_path / "t.gguf")
@@ -206,8 +278,9 @@ def test_tokenizers_that_cannot_be_read_are_refused(tmp_path):
         load_tokenizer(tmp_path)
     gguf = tmp_path / "t.gguf"
     for change, error, says in [
-        ({"model": "llama"}, ConfigError, "expected gpt2 .* got 'llama'"),
-        ({"pre": "qwen2"}, ConfigError, "tokenizer.ggml.pre: .* got 'qwen2'"),
+        ({"model": "bert"}, ConfigError, "expected gpt2 .* got 'bert'"),
+        ({"pre": "chatglm"}, ConfigError, "tokenizer.ggml.pre: .* got 'chatglm'"),
+        ({"model": "llama"}, FileFormatError, "tokenizer.ggml.scores: expected 600 numbers"),
         ({"merges": ["zz yy"]}, FileFormatError, "tokenizer.ggml.merges"),
         ({"merges": ["a b c"]}, FileFormatError, "merges: expected pairs of tokens; got 'a b c'"),
     ]:
