@@ -132,6 +132,11 @@ class GGUFFile:
         for _ in range(n_fields):
             key = cursor.string()
             metadata[key] = cursor.value(cursor.scalar("I"))
+        if metadata.get("split.count", 1) != 1:
+            raise FileFormatError(
+                f"{self.path}: is a part of a model in {metadata['split.count']} files; make them "
+                "one with llama.cpp's llama-gguf-split --merge"
+            )
         infos = [self._info(cursor) for _ in range(n_tensors)]
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1:

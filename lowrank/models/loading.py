@@ -365,8 +365,28 @@ def _check_names(
     family, parts = model.config.family, {}
     for name, shape in expected.items():
         parts |= in_files(family, name, shape, found)
-    for name in list(found):
-        # tied models may store the head again
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:
-            del found[name]
-    check_shapes(parts, found, source)
+    if model.config.tie_word_embeddings:
+        found.pop("lm_head.weight", None)
+    try:
+        check_shapes(parts, found, source)
+    except FileFormatError as error:
+        if "lm_head.weight" in parts.keys() - found.keys():
+            raise FileFormatError(
+                f"{error}; is the head the embedding? config.json then says tie_word_embeddings"
+            ) from error
+        raise
+    _check_tied(model, weights, source)
+
+
+def _check_tied(model: Decoder, weights: Weights, source: str | Path) -> None:
+    """A tied model may store its head again, which then has to be the embedding."""
+    head, embedding = "lm_head.weight", model.config.family.path("body", "embedding") + ".weight"
+    if not model.config.tie_word_embeddings or not {head, embedding} <= weights.shapes.keys():
+        return
+    if weights.shapes[head] != weights.shapes[embedding] or not torch.equal(
+        weights.read(head), weights.read(embedding)
+    ):
+        raise FileFormatError(
+            f"{source}: {head}: expected the embedding again, as config.json says "
+            "tie_word_embeddings; got another; set that to false if the head is its own"
+        )

@@ -36,7 +36,7 @@ def write_gguf(path: Path, model: torch.nn.Module, kind: str = "F32", **metadata
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
     for key, value in {**_metadata(config), **metadata}.items():
         if value is not None:
-            getattr(writer, f"add_{key}")(value)
+            getattr(writer, f"add_{key}")(*(value if isinstance(value, tuple) else [value]))
     for name, factors in _factors(config).items():
         writer.add_tensor(name, factors.numpy())
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)

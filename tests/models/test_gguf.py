@@ -240,6 +240,12 @@ def test_metadata_that_cannot_be_is_refused_with_the_file(tmp_path, metadata, sa
         lowrank.load_model(tmp_path / "m.gguf")
 
 
+def test_a_part_of_a_model_is_refused(tmp_path):
+    write_gguf(tmp_path / "m.gguf", llama(), uint16=("split.count", 3))
+    with pytest.raises(FileFormatError, match="m.gguf: is a part of a model in 3 files; make them"):
+        lowrank.load_model(tmp_path / "m.gguf")
+
+
 def test_other_architectures_and_kinds_are_refused(tmp_path):
     path = tmp_path / "m.gguf"
     write_codes(path, gguf.GGMLQuantizationType.F32, 4, 4, architecture="mamba")

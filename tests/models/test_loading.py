@@ -77,6 +77,25 @@ def test_a_tied_head_stays_tied_when_quantized(tmp_path):
         assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+def test_a_tied_head_that_is_stored_has_to_be_the_embedding(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    llama(tie_word_embeddings=True).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / SINGLE)
+    table = tensors["model.embed_tokens.weight"]
+    save_file({**tensors, "lm_head.weight": table.clone()}, tmp_path / SINGLE)
+    model = lowrank.load_model(tmp_path, "nf4")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    for other in (table + 1e-3, table[1:].clone()):
+        save_file({**tensors, "lm_head.weight": other}, tmp_path / SINGLE)
+        with pytest.raises(FileFormatError, match="lm_head.weight: expected the embedding again"):
+            lowrank.load_model(tmp_path)
+    save_file(tensors, tmp_path / SINGLE)
+    edit_config(tmp_path, tie_word_embeddings=False)
+    with pytest.raises(FileFormatError, match="missing tensors: lm_head.weight; is the head the"):
+        lowrank.load_model(tmp_path)
+
+
 def test_save_model_is_read_by_transformers_and_by_us(tmp_path):
     llama(rope_scaling={"rope_type": "linear", "factor": 2.0}).save_pretrained(tmp_path / "a")
     ids = tokens(2, 20)
