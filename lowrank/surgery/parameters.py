@@ -31,18 +31,27 @@ def find_parameters(model: nn.Module, wanted: list[str]) -> list[str]:
     """
     if not wanted:
         return []
+    there = _all_of(model)
+    for entry in wanted:
+        if not any(_is_meant(name, entry) for name in there):
+            raise TargetError(
+                f"target_parameters: {entry!r} matches no weight [E, N, K] of experts; the model "
+                f"has {', '.join(ends_of_parameters(model)) or 'none'}; layers are for "
+                "target_modules"
+            )
+    return [name for name in there if any(_is_meant(name, entry) for entry in wanted)]
+
+
+def ends_of_parameters(model: nn.Module) -> list[str]:
+    """What the weights of experts in the model are called in `target_parameters`."""
+    return sorted({".".join(name.split(".")[-2:]) for name in _all_of(model)})
+
+
+def _all_of(model: nn.Module) -> list[str]:
     kinds = (QuantExperts, LoRAExperts)
     modules = dict(model.named_modules())
     there = [name for name, module in modules.items() if isinstance(module, kinds)]
-    there = [n for n in there if not n.endswith(".base_layer")] + list(expert_parameters(modules))
-    for entry in wanted:
-        if not any(_is_meant(name, entry) for name in there):
-            ends = sorted({".".join(name.split(".")[-2:]) for name in there})
-            raise TargetError(
-                f"target_parameters: {entry!r} matches no weight [E, N, K] of experts; the model "
-                f"has {', '.join(ends) or 'none'}; layers are for target_modules"
-            )
-    return [name for name in there if any(_is_meant(name, entry) for entry in wanted)]
+    return [n for n in there if not n.endswith(".base_layer")] + list(expert_parameters(modules))
 
 
 def _is_meant(name: str, entry: str) -> bool:

@@ -19,7 +19,7 @@ from lowrank.nn.lora_linear import LoRALinear
 from lowrank.nn.quant_linear import QuantLinear
 from lowrank.nn.token_rows import TiedRows
 
-from .parameters import expert_parameters, find_parameters
+from .parameters import ends_of_parameters, expert_parameters, find_parameters
 from .presets import default_targets, strategy_targets
 
 ADAPTED = (AdaptedLayer, AdaptedModule)
@@ -190,7 +190,10 @@ def check_each_matches(model: nn.Module, entries: list[str] | str | None, field:
         for entry in entries:
             if not any(matches(name, [entry]) for name, _ in modules):
                 linears = [name for name, module in modules if is_linear(module)]
-                raise TargetError(nothing(f"{field}: {entry!r}", [entry], linears))
+                refusal = nothing(f"{field}: {entry!r}", [entry], linears)
+                experts = ends_of_parameters(model) if field == "target_modules" else []
+                hint = f"; weights of experts are for target_parameters: {', '.join(experts)}"
+                raise TargetError(refusal + (hint if experts else ""))
 
 
 def condense(model: nn.Module, names: list[str], many: int = 0) -> list[str]:

@@ -13,12 +13,14 @@ from torch.testing import assert_close
 
 import lowrank
 from lowrank import quant
-from lowrank.errors import ConfigError, FileFormatError, LowrankError, WeightError
+from lowrank.errors import ConfigError, FileFormatError, LowrankError, TargetError, WeightError
 from lowrank.models.config import DecoderConfig
 from lowrank.models.decoder import Decoder
 from lowrank.models.experts import Mixture, Router, watched_routers
+from lowrank.models.generate import generate_ids
 from lowrank.models.mixture_config import MixtureConfig
 from lowrank.nn.quant_experts import QuantExperts
+from lowrank.train import TrainConfig, Trainer
 from tests.models.helpers import TINY, tokens
 from tests.quant.schemes import same
 
@@ -305,8 +307,8 @@ def test_a_nan_names_the_experts_it_is_in(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_local_experts": 0}, "num_experts: expected a positive integer; got 0"),
-        ({"num_local_experts": "8"}, "num_experts: expected a positive integer; got '8'"),
+        ({"num_local_experts": 0}, "num_local_experts: expected a positive integer; got 0"),
+        ({"num_local_experts": "8"}, "num_local_experts: expected a positive integer; got '8'"),
         ({"num_experts": 7}, "num_experts and num_local_experts: expected one number"),
         ({"num_experts_per_tok": 6}, "num_experts_per_tok: expected at most num_experts=5; got 6"),
         ({"router_jitter_noise": 0.1}, "router_jitter_noise: expected 0; got 0.1"),
@@ -323,3 +325,38 @@ def test_a_config_that_is_wrong(changes, message):
     raw = {**TINY, "model_type": model_type, **MODELS[model_type], **changes}
     with pytest.raises(ConfigError, match=message):
         DecoderConfig.from_hf(raw)
+
+
+def test_projections_of_experts_are_pointed_to_where_they_are(tmp_path):
+    saved("mixtral", tmp_path)
+    model = lowrank.load_model(tmp_path, "nf4")
+    message = "'w1' matches nothing .* target_parameters: experts.down_proj, experts.gate_up_proj"
+    with pytest.raises(TargetError, match=message):
+        lowrank.inject(model, lowrank.LoRAConfig(target_modules=["q_proj", "w1", "w2", "w3"]))
+
+
+def test_a_model_that_trains_forgets_nothing_on_the_way(tmp_path):
+    """Trained over quantized experts, saved, loaded again, and continued by it."""
+    saved("qwen3_moe", tmp_path / "base")
+    model = lowrank.load_model(tmp_path / "base", "nf4")
+    config = lowrank.LoRAConfig(**{**CONFIG, "target_modules": ["q_proj", "v_proj"]})
+    lowrank.inject(model, config)
+    data = [{"input_ids": tokens(1, 20)[0].tolist()} for _ in range(4)]
+    run = TrainConfig(
+        tmp_path / "run",
+        max_steps=6,
+        learning_rate=3e-2,
+        per_device_train_batch_size=4,
+        gradient_checkpointing=True,
+    )
+    result = Trainer(model, run, data).train()
+    assert result.losses[-1] < 0.9 * result.losses[0]
+    lowrank.save_adapter(model, tmp_path / "adapter")
+    again = lowrank.load_model(tmp_path / "base", "nf4")
+    lowrank.load_adapter(again, tmp_path / "adapter")
+    ids = tokens(1, 9)
+    model.eval()
+    assert torch.equal(again(ids), model(ids))
+    written = generate_ids(again, [ids[0].tolist(), [5, 6]], max_new_tokens=5)
+    alone = generate_ids(again, [[5, 6]], max_new_tokens=5)
+    assert written[1] == alone[0]
