@@ -112,8 +112,9 @@ def _grouped(
     if not plain or not isinstance(weight, AdaptedWeights):
         return None
     y = func(x, weight.base, offs=offs)
+    ends = offs.cpu()  # a GPU is waited for once, not at each product
     for L, R, s in weight.branches:
-        branch = grouped_mm(grouped_mm(x.to(L.dtype), L, offs=offs), R, offs=offs)
+        branch = grouped_mm(grouped_mm(x.to(L.dtype), L, offs=ends), R, offs=ends)
         y = (y + s * branch).to(y.dtype)
     return y
 
