@@ -32,7 +32,7 @@ def exact_patterns(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def rank(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
-        raise ConfigError(f"{name}: expected an integer rank of at least 1; got {value!r}")
+        raise ConfigError(f"{name}: expected a rank of 1 to 2**31 - 1; got {value!r}")
 
 
 def number(name: str, value: Any) -> None:

@@ -74,7 +74,10 @@ class HeldOut:
         if self.text is not None:
             vocabulary = model_number(model, "vocab_size")
             limit = 2**62 if self.tokens is None else self.tokens
-            ids = token_ids(self.content, tokenizer, limit, vocabulary)
+            try:
+                ids = token_ids(self.content, tokenizer, limit, vocabulary)
+            except DataError as error:
+                raise DataError(f"{self.text}: {error}") from error
             context = model_number(model, "max_position_embeddings") or self.max_length
             length = min(self.max_length, context)
             found[self.text] = windows(ids, begin_of(tokenizer), length, self.stride)

@@ -70,7 +70,7 @@ def _check_bitsandbytes(source: Source) -> None:
             "model.embed_tokens: expected a linear layer, as bitsandbytes quantizes; got "
             "--embeddings; leave it out, or pass --format lowrank"
         )
-    shapes, quantizer = lowrank.open_weights(source.model).shapes, source.make_quantizer()
+    shapes, quantizer = source.open_weights().shapes, source.make_quantizer()
     if quantized_modules(shapes):
         return  # loading refuses it
     for key, shape in shapes.items():

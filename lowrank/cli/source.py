@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lowrank
 from lowrank import quant
@@ -28,6 +28,8 @@ class Source:
     embeddings: quantize the embedding too, and a head tied to it.
     dtype: what is computed with.
     device: cpu, or cuda, or cuda:1 for the second GPU.
+    weights_budget: bytes of weights that may lie on the device; further blocks wait in host memory.
+    model_revision: of a model on the hub: a branch, a tag or a commit.
     """
 
     model: str
@@ -37,6 +39,8 @@ class Source:
     embeddings: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
+    weights_budget: int | None = None
+    model_revision: str | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -75,14 +79,20 @@ class Source:
             embeddings=self.embeddings,
             dtype=self.torch_dtype,
             device=self.device,
+            weights_budget=self.weights_budget,
+            revision=self.model_revision,
         )
 
     def load_adapter(self, model: nn.Module, adapter: str) -> None:
         """Put an adapter onto the loaded model; its base is made again if training changed it."""
-        lowrank.load_adapter(model, adapter, weights=lowrank.open_weights(self.model))
+        lowrank.load_adapter(model, adapter, weights=self.open_weights())
 
     def load_tokenizer(self):
-        return lowrank.load_tokenizer(self.model)
+        return lowrank.load_tokenizer(self.model, revision=self.model_revision)
+
+    def open_weights(self) -> Mapping[str, Tensor]:
+        """The tensors as the model's files have them, each read when it is taken."""
+        return lowrank.open_weights(self.model, revision=self.model_revision)
 
     def make_quantizer(self) -> Quantizer | None:
         if self.quantizer is None:

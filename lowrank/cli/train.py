@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
     model, tokenizer = source.load(), source.load_tokenizer()
     torch.manual_seed(config.seed)  # of the adapter's first values; the Trainer seeds the rest
-    weights = lowrank.open_weights(source.model) if lora.starts_from_weight else None
+    weights = source.open_weights() if lora.starts_from_weight else None
     lowrank.print_trainable_parameters(lowrank.inject(model, lora, weights=weights))
     if lora.init_lora_weights == "eva":
         train_data = tokenized(train_data, "training", config, tokenizer, model)

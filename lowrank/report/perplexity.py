@@ -39,7 +39,9 @@ def token_ids(
         raise DataError(
             f"text: expected a string or token ids; got a {type(text).__name__}: {error}"
         ) from None
-    if ids.is_floating_point() or ids.dim() != 1 or len(ids) < 2:
+    if ids.dim() == 1 and len(ids) < 2:
+        raise DataError(f"text: expected at least two tokens, one to predict; got {len(ids)}")
+    if ids.is_floating_point() or ids.dim() != 1:
         raise DataError(
             f"text: expected at least two tokens, one to predict; got ids of {ids.dtype}, shape "
             f"{list(ids.shape)}"

@@ -97,13 +97,20 @@ def overfitting(
 
 
 def underfitting(losses: Sequence[float], config: TrainConfig) -> str | None:
-    """The remedy if the loss of the last fifth of the run is hardly below that of the first."""
+    """The remedy if the loss of the last fifth of the run is hardly below that of the first, or
+    far above that of the first step.
+    """
     if len(losses) < _FEW_STEPS:
         return None
     fifth = len(losses) // 5
     first, last = sum(losses[:fifth]) / fifth, sum(losses[-fifth:]) / fifth
     if last < (1 - _HARDLY) * first:
         return None
+    if last > _RISE * losses[0]:  # at once, so that no mean before was lower
+        return (
+            f"the training loss rose, {losses[0]:.4f} to {last:.4f}: lower learning_rate "
+            f"({config.learning_rate:g} → {config.learning_rate / 10:g})"
+        )
     return (
         f"the training loss hardly moved, {first:.4f} to {last:.4f}: raise learning_rate "
         f"({config.learning_rate:g} → {3 * config.learning_rate:g}), train longer, raise r, or "

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -238,7 +239,11 @@ def _check(
         for value in values:
             replace(lora if name in _LORA else config, **{name: value})
     for name, value, least in (("side_by_side", side_by_side, 1), ("longer", longer, 1)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not (least <= value < math.inf)
+        ):
             raise ConfigError(f"{name}: expected a number of at least {least}; got {value!r}")
     if any(layer.config for layer in adapted_modules(model).values()):
         raise ConfigError("sweep: expected a model without adapters: call lowrank.unload first")

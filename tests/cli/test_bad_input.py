@@ -77,6 +77,8 @@ def copy(tiny, tmp_path):
         (["--device", "gpu"], ["device", "gpu"]),
         (["--device", "meta"], ["device", "meta"]),
         (["--device", "cuda:99"], ["device", "cuda:99"]),
+        (["--weights-budget", "-1"], ["weights_budget", "-1"]),
+        (["--r", "99999999999"], ["r: expected a rank of 1 to 2**31 - 1; got 99999999999"]),
     ],
 )
 def test_settings(train, words, expected):

@@ -8,7 +8,7 @@ import torch
 import lowrank
 from lowrank.errors import TrainingError
 from lowrank.train import Callback, TrainConfig, Trainer
-from lowrank.train.remedies import instability, out_of_memory
+from lowrank.train.remedies import instability, out_of_memory, underfitting
 
 from .support import VOCAB, Small
 
@@ -90,6 +90,14 @@ def test_underfitting(tmp_path, generator, caplog):
     (line,) = said(caplog)
     assert line.startswith("underfitting: the training loss hardly moved, ")
     assert "raise learning_rate (1e-07 → 3e-07)" in line and "all-linear" in line
+
+
+def test_a_loss_that_rose_at_once_wants_a_lower_rate(tmp_path):
+    config = TrainConfig(tmp_path, learning_rate=1.0)
+    losses = [3.6, *torch.empty(40).uniform_(6.5, 6.7).tolist()]
+    assert instability(losses, config) is None  # no mean of some steps was lower
+    line = underfitting(losses, config)
+    assert line.startswith("the training loss rose, 3.6000 to 6.") and "(1 → 0.1)" in line
 
 
 class Greedy(Small):
