@@ -19,7 +19,7 @@ from benchmarks.settings import Settings
 from benchmarks.training_step import Worker, convert, inputs
 
 NEW_TOKENS = 32
-TURNS = 4
+TURNS = 3
 WARM_UP = 1  # turns left out of the times
 OURS = ("lowrank", "lowrank, adapter", "lowrank, head in NF4 too", "lowrank, dense fp32")
 DENSE, NF4, NF4_ADAPTER = "transformers, dense fp32", "bitsandbytes", "bitsandbytes, peft adapter"
