@@ -120,6 +120,8 @@ def _parsed(argv: Sequence[str]) -> argparse.Namespace:
         flags = re.findall(r"--[\w-]+", args.command.format_help())
         near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
+        if near == unknown[:1]:
+            hint = f": it goes after {args.command.prog}"
         args.command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     return args
 

@@ -46,14 +46,17 @@ class Sweep:
     @property
     def values(self) -> dict[str, list[Any]]:
         """{field: values}, the ranks first."""
-        found: dict[str, list[Any]] = {"r": list(self.ranks)}
+        tried: dict[str, list[Any]] = {}
         for part in self.grid:
             name, equals, words = part.partition("=")
             if not equals or "" in words.split(","):
                 raise ConfigError(f"grid: expected FIELD=VALUE,VALUE; got {part!r}")
             read = Reader([int, float, True, False, None, str])
-            found[name.replace("-", "_")] = [read(word) for word in words.split(",")]
-        return found
+            name = name.replace("-", "_")
+            if name in tried:
+                raise ConfigError(f"grid: expected {name} once; got {part!r} too")
+            tried[name] = [read(word) for word in words.split(",")]
+        return {"r": list(self.ranks), **tried}
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -251,6 +251,11 @@ def test_help(run, command):
         assert all(re.search(rf"^    {name} +\w", outcome.out, re.MULTILINE) for name in COMMANDS)
 
 
+def test_a_flag_before_the_command_is_told_where_it_goes(run):
+    outcome = run("--json", "env")
+    assert outcome.status == 2 and "--json: it goes after lowrank env" in outcome.err
+
+
 def test_version(run):
     assert re.fullmatch(r"lowrank \S.*\n", run("--version").out)
 

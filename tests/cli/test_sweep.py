@@ -58,3 +58,12 @@ def test_what_cannot_be_is_said_in_one_line(run, tiny, data, held_out, tmp_path,
     )
     assert outcome.status == 2 and message in outcome.err and outcome.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_field_of_the_grid_twice(run, tiny, data, tmp_path):
+    outcome = run(
+        "sweep", "--model", tiny, "--data", data, "--eval-data", data, "--output-dir",
+        tmp_path / "s", "--grid", "seed=1,2", "seed=3",
+    )  # fmt: skip
+    assert outcome.status == 2 and "grid: expected seed once; got 'seed=3' too" in outcome.err
+    assert not (tmp_path / "s").exists()
