@@ -189,8 +189,8 @@ def _text(
     share = plan.trainable / plan.parameters
     each = f" on each of {step.devices} devices" if step.devices > 1 else ""
     lines = [
-        f"{plan.parameters / 1e9:.2f} billion parameters, {plan.trainable / 1e6:.1f} million "
-        f"({share:.2%}) trained; batches of {step.per_device_train_batch_size} x "
+        f"{_many(plan.parameters)} parameters, {_many(plan.trainable)} of them trained "
+        f"({share:.2%}); batches of {step.per_device_train_batch_size} x "
         f"{step.max_length} tokens{each}",
         "",
         columns(rows),
@@ -258,6 +258,10 @@ def _values(plan: MemoryPlan, card: Card | None, advice: Advice | None) -> dict[
             ],
         }  # fmt: skip
     return values
+
+
+def _many(n: int) -> str:
+    return f"{n / 1e9:.2f} billion" if n >= 1e9 else f"{n / 1e6:.2f} million"
 
 
 def _size(n: int) -> str:
