@@ -55,7 +55,7 @@ def test_examples_work_as_pasted(run, folder, monkeypatch, name):
     monkeypatch.chdir(folder)
     found = examples(run(name, "--help").out)
     assert found, f"lowrank {name} --help has no example"
-    if name not in ("train", "env", "plan") and not (folder / "out").exists():  # run by itself
+    if name not in ("train", "env") and not (folder / "out").exists():  # run by itself
         assert run(*examples(run("train", "--help").out)[0][1:], "--max-steps", 1).status == 0
     for program, *words in found:
         assert program == "lowrank" and words[0] == name
