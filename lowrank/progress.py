@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,5 +18,6 @@ def bar(what: str, items: Iterable | None = None, total: int | None = None) -> A
         from tqdm import tqdm
     except ImportError:
         return items
-    # disable=None: only on a terminal
-    return tqdm(items, desc=what, total=total, delay=_QUIET_SECONDS, leave=False, disable=None)
+    # None: drawn on a terminal; of processes that torchrun started, the first draws
+    disable = True if os.environ.get("RANK", "0") != "0" else None
+    return tqdm(items, desc=what, total=total, delay=_QUIET_SECONDS, leave=False, disable=disable)

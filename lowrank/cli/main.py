@@ -95,8 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         status, message = _ending(error)
         if status == BUG:
             traceback.print_exc()
-        print(f"lowrank: {message}", file=sys.stderr)
-        if as_json:
+        said = getattr(error, "said", None)  # of several processes, by the first or by this one
+        if said is None:
+            print(f"lowrank: {message}", file=sys.stderr)
+        if as_json and said != "elsewhere":
             print(json.dumps({"error": message.removeprefix("error: "), "status": status}))
         return status
 

@@ -6,6 +6,9 @@
 
 A TOML file has the tables [run], [train] and [lora]; a flag beats it. The settings a run was made
 with are written into its output directory as run.toml, which --config takes.
+
+On several processes, each with a share of every step: torchrun --nproc-per-node 2 -m lowrank train,
+and the same flags.
 """
 
 from __future__ import annotations
@@ -25,8 +28,9 @@ from lowrank.cli.output import show
 from lowrank.cli.source import ELSEWHERE, Run
 from lowrank.data import TokenizedExamples, collate, load_examples
 from lowrank.io.atomic import write_text
-from lowrank.train import PRESETS, TrainConfig, Trainer, preset
+from lowrank.train import PRESETS, TrainConfig, Trainer, preset, process_group
 from lowrank.train.dataset import tokenized
+from lowrank.train.distributed import Ranks
 from lowrank.train.run import check_output_dir
 
 RESOLVED = "run.toml"
@@ -49,29 +53,46 @@ def add_arguments(parser: argparse.ArgumentParser, tables: Mapping[str, type] = 
 
 def run(args: argparse.Namespace) -> int:
     source, config, lora = resolve(args)
-    check_output_dir(config.output_dir, config.overwrite_output_dir, config.resume)
+    with process_group(source.device, config.ddp_timeout) as device:
+        ranks = Ranks(config.parallel, config.ddp_timeout)
+        with ranks.together():
+            made = prepared(dataclasses.replace(source, device=device), config, lora, ranks.first)
+        trainer = Trainer(*made)
+        output = Path(config.output_dir)
+        if ranks.first:
+            tables = {"run": source, "train": config, "lora": lora}
+            text = dump_toml({name: dataclasses.asdict(table) for name, table in tables.items()})
+            write_text(output / RESOLVED, text)
+        result = trainer.train()
+    if result.interrupted:
+        done = f"{len(result.losses)} of {trainer.total_steps} steps"
+        line = f"interrupted after {done}; --resume auto goes on; see {output}"
+        raise ranks.known(KeyboardInterrupt(line))
+    if ranks.first:
+        show(args, report(result), {"output_dir": result.output_dir, **result.metrics})
+    return 0
+
+
+def prepared(
+    source: Run, config: TrainConfig, lora: lowrank.LoRAConfig, talks: bool
+) -> tuple[Any, ...]:
+    """What the Trainer takes: model with adapter, settings, examples and tokenizer."""
+    if talks:
+        check_output_dir(config.output_dir, config.overwrite_output_dir, config.resume)
     field = config.dataset_text_field
-    train_data = load_examples(source.data, field)
+    train_data: Any = load_examples(source.data, field)
     eval_data = None if source.eval_data is None else load_examples(source.eval_data, field)
 
     model, tokenizer = source.load(), source.load_tokenizer()
     torch.manual_seed(config.seed)  # of the adapter's first values; the Trainer seeds the rest
     weights = source.open_weights() if lora.starts_from_weight else None
-    lowrank.print_trainable_parameters(lowrank.inject(model, lora, weights=weights))
+    lowrank.inject(model, lora, weights=weights)
+    if talks:
+        lowrank.print_trainable_parameters(model)
     if lora.init_lora_weights == "eva":
         train_data = tokenized(train_data, "training", config, tokenizer, model)
         lowrank.initialize_eva(model, padded(train_data, config.per_device_train_batch_size, model))
-    trainer = Trainer(model, config, train_data, eval_data, tokenizer=tokenizer)
-    output = Path(config.output_dir)
-    tables = {"run": source, "train": config, "lora": lora}
-    text = dump_toml({name: dataclasses.asdict(table) for name, table in tables.items()})
-    write_text(output / RESOLVED, text)
-    result = trainer.train()
-    if result.interrupted:
-        done = f"{len(result.losses)} of {trainer.total_steps} steps"
-        raise KeyboardInterrupt(f"interrupted after {done}; --resume auto goes on; see {output}")
-    show(args, report(result), {"output_dir": result.output_dir, **result.metrics})
-    return 0
+    return model, config, train_data, eval_data, tokenizer
 
 
 def padded(data: TokenizedExamples, size: int, model: nn.Module) -> Iterator[dict[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from lowrank.train.callbacks import Callback as Callback
 from lowrank.train.config import TrainConfig as TrainConfig
+from lowrank.train.distributed import process_group as process_group
 from lowrank.train.held_out import held_out_loss as held_out_loss
 from lowrank.train.presets import PRESETS as PRESETS
 from lowrank.train.presets import Preset as Preset

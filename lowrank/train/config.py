@@ -33,6 +33,10 @@ class TrainConfig:
     warmup_steps: the same as a number of steps, or as a share if below 1; 0: warmup_ratio.
     num_train_epochs: times that every example is seen; may be a fraction.
     max_steps: optimizer steps; -1 takes them from num_train_epochs.
+    parallel: how the processes that torchrun started share the work: ddp: each has the model and
+        takes its share of the examples of a step, of which there are that many times more. None:
+        ddp, if there are several.
+    ddp_timeout: seconds that a process waits for the others before it gives the run up.
     per_device_train_batch_size: examples in one forward and backward.
     per_device_eval_batch_size: examples in one forward of the evaluation.
     gradient_accumulation_steps: batches whose gradients make one optimizer step.
@@ -103,6 +107,8 @@ class TrainConfig:
     warmup_steps: int | float = 0
     num_train_epochs: float = 3.0
     max_steps: int = -1
+    parallel: str | None = None
+    ddp_timeout: float = 1800.0
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 8
     gradient_accumulation_steps: int = 1

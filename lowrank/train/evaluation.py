@@ -11,6 +11,7 @@ from torch import nn
 
 from lowrank.errors import ConfigError
 from lowrank.train.config import TrainConfig
+from lowrank.train.distributed import Ranks
 from lowrank.train.feed import Feed
 from lowrank.train.history import History
 from lowrank.train.loss import BatchLoss
@@ -28,7 +29,8 @@ class Evaluation:
     """Measures `model` over the batches of `feed`, in eval mode, without gradients.
 
     The random numbers to come are the same as without it. If it `halves`, batches become smaller
-    where memory does not suffice.
+    where memory does not suffice. The `ranks` share the examples and find the same loss; of the
+    metrics those count that the first has computed.
     """
 
     def __init__(
@@ -39,9 +41,10 @@ class Evaluation:
         precision: Precision,
         compute_metrics: ComputeMetrics | None = None,
         halves: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         self._model, self._batch_loss = model, batch_loss
-        self.feed, self._precision = feed, precision
+        self.feed, self._precision, self._ranks = feed, precision, ranks
         self._compute_metrics = compute_metrics
         self._size, self._halves = feed.sampler.batch_size, halves
 
@@ -73,18 +76,23 @@ class Evaluation:
             logger.warning("out of memory: evaluating in batches of %d from here on", self._size)
 
     def _mean(self, stop: Callable[[], bool]) -> float | None:
-        total = 0.0
+        total, stopped = 0.0, False
         for batch in self.feed.in_order(self._size):
-            if stop():
-                return None
+            stopped = stop()
+            if stopped:
+                break
             with self._precision.autocast():
                 total += self._batch_loss(batch).item()
-        return total / sum(self.feed.data.labelled)
+        if self._ranks is not None:
+            total, stopped = self._ranks.sum([total, stopped])
+        return None if stopped else total / sum(self.feed.data.labelled)
 
     def _computed(self) -> dict[str, float]:
         if self._compute_metrics is None:
             return {}
         found = self._compute_metrics(self._model)
+        if self._ranks is not None:
+            found = self._ranks.exchange(found)[0]
         try:
             return {"eval_" + k.removeprefix("eval_"): float(v) for k, v in found.items()}
         except (AttributeError, TypeError, ValueError):

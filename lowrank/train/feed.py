@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -10,10 +11,20 @@ from lowrank.data import Batch, Sampler, TokenizedExamples, collate
 from lowrank.data.sampler import Rows
 
 
+@dataclass(frozen=True)
+class Counts:
+    """How many examples a step takes, and how many tokens of them, some to be learned."""
+
+    examples: int
+    tokens: int
+    labelled: int
+
+
 class Feed:
     """Lays what `sampler` chooses of `data` into batches on the device.
 
-    end_to_end: the examples of a batch one behind the other, not in padded rows.
+    end_to_end: the examples of a batch one behind the other, not in padded rows. Of `ranks` that
+    share the work, `rank` takes every so-many-th row of a step, and of the data in their order.
     """
 
     def __init__(
@@ -23,26 +34,38 @@ class Feed:
         device: torch.device,
         end_to_end: bool,
         pad_token_id: int,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         self.data, self.sampler, self.device = data, sampler, device
         self.end_to_end, self.pad_token_id = end_to_end, pad_token_id
+        self.rank, self.ranks = rank, ranks
 
     def of_step(self, consumed: int, batch_size: int | None = None) -> list[Batch]:
         """The batches of the step that comes after `consumed` examples.
 
         With `batch_size`, the same rows in batches of so many, which changes memory alone.
         """
-        parts = self.sampler.step(consumed)
-        if batch_size is not None:
-            rows = [row for part in parts for row in part]
-            parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-        return [self._batch(rows) for rows in parts]
+        size = batch_size or self.sampler.batch_size
+        rows = self._rows(consumed)[self.rank :: self.ranks]
+        return [self._batch(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+    def counts(self, consumed: int) -> Counts:
+        """Of the same step, on all ranks."""
+        numbers = [i for row in self._rows(consumed) for i in row]
+        data = self.data
+        return Counts(
+            len(numbers), sum(map(data.length, numbers)), sum(data.labelled[i] for i in numbers)
+        )
 
     def in_order(self, batch_size: int) -> Iterator[Batch]:
         """Every example once, as they lie."""
-        for start in range(0, len(self.data), batch_size):
-            stop = min(start + batch_size, len(self.data))
-            yield self._batch([[i] for i in range(start, stop)])
+        numbers = range(self.rank, len(self.data), self.ranks)
+        for start in range(0, len(numbers), batch_size):
+            yield self._batch([[i] for i in numbers[start : start + batch_size]])
+
+    def _rows(self, consumed: int) -> Rows:
+        return [row for part in self.sampler.step(consumed) for row in part]
 
     def _batch(self, rows: Rows) -> Batch:
         return collate(self.data, rows, self.end_to_end, self.pad_token_id).to(self.device)

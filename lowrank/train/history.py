@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lowrank.data import Batch
+from lowrank.train.feed import Counts
 
 
 @dataclass
@@ -49,11 +49,11 @@ class History:
         """Whether each of so many has been taken equally often."""
         return self.samples % examples == 0
 
-    def add(self, batches: list[Batch], loss: float, seconds: float) -> None:
-        """Count a step over `batches`."""
-        self.samples += sum(batch.examples for batch in batches)
-        self.tokens += sum(batch.tokens for batch in batches)
-        self.labelled += sum(batch.labelled for batch in batches)
+    def add(self, counts: Counts, loss: float, seconds: float) -> None:
+        """Count a step."""
+        self.samples += counts.examples
+        self.tokens += counts.tokens
+        self.labelled += counts.labelled
         self.seconds += seconds
         self.losses.append(loss)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -15,11 +15,13 @@ from lowrank.data import TokenizedExamples
 from lowrank.io.adapter_config import config_of
 from lowrank.surgery.targets import adapted_layers
 from lowrank.train.config import TrainConfig
-from lowrank.train.weights import other_trained, trained_adapters
+from lowrank.train.weights import trained_adapters
 
 # What may differ when a run goes on: how far, in what batches, in how much memory, what is shown
 # and kept. Everything else decides what is learned.
 FREE = {
+    "parallel",
+    "ddp_timeout",
     "output_dir",
     "overwrite_output_dir",
     "resume",
@@ -44,6 +46,8 @@ FREE = {
     "project",
     "run_name",
 }
+# of these, what may differ between processes that train together
+OF_A_RANK = {"device_budget", "host_budget", "page_dir", "token_cache", "disable_tqdm"}
 # of an adapter's config, what says where it comes from and not what it computes
 _FREE_OF_ADAPTERS = {"base_model_name_or_path", "inference_mode", "revision", "auto_mapping"}
 
@@ -53,11 +57,12 @@ def identity(
     config: TrainConfig,
     train_data: TokenizedExamples,
     eval_data: TokenizedExamples | None,
+    ranks: int = 1,
 ) -> dict[str, Any]:
     """All that must agree, as JSON has it: {kind: {name: value}}."""
     settings = {k: v for k, v in config.to_dict().items() if k not in FREE}
     settings["examples in a step"] = (
-        config.per_device_train_batch_size * config.gradient_accumulation_steps
+        config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks
     )
     found = {
         "settings": settings,
@@ -100,13 +105,21 @@ def frozen_hash(model: nn.Module) -> str:
     Without those of adapters that are trained in part, and without weights that an adapter has
     changed when it started (LoftQ, PiSSA, OLoRA): its file says itself which base it belongs to.
     """
-    skipped = set().union(*trained_adapters(model).values(), map(id, other_trained(model).values()))
+    skipped = set()
     for layer in adapted_layers(model).values():
         if any(config.starts_from_weight for config in layer.config.values()):
             skipped.update(map(id, layer.unmerged_base.parameters()))
+    return untrained_hash(model, skipped)
+
+
+def untrained_hash(model: nn.Module, skipped: Collection[int] = ()) -> str:
+    """SHA-256 of the parameters that are neither trained, nor of an adapter that is in part, nor
+    those with the ids `skipped`.
+    """
+    of_adapters = set().union(*trained_adapters(model).values())
     digest = hashlib.sha256()
     for name, p in model.named_parameters():
-        if not p.requires_grad and id(p) not in skipped:
+        if not p.requires_grad and id(p) not in of_adapters and id(p) not in skipped:
             digest.update(f"{name} {p.dtype} {list(p.shape)}\n".encode())
             for part in _bytes(p):
                 digest.update(part)

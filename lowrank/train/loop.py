@@ -7,15 +7,17 @@ import math
 import time
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lowrank.data import Batch
 from lowrank.errors import TrainingError
 from lowrank.train.best import Best
 from lowrank.train.callbacks import Callback
 from lowrank.train.config import TrainConfig
+from lowrank.train.distributed import Ranks
 from lowrank.train.evaluation import Evaluation, is_due
-from lowrank.train.feed import Feed
+from lowrank.train.feed import Counts, Feed
 from lowrank.train.history import History
 from lowrank.train.interrupt import Interrupt
 from lowrank.train.loss import BatchLoss
@@ -32,8 +34,8 @@ from lowrank.train.update import Update
 class Loop:
     """What a run consists of, and its steps.
 
-    The loss of a step is the sum over the labelled tokens of all its batches, divided by their
-    number: accumulation over unequal batches equals one large batch.
+    The loss of a step is the sum over the labelled tokens of all its batches, on all `ranks`,
+    divided by their number: accumulation over unequal batches equals one large batch.
     """
 
     config: TrainConfig
@@ -47,6 +49,7 @@ class Loop:
     interrupt: Interrupt
     callbacks: Callback
     total_steps: int
+    ranks: Ranks
     evaluation: Evaluation | None = None
     best: Best | None = None
     saver: Saver | None = None
@@ -60,7 +63,7 @@ class Loop:
             self.resumed.restore(self)
         self.callbacks.on_train_begin(self)
         if self.resumed is not None:
-            self.resumed.restore_rng()
+            self.resumed.restore_rng(self.ranks.rank)
         if self._evaluation_is_due():  # none is, in a run that goes on after one
             self._evaluate()
         while not self._is_over():
@@ -90,20 +93,22 @@ class Loop:
         """One optimizer step; a signal waits until it is whole."""
         start, step = time.perf_counter(), self.history.steps
         rate = self.update.set_rate(step)
-        batches, losses, norm = self._measure()
+        counts = self.feed.counts(self.history.samples)
+        loss, norm = self._measure(counts)
         self.update.apply()
-        seconds, loss = time.perf_counter() - start, sum(losses)
-        self.history.add(batches, loss, seconds)
-        self.record.step(batches, loss, norm, rate, seconds)
+        seconds = time.perf_counter() - start
+        self.history.add(counts, loss, seconds)
+        self.record.step(counts, loss, norm, rate, seconds)
 
-    def _measure(self) -> tuple[list[Batch], list[float], float]:
-        """The batches of the step and what `_gradient` says of them, taken again until the scale of
-        the loss is low enough and memory suffices.
+    def _measure(self, counts: Counts) -> tuple[float, float]:
+        """Put the gradient of the step's mean loss into .grad, clipped; that loss, and the norm of
+        the gradient before. Taken again until the scale of the loss is low enough and memory
+        suffices.
         """
         while True:
             batches = self.feed.of_step(self.history.samples, self.history.batch_size)
             try:
-                found = self._gradient(batches)
+                parts = self._backward(batches, counts)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -112,49 +117,61 @@ class Loop:
                 if done is None:
                     raise
             else:
-                if self._overflows(batches, *found):
+                self.ranks.sum_gradients(self.update.parameters.values())
+                losses, norm = self.update.measure(parts, first=not self.history.steps)
+                (loss,) = self.ranks.sum([sum(losses)])
+                if self._overflows(batches, losses, loss, norm):
                     continue
-                return batches, *found
+                return loss, norm
             # after the except block, which holds on to what was allocated
             free_cached()
             step = self.history.steps + 1
             self.record.say(f"step {step}: out of memory: {done}", logging.WARNING)
 
-    def _gradient(self, batches: list[Batch]) -> tuple[list[float], float]:
-        """The gradient of the step's mean loss in .grad; each batch's part of that loss, and the
-        gradient's norm before clipping.
-        """
-        scale = 1.0 / sum(batch.labelled for batch in batches)
-        losses = []
+    def _backward(self, batches: list[Batch], counts: Counts) -> list[Tensor]:
+        """Add the gradients of these batches to .grad; each one's part of the step's mean loss."""
+        scale, losses = 1.0 / counts.labelled, []
         for batch in batches:
             with self.precision.autocast():
                 loss = self.batch_loss(batch) * scale
             self.update.backward(loss)
             losses.append(loss.detach())
-        return self.update.measure(losses, first=not self.history.steps)
+        # a rank may have no row of the last step of an epoch
+        return losses or [torch.zeros((), device=self.feed.device)]
 
-    def _overflows(self, batches: list[Batch], losses: list[float], norm: float) -> bool:
+    def _overflows(
+        self, batches: list[Batch], losses: list[float], total: float, norm: float
+    ) -> bool:
         """Whether the step is to be taken again with a smaller scale of the loss.
 
         TrainingError if that would not help: nothing has changed, and a checkpoint is as good.
         """
-        if math.isfinite(norm) and all(map(math.isfinite, losses)):
+        if math.isfinite(norm) and math.isfinite(total):
             return False
-        wrong = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
-        if not wrong and self.update.back_off():
+        if math.isfinite(total) and self.update.back_off():
             return True
         step, what = self.history.steps + 1, f"norm of the gradient is {norm}"
+        wrong = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
         if wrong:
             what = f"loss is {losses[wrong[0]]}"
             batches = [batches[i] for i in wrong]
-        raise TrainingError(
-            f"step {step}: the {what} in the batch of {self.feed.where(batches)}; the model stays "
-            f"as step {step - 1} left it and nothing is saved: lower learning_rate, or look at "
-            "data and weights"
+        found = f"{what} in the batch of {self.feed.where(batches)}"
+        # of all ranks, that which has the batch knows it
+        everywhere = self.ranks.exchange((bool(wrong), found))
+        _, found = next((of_rank for of_rank in everywhere if of_rank[0]), everywhere[0])
+        raise self.ranks.known(
+            TrainingError(
+                f"step {step}: the {found}; the model stays as step {step - 1} left it and nothing "
+                "is saved: lower learning_rate, or look at data and weights"
+            )
         )
 
     def _is_over(self) -> bool:
-        return self.history.steps >= self.total_steps or self.stopped or self.interrupt.requested
+        """Whether no step is to come; what one rank wants, all do."""
+        self.stopped, interrupted = self.ranks.any(self.stopped, self.interrupt.requested)
+        if interrupted:  # not an assignment: a signal may have come since
+            self.interrupt.requested = True
+        return self.history.steps >= self.total_steps or self.stopped or interrupted
 
     def _evaluation_is_due(self) -> bool:
         return is_due(self.config, self.history, self.total_steps, len(self.feed.data))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank.data import Batch
+from lowrank.train.feed import Counts
 from lowrank.train.history import History
 from lowrank.train.progress import Progress, peak_memory
 from lowrank.train.run import RunDirectory
@@ -67,17 +67,17 @@ class Record:
         self._begin = time.perf_counter()
 
     def step(
-        self, batches: list[Batch], loss: float, grad_norm: float, lr: float, seconds: float
+        self, counts: Counts, loss: float, grad_norm: float, lr: float, seconds: float
     ) -> None:
-        """Show the step over `batches`, which the history has counted."""
+        """Show the step, which the history has counted."""
         line = {
             "step": self._history.steps,
             "epoch": round(self._history.samples / self._examples, 6),
             "loss": loss,
             "learning_rate": lr,
             "grad_norm": grad_norm,
-            "tokens": sum(batch.tokens for batch in batches),
-            "labelled_tokens": sum(batch.labelled for batch in batches),
+            "tokens": counts.tokens,
+            "labelled_tokens": counts.labelled,
             "seconds": round(seconds, 6),
             **self._memory(),
         }

@@ -23,7 +23,7 @@ def make_room(update: Update, history: History, feed: Feed, halves: bool) -> str
     if not halves or size == 1:
         return None
     history.batch_size = size // 2
-    rows = feed.sampler.batch_size * feed.sampler.accumulation
+    rows = feed.sampler.batch_size * feed.sampler.accumulation // feed.ranks
     return (
         f"batches of {history.batch_size} in place of {size} from here on, "
         f"{-(-rows // history.batch_size)} to a step, which learns the same"

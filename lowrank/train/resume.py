@@ -79,8 +79,11 @@ class Resumed:
         done, total = loop.history.steps, loop.total_steps
         loop.record.say(f"resumed from {self.path}: {done} of {total} steps are done")
 
-    def restore_rng(self) -> None:
-        set_rng_state(self._state["rng"])
+    def restore_rng(self, rank: int = 0) -> None:
+        """A rank that the run did not have goes on with the numbers that it began with."""
+        states = [self._state["rng"], *self._state.get("rng of other ranks", [])]
+        if rank < len(states):
+            set_rng_state(states[rank])
 
     def rewind(self, directory: Path) -> None:
         """Remove the checkpoints in `directory` of steps that are taken again."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lowrank.errors import ConfigError
+from lowrank.train.distributed import PARALLEL
 from lowrank.train.optimizer import BUDGETS, OPTIMIZERS
 from lowrank.train.schedule import SCHEDULES, SHAPES
 from lowrank.train.trackers import TRACKERS, tracker_names
@@ -63,6 +64,8 @@ RULES: dict[str, Rule] = {
     "warmup_steps": STEPS_OR_SHARE,
     "num_train_epochs": Rule("a number above 0 and below 2**31", NUMBER, lambda v: 0 < v < 2**31),
     "max_steps": Rule("-1, or a whole number of at least 1", (int,), lambda v: v == -1 or v >= 1),
+    "parallel": optional(one_of(PARALLEL)),
+    "ddp_timeout": POSITIVE,
     "per_device_train_batch_size": WHOLE,
     "per_device_eval_batch_size": WHOLE,
     "gradient_accumulation_steps": WHOLE,

@@ -146,5 +146,31 @@ class RunDirectory:
         return self.path / PLOT
 
     def close(self) -> None:
+        """No line is to come."""
         with contextlib.suppress(OSError):  # of a line that `log` could not write, and said so
             self._metrics.close()
+
+
+class UnwrittenDirectory(RunDirectory):
+    """The directory of a run on a rank that writes nothing, because the first rank does."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def log(self, values: dict[str, Any]) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def write_json(self, name: str, values: dict[str, Any]) -> None:
+        pass
+
+    def save_model(self, model: nn.Module) -> Path:
+        return self.path
+
+    def plot(self) -> Path | None:
+        return None
+
+    def close(self) -> None:
+        pass

@@ -16,7 +16,7 @@ from lowrank.io.versions import versions
 from lowrank.train.checkpoint import Writers, write_checkpoint
 from lowrank.train.gradients import check_values
 from lowrank.train.run import RunDirectory
-from lowrank.train.state import rng_state, split
+from lowrank.train.state import rng_states, split
 from lowrank.train.weights import weight_writers
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ STATE, TENSORS = "state.json", "state.safetensors"
 
 
 class Saver:
-    """Saves checkpoints of a run into its directory, one at a time, in a thread.
+    """Saves checkpoints of a run into its directory, one at a time, in a thread of the first rank.
 
     identity: what the run must agree in with one that goes on with it; asked for in the thread.
     """
@@ -43,6 +43,10 @@ class Saver:
         """
         self.wait()
         check_values(loop.update.parameters, loop.history.steps)
+        devices = {p.device for p in loop.update.parameters.values()}
+        rng, *others = rng_states(loop.ranks, devices)
+        if not loop.ranks.first:
+            return
         tensors: dict[str, Tensor] = {}
         state = split(
             {
@@ -52,7 +56,8 @@ class Saver:
                 "history": loop.history.to_dict(),
                 "best": None if loop.best is None else loop.best.state_dict(),
                 "callbacks": loop.callbacks.state_dict(),
-                "rng": rng_state({p.device for p in loop.update.parameters.values()}),
+                "rng": rng,
+                "rng of other ranks": others,
                 **loop.update.state_dict(),
                 "config": loop.config.to_dict(),
                 "versions": versions(),

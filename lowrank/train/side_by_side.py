@@ -154,15 +154,16 @@ class SideBySide:
             history = living[0].history  # all of them stand at the same step
             if history.steps == self._total_steps:
                 return True
-            self._step(history.steps, self._feed.of_step(history.samples), progress)
+            self._step(history.steps, history.samples, progress)
             if is_due(self._config, history, self._total_steps, len(self._feed.data)):
                 self._evaluate()
         return not self._interrupt.requested
 
-    def _step(self, step: int, batches: list[Batch], progress: Progress) -> None:
+    def _step(self, step: int, samples: int, progress: Progress) -> None:
         """One optimizer step of each adapter; a signal waits until it is whole."""
         start, living = time.perf_counter(), self._living()
-        losses = self._backward(batches, living)
+        counts = self._feed.counts(samples)
+        losses = self._backward(self._feed.of_step(samples), counts.labelled, living)
         found: dict[str, tuple[float, float, float]] = {}  # loss, norm, rate
         for trainee, loss in zip(living, losses, strict=True):
             update = self._updates[trainee.adapter]
@@ -181,18 +182,18 @@ class SideBySide:
         shown = []
         for trainee in self._living():
             loss_value, norm, rate = found[trainee.adapter]
-            trainee.history.add(batches, loss_value, seconds)
+            trainee.history.add(counts, loss_value, seconds)
             record = self._records[trainee.adapter]
-            record.step(batches, loss_value, norm, rate, seconds)
+            record.step(counts, loss_value, norm, rate, seconds)
             shown.append(f"{trainee.adapter} {loss_value:.4f}")
-        tokens = sum(batch.tokens for batch in batches) * len(living)
+        tokens = counts.tokens * len(living)
         progress.show(
             step + 1, "loss " + ", ".join(shown), tokens, seconds * len(living), peak_memory()
         )
 
-    def _backward(self, batches: list[Batch], living: list[Trainee]) -> Tensor:
+    def _backward(self, batches: list[Batch], labelled: int, living: list[Trainee]) -> Tensor:
         """Add the gradients of all losses to .grad; returns the losses [adapters]."""
-        scale, total = 1.0 / sum(batch.labelled for batch in batches), 0.0
+        scale, total = 1.0 / labelled, 0.0
         for batch in batches:
             with self._copies(living):
                 losses = self._losses(batch, living) * scale

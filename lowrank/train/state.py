@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.errors import FileFormatError, TrainingError
+from lowrank.train.distributed import Ranks
 
 # keys of JSON objects that stand for what JSON does not have
 _TENSOR, _FLOATS, _FLOAT = "$tensor", "$floats", "$float"
@@ -87,6 +88,15 @@ def rng_state(devices: Iterable[torch.device]) -> dict[str, Any]:
 
         state["numpy"] = _map(np.random.get_state(legacy=False), np.ndarray, torch.from_numpy)
     return state
+
+
+def rng_states(ranks: Ranks, devices: Iterable[torch.device]) -> list[dict[str, Any]]:
+    """The `rng_state` of every rank."""
+    import numpy as np
+
+    # as arrays: torch cannot unpickle all that it pickles
+    arrays = ranks.exchange(_map(rng_state(devices), Tensor, Tensor.numpy))
+    return [_map(state, np.ndarray, torch.from_numpy) for state in arrays]
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:

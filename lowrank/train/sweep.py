@@ -22,6 +22,7 @@ from lowrank.surgery import delete_adapter, inject, set_adapter, unload
 from lowrank.surgery.targets import adapted_modules
 from lowrank.train.config import TrainConfig
 from lowrank.train.dataset import Data
+from lowrank.train.distributed import world_size
 from lowrank.train.interrupt import Interrupt
 from lowrank.train.lock import RunLock
 from lowrank.train.remedies import is_out_of_memory
@@ -231,6 +232,10 @@ def _check(
     longer: float,
 ) -> None:
     """Raise ConfigError for what cannot be swept, before anything is trained or written."""
+    if world_size() > 1:
+        raise ConfigError(
+            f"a sweep trains in one process; got {world_size()}: start it without torchrun"
+        )
     for name, values in grid.items():
         if name not in _LORA | _TRAIN or name in _FIXED:
             raise ConfigError(f"grid: expected fields of LoRAConfig and TrainConfig; got {name!r}")

@@ -21,6 +21,7 @@ from lowrank.train.best import Best
 from lowrank.train.callbacks import Callback, Callbacks
 from lowrank.train.config import TrainConfig
 from lowrank.train.dataset import Data, model_number, tokenized
+from lowrank.train.distributed import Ranks
 from lowrank.train.evaluation import ComputeMetrics, Evaluation
 from lowrank.train.feed import Feed
 from lowrank.train.gradients import (
@@ -30,7 +31,7 @@ from lowrank.train.gradients import (
     trainable_parameters,
 )
 from lowrank.train.history import History
-from lowrank.train.identity import identity
+from lowrank.train.identity import OF_A_RANK, identity, untrained_hash
 from lowrank.train.interrupt import Interrupt
 from lowrank.train.lock import RunLock
 from lowrank.train.loop import Loop
@@ -42,11 +43,12 @@ from lowrank.train.precision import Precision, check_master_weights
 from lowrank.train.record import Record, TrainResult
 from lowrank.train.remedies import Remedies, is_out_of_memory, out_of_memory
 from lowrank.train.resume import Resumed, find_checkpoint
-from lowrank.train.run import CONFIG, RESULTS, RunDirectory, check_output_dir
+from lowrank.train.run import CONFIG, RESULTS, RunDirectory, UnwrittenDirectory, check_output_dir
 from lowrank.train.saving import Saver
 from lowrank.train.seeds import deterministic, set_seed
 from lowrank.train.trackers import Trackers, check_installed, tracker_names
 from lowrank.train.update import Update
+from lowrank.train.weights import shared_tensors
 
 logger = logging.getLogger("lowrank.train")
 
@@ -58,7 +60,8 @@ class Trainer:
     what `lowrank.data.tokenize_all` returned; formatting_func(row) returns the text, or the fields
     of an example, that a row stands for. The model is called as `lowrank.train.loss` says,
     `callbacks` as `lowrank.train.Callback` does; compute_metrics(model) returns {name: number} for
-    each evaluation. processing_class is the tokenizer by its other name.
+    each evaluation. processing_class is the tokenizer by its other name. Where torch.distributed is
+    initialised, all its processes make the same Trainer, and each takes its share of every step.
 
     Raises ConfigError or DataError for all that can be known before the first step.
     """
@@ -75,53 +78,58 @@ class Trainer:
         processing_class: Tokenizer | None = None,
         formatting_func: Formatting | None = None,
     ) -> None:
-        check_output_dir(config.output_dir, config.overwrite_output_dir, config.resume)
-        check_checkpointing(model, config.gradient_checkpointing)
-        if tokenizer is not None and processing_class is not None:
-            raise ConfigError("tokenizer and processing_class are one setting: leave one out")
-        check_installed(tracker_names(config.report_to))
-        self.model, self.config = model, config
-        self.tokenizer = processing_class if tokenizer is None else tokenizer
-        self.callbacks = list(callbacks)
-        self.parameters = trainable_parameters(model)
-        if config.fp16:
-            check_master_weights(self.parameters)
-        self.device = next(iter(self.parameters.values())).device
-        made = (config, self.tokenizer, model, formatting_func)
-        self.train_data = tokenized(train_data, "training", *made)
-        self.eval_data = None if eval_data is None else tokenized(eval_data, "held-out", *made)
-        self._end_to_end = packs(model) and (config.padding_free or config.packing)
-        if config.packing and not self._end_to_end:
-            check_packing(model, self.train_data)
-        self._batch_loss = batch_loss(model, config.label_smoothing_factor)
-        if config.torch_compile or config.torch_compile_backend:
-            self._batch_loss = compiled(self._batch_loss, config.torch_compile_backend)
-        if config.activation_offloading:
-            self._batch_loss = offloaded(self._batch_loss, model, self.device)
-        if config.neftune_noise_alpha is not None:
-            input_embedding(model)
-        self.precision = Precision(config, self.device)
-        self.feed = self._feed_of(self.train_data, config.per_device_train_batch_size)
-        if config.packing:
-            log_packing(self.feed.sampler)
-        self.total_steps = config.max_steps
-        if config.max_steps < 0:
-            self.total_steps = math.ceil(
-                config.num_train_epochs * self.feed.sampler.steps_per_epoch
-            )
-        self.evaluation = None
-        if self.eval_data is not None:
-            feed = self._feed_of(self.eval_data, config.per_device_eval_batch_size)
-            self.evaluation = Evaluation(
-                model,
-                batch_loss(model),
-                feed,
-                self.precision,
-                compute_metrics,
-                config.auto_find_batch_size,
-            )
-        self._check_evaluated()
-        self._find_resumed()
+        self.ranks = Ranks(config.parallel, config.ddp_timeout)
+        with self.ranks.together():
+            if self.ranks.first:
+                check_output_dir(config.output_dir, config.overwrite_output_dir, config.resume)
+            check_checkpointing(model, config.gradient_checkpointing)
+            if tokenizer is not None and processing_class is not None:
+                raise ConfigError("tokenizer and processing_class are one setting: leave one out")
+            check_installed(tracker_names(config.report_to))
+            self.model, self.config = model, config
+            self.tokenizer = processing_class if tokenizer is None else tokenizer
+            self.callbacks = list(callbacks)
+            self.parameters = trainable_parameters(model)
+            if config.fp16:
+                check_master_weights(self.parameters)
+            self.device = next(iter(self.parameters.values())).device
+            made = (config, self.tokenizer, model, formatting_func)
+            self.train_data = tokenized(train_data, "training", *made)
+            self.eval_data = None if eval_data is None else tokenized(eval_data, "held-out", *made)
+            self._end_to_end = packs(model) and (config.padding_free or config.packing)
+            if config.packing and not self._end_to_end:
+                check_packing(model, self.train_data)
+            self._batch_loss = batch_loss(model, config.label_smoothing_factor)
+            if config.torch_compile or config.torch_compile_backend:
+                self._batch_loss = compiled(self._batch_loss, config.torch_compile_backend)
+            if config.activation_offloading:
+                self._batch_loss = offloaded(self._batch_loss, model, self.device)
+            if config.neftune_noise_alpha is not None:
+                input_embedding(model)
+            self.precision = Precision(config, self.device)
+            self.feed = self._feed_of(self.train_data, config.per_device_train_batch_size)
+            if config.packing:
+                log_packing(self.feed.sampler)
+            self.total_steps = config.max_steps
+            if config.max_steps < 0:
+                self.total_steps = math.ceil(
+                    config.num_train_epochs * self.feed.sampler.steps_per_epoch
+                )
+            self.evaluation = None
+            if self.eval_data is not None:
+                feed = self._feed_of(self.eval_data, config.per_device_eval_batch_size)
+                self.evaluation = Evaluation(
+                    model,
+                    batch_loss(model),
+                    feed,
+                    self.precision,
+                    compute_metrics,
+                    config.auto_find_batch_size,
+                    self.ranks,
+                )
+            self._check_evaluated()
+            self._check_ranks()
+            self._find_resumed()
 
     def train(self) -> TrainResult:
         """Run all steps, evaluating before and after; save; return losses and metrics.
@@ -130,15 +138,28 @@ class Trainer:
         result says `interrupted`. A loss or gradient that is not finite is a TrainingError, and
         nothing is saved.
         """
-        config = self.config
-        with contextlib.closing(RunLock(Path(config.output_dir))):
-            resumed = self._find_resumed()
-            lines = None
-            if resumed is not None:
-                lines = resumed.metrics()
-                resumed.rewind(Path(config.output_dir))
-            with contextlib.closing(RunDirectory(config.output_dir, lines)) as run:
-                return self._train(run, resumed)
+        with contextlib.ExitStack() as held:
+            with self.ranks.together():
+                run, resumed = self._begin(held)
+            with self.ranks.bound():
+                result = self._train(run, resumed)
+                self.ranks.exchange()  # on every rank the files are there when this returns
+                return result
+
+    def _begin(self, held: contextlib.ExitStack) -> tuple[RunDirectory, Resumed | None]:
+        """The files of the run, locked till `held` is closed, and the run it goes on with."""
+        directory = Path(self.config.output_dir)
+        if self.ranks.first:
+            held.enter_context(contextlib.closing(RunLock(directory)))
+        resumed = self._find_resumed()
+        if not self.ranks.first:
+            return UnwrittenDirectory(directory), resumed
+        lines = None
+        if resumed is not None:
+            lines = resumed.metrics()
+            resumed.rewind(directory)
+        run = held.enter_context(contextlib.closing(RunDirectory(directory, lines)))
+        return run, resumed
 
     def evaluate(self) -> float:
         """Mean loss per labelled token of eval_data, in eval mode."""
@@ -150,7 +171,7 @@ class Trainer:
 
     def _train(self, run: RunDirectory, resumed: Resumed | None) -> TrainResult:
         """Run and save, and leave the model as it was but for what was trained."""
-        set_seed(self.config.seed)
+        set_seed(self.config.seed + self.ranks.rank)  # dropout is each rank's own
         was_training = self.model.training
         try:
             run.write_json(CONFIG, self.resolved())
@@ -167,9 +188,9 @@ class Trainer:
     def _run(self, run: RunDirectory, resumed: Resumed | None, interrupt: Interrupt) -> TrainResult:
         """Put the parts of the run together, and run it."""
         config, history = self.config, History() if resumed is None else resumed.history
-        quiet, examples = config.disable_tqdm, len(self.train_data)
+        quiet, examples = config.disable_tqdm or not self.ranks.first, len(self.train_data)
         trackers = Trackers(
-            tracker_names(config.report_to),
+            tracker_names(config.report_to) if self.ranks.first else [],
             run.path,
             config.project,
             config.run_name or run.path.resolve().name,
@@ -193,6 +214,7 @@ class Trainer:
             interrupt=interrupt,
             callbacks=Callbacks([Remedies(), *self.callbacks]),
             total_steps=self.total_steps,
+            ranks=self.ranks,
             evaluation=self.evaluation,
             best=best,
             saver=saver,
@@ -233,11 +255,36 @@ class Trainer:
     @cached_property
     def _identity(self) -> dict[str, Any]:
         """What a run that goes on with this one must agree in."""
-        return identity(self.model, self.config, self.train_data, self.eval_data)
+        data = (self.train_data, self.eval_data)
+        return identity(self.model, self.config, *data, self.ranks.size)
+
+    def _check_ranks(self) -> None:
+        """ConfigError if there are more ranks than rows, or if not all are to do the same; then all
+        begin with the weights of the first.
+        """
+        ranks, rows = self.ranks, self.feed.sampler.rows_per_epoch
+        if ranks.size == 1:
+            return
+        if rows < ranks.size:
+            raise ConfigError(
+                f"{ranks.size} processes are to share the training data, and each needs a row of "
+                f"it; got {rows}: start no more processes than that"
+            )
+        found = self._identity
+        contents = {
+            "training data": found["data"]["training"],
+            "held-out data": found["data"]["held out"],
+            "frozen weights": untrained_hash(self.model),
+        }
+        adapters = {kind: found[kind] for kind in found if kind.startswith("adapter ")}
+        settings = {name: v for name, v in self.config.to_dict().items() if name not in OF_A_RANK}
+        ranks.check_same({**settings, **adapters, **found["trained tensors"]}, contents)
+        ranks.send(shared_tensors(self.model))
 
     def _find_resumed(self) -> Resumed | None:
         """The run to go on with, if there is one; ConfigError if it is not this one."""
-        path = find_checkpoint(self.config)
+        path = find_checkpoint(self.config) if self.ranks.first else None
+        path = self.ranks.exchange(path)[0]
         if path is None:
             return None
         resumed = Resumed(path)
@@ -281,6 +328,7 @@ class Trainer:
             "model": type(self.model).__name__,
             "trainable_parameters": sum(p.numel() for p in self.parameters.values()),
             "device": str(self.device),
+            "processes": self.ranks.size,
             "processor": processor(self.device),
             "versions": versions(),
         }
@@ -290,7 +338,7 @@ class Trainer:
         sampler = Sampler(
             data.lengths,
             batch_size,
-            config.gradient_accumulation_steps,
+            config.gradient_accumulation_steps * self.ranks.size,
             config.seed if config.data_seed is None else config.data_seed,
             pack_to=config.max_length if config.packing else None,
             group_by_length=config.group_by_length,
@@ -299,4 +347,5 @@ class Trainer:
         words = model_number(self.model, "vocab_size")
         # one that was added to the tokenizer alone is no row of the embedding; it is masked anyway
         pad = 0 if pad is None or (words is not None and pad >= words) else pad
-        return Feed(data, sampler, self.device, self._end_to_end, pad)
+        share = (self.ranks.rank, self.ranks.size)
+        return Feed(data, sampler, self.device, self._end_to_end, pad, *share)

@@ -53,6 +53,13 @@ def kept_buffers(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def shared_tensors(model: nn.Module) -> list[Tensor]:
+    """What ranks that train together must begin with, and what training then changes."""
+    adapters = set().union(*trained_adapters(model).values())
+    trained = [p for p in model.parameters() if p.requires_grad or id(p) in adapters]
+    return [*trained, *kept_buffers(model).values()]
+
+
 def weight_writers(model: nn.Module) -> dict[str, Callable[[Path], None]]:
     """What writes each file of all that training has changed, as it is now."""
     writers = {}

@@ -8,24 +8,20 @@ import logging
 import pytest
 import torch
 
-from lowrank.data import Batch
+from lowrank.train.feed import Counts
 from lowrank.train.history import History
 from lowrank.train.plots import run_figure, running_mean
 from lowrank.train.progress import Progress, duration
 from lowrank.train.record import Record
 from lowrank.train.run import RunDirectory, metrics_lines
 
-
-def batches(*tokens: int) -> list[Batch]:
-    """Batches of so many tokens in two examples each, all but those two learned."""
-    ids = torch.zeros(1, 1, dtype=torch.long)
-    return [Batch(ids, ids, None, None, 2, count, count - 2) for count in tokens]
+COUNTS = Counts(examples=4, tokens=42, labelled=38)
 
 
 def take_steps(record: Record, history: History, losses: list[float]) -> None:
     for loss in losses:
-        history.add(batches(30, 12), loss, seconds=0.25)
-        record.step(batches(30, 12), loss, grad_norm=1.5, lr=1e-3, seconds=0.25)
+        history.add(COUNTS, loss, seconds=0.25)
+        record.step(COUNTS, loss, grad_norm=1.5, lr=1e-3, seconds=0.25)
 
 
 def evaluate(record: Record, history: History, loss: float) -> None:

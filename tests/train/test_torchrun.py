@@ -1,0 +1,72 @@
+"""The command under torchrun: a rank that is killed, and a run that goes on after it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowrank.cli.demo import TINY
+from lowrank.io.safetensors import load_safetensors
+
+pytestmark = pytest.mark.slow
+
+RUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+RUN += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]  # any free port
+TRAIN = ["-m", "lowrank", "train"]
+
+
+def words_of(model: Path, data: Path, out: Path, **settings) -> list[str]:
+    """The command `lowrank train` without what runs it."""
+    settings = {"model": model, "data": data, "output_dir": out, "quantizer": "nf4", **settings}
+    pairs = [("--" + name.replace("_", "-"), str(value)) for name, value in settings.items()]
+    return [*TRAIN, *(word for pair in pairs for word in pair)]
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_safetensors(folder / "adapter_model.safetensors")
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    pairs = [{"prompt": f"{n}?", "completion": "A number. " * (1 + n % 5)} for n in range(24)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return tmp_path / "data.jsonl"
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_rank_is_killed(tmp_path, data, restarts):
+    """The other one says so at once; what goes on from the checkpoint ends as if nothing had been.
+
+    Started again by hand, or by torchrun.
+    """
+    common = {"max_steps": 200, "save_steps": 20, "lora_dropout": 0.1, "resume": "auto"}
+    common |= {"per_device_train_batch_size": 2, "ddp_timeout": 60}
+    run = [*RUN, "--max-restarts", str(restarts)]
+    whole = [*RUN, *words_of(TINY, data, tmp_path / "whole", **common)]
+    subprocess.run(whole, check=True, capture_output=True)
+    killed = [*run, *words_of(TINY, data, tmp_path / "killed", **common)]
+    process = subprocess.Popen(killed, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "killed" / "checkpoint-60").exists():
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    os.kill(max(children(process.pid)), signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert " of 2 has lost the others: one has ended, or has not answered for 60 seconds" in errors
+    assert process.returncode == (0 if restarts else 1)
+    if not restarts:
+        subprocess.run(killed, check=True, capture_output=True)
+    first, second = adapter(tmp_path / "whole"), adapter(tmp_path / "killed")
+    assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
+
+
+def children(pid: int) -> list[int]:
+    return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
