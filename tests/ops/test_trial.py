@@ -94,7 +94,7 @@ from lowrank import ops
 from lowrank.cli import env
 from lowrank.ops import native
 print(native.isa(), *native.refused_isas())
-print(dict(env.table())["native CPU kernels"])
+print(env.versions_and_devices()["native CPU kernels"])
 print(ops.explain("codebook_linear"))
 """
 
