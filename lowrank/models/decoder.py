@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -160,10 +159,13 @@ class Decoder(Part):
         rows = (target != IGNORE).nonzero().flatten()
         mixture = self.config.mixture
         balanced = mixture is not None and mixture.output_router_logits
-        with watched_routers(self) if balanced else nullcontext([]) as routed:
-            wanted = None if balanced else rows[None]  # all tokens count where experts are chosen
-            h = self._hidden(input_ids, attention_mask, position_ids, None, wanted)
-        h = h.flatten(0, 1).index_select(0, rows) if balanced else h.flatten(0, 1)
+        if balanced:  # all tokens count where experts are chosen
+            with watched_routers(self) as routed:
+                h = self._hidden(input_ids, attention_mask, position_ids, None, None)
+            h = h.flatten(0, 1).index_select(0, rows)
+        else:
+            h = self._hidden(input_ids, attention_mask, position_ids, None, rows[None])
+            h = h.flatten(0, 1)
         x, target = self.body.norm(h), target.index_select(0, rows)  # [T, H], [T]
         cap, n = self.config.final_logit_softcapping, copies or 1
         if len(target) % n:
