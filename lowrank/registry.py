@@ -26,7 +26,7 @@ class Registry(Generic[_T]):
         self.kind, self.group, self.protocol = kind, group, protocol
         *first, last = [name for name in vars(protocol) if not name.startswith("_")]
         self._needs = f"{', '.join(first)} and {last}"
-        self._classes: dict[str, type] = {}
+        self.classes: dict[str, type] = {}
 
     def register(self, name: str) -> Callable[[_C], _C]:
         """Class decorator: `get(name, **options)` makes `cls(**options)`; `cls.name` is the name.
@@ -41,12 +41,12 @@ class Registry(Generic[_T]):
                 raise ConfigError(
                     f"{self.kind} {name!r}: expected a class with {self._needs}; got {cls!r}"
                 )
-            if self._classes.get(name, cls) is not cls:
+            if self.classes.get(name, cls) is not cls:
                 raise ConfigError(
-                    f"{self.kind} {name!r} is registered, by {self._classes[name]}; "
+                    f"{self.kind} {name!r} is registered, by {self.classes[name]}; "
                     "choose another name"
                 )
-            self._classes[name] = cls
+            self.classes[name] = cls
             cls.name = name
             return cls
 
@@ -54,11 +54,11 @@ class Registry(Generic[_T]):
 
     def names(self) -> list[str]:
         """Names of what is registered, sorted."""
-        return sorted(self._classes)
+        return sorted(self.classes)
 
     def known(self) -> list[str]:
         """Names that `get` takes, sorted: the registered ones, and those of other packages."""
-        return sorted({*self._classes, *(point.name for point in self._entry_points())})
+        return sorted({*self.classes, *(point.name for point in self._entry_points())})
 
     def get(self, name: str, **options) -> _T:
         """What is registered as `name`, made with its own explicit options."""
@@ -71,9 +71,9 @@ class Registry(Generic[_T]):
 
     def find(self, name: str) -> type:
         """The class registered as `name`."""
-        if not isinstance(name, str) or name not in self._classes:
+        if not isinstance(name, str) or name not in self.classes:
             self._load(name)
-        return self._classes[name]
+        return self.classes[name]
 
     def _check_options(self, name: str, cls: type, options: dict) -> None:
         parameters = inspect.signature(cls).parameters
@@ -113,9 +113,9 @@ class Registry(Generic[_T]):
             raise ConfigError(
                 f"{self.kind} {name!r}: its entry point {found[0].value} fails to load: {error!r}"
             ) from error
-        if name not in self._classes and self._is_one(loaded):
+        if name not in self.classes and self._is_one(loaded):
             self.register(name)(loaded)
-        if name not in self._classes:
+        if name not in self.classes:
             raise ConfigError(
                 f"{self.kind} {name!r}: expected its entry point {found[0].value} to be a class "
                 f"with {self._needs}; got {loaded!r}"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowrank import adapters, quant
 from tests.quant import schemes
 from tests.skips import pytest_sessionfinish as pytest_sessionfinish
 from tests.skips import pytest_terminal_summary as pytest_terminal_summary
@@ -93,6 +94,13 @@ def generator(seed: int) -> torch.Generator:
 def quantizer(request):
     """Each registered scheme in each of its variants, in blocks of 32."""
     return schemes.make(request.param)
+
+
+@pytest.fixture(autouse=True)
+def registries_of_its_own(monkeypatch):
+    """What a test registers, or finds in another package, ends with it."""
+    for registry in (quant.registry.REGISTRY, adapters.registry.REGISTRY):
+        monkeypatch.setattr(registry, "classes", dict(registry.classes))
 
 
 @pytest.fixture(autouse=True)

@@ -34,5 +34,5 @@ class Method(Protocol):
     def factors(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]: ...
 
 
-_REGISTRY: Registry[Method] = Registry("method", "lowrank.methods", Method)
-register, names, known, get = _REGISTRY.register, _REGISTRY.names, _REGISTRY.known, _REGISTRY.get
+REGISTRY: Registry[Method] = Registry("method", "lowrank.methods", Method)
+register, names, known, get = REGISTRY.register, REGISTRY.names, REGISTRY.known, REGISTRY.get
