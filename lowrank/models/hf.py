@@ -16,24 +16,18 @@ from lowrank.io.quantized import quantized_modules
 from lowrank.io.safetensors import Lazy
 from lowrank.io.shards import Shards
 from lowrank.models.config import DecoderConfig
-from lowrank.models.families import Family
+from lowrank.models.families import FAMILIES, Family
 from lowrank.models.quantization_config import QuantizationConfig
 
 # what older files hold that is no parameter: rotary frequencies, and causal masks
 _BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias))")
 
 
-class HFDirectory(Shards):
-    """The tensors of a directory, the decoder's `config`, and its `quantization`, None if dense.
+class FamilyShards(Shards):
+    """The tensors of a directory of a family's model, named and shaped as those of the decoder."""
 
-    Names and shapes are those of the decoder. Raises FileFormatError as Shards does, and
-    ConfigError for a model the decoder cannot be.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.config, self.quantization = read_config(Path(path))
+    def __init__(self, path: str | Path, family: Family) -> None:
         super().__init__(path)
-        family = self.config.family
         names = {_in_model(family, name): name for name in self.shapes}
         self._stored = {ours: name for ours, name in names.items() if not _BUFFERS.fullmatch(ours)}
         shapes = {ours: self.shapes[name] for ours, name in self._stored.items()}
@@ -52,12 +46,32 @@ class HFDirectory(Shards):
         return tensor.T if name in self._turned else tensor
 
 
+class HFDirectory(FamilyShards):
+    """Those tensors, the decoder's `config`, and its `quantization`, None if dense.
+
+    Raises FileFormatError as Shards does, and ConfigError for a model the decoder cannot be.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.config, self.quantization = read_config(Path(path))
+        super().__init__(path, self.config.family)
+
+
+def open_directory(path: str | Path) -> Shards:
+    """The tensors of any directory: those of a known family as FamilyShards."""
+    config = Path(path) / "config.json"
+    model_type = read_json(config).get("model_type") if config.is_file() else None
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        return FamilyShards(path, FAMILIES[model_type])
+    return Shards(path)
+
+
 def to_files(
     family: Family, tensors: Mapping[str, Tensor | Lazy], quantized: Collection[str]
 ) -> dict[str, Tensor | Lazy]:
     """The decoder's tensors as files of the family hold them, of `quantized` modules as they are.
 
-    HFDirectory undoes it.
+    FamilyShards undoes it.
     """
     found: dict[str, Tensor | Lazy] = {}
     for name, tensor in tensors.items():

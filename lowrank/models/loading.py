@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from lowrank.models.decoder import Decoder
 from lowrank.models.expert_files import Gathered, in_files
 from lowrank.models.experts import Experts
 from lowrank.models.gguf import GGUFModel
-from lowrank.models.hf import HFDirectory
+from lowrank.models.hf import HFDirectory, open_directory
 from lowrank.models.origin import Origin, origin_of
 from lowrank.models.quantization_config import QuantizationConfig
 from lowrank.nn.quant_embedding import QuantEmbedding
@@ -177,20 +177,23 @@ def open_weights(
     """The tensors of a directory, a hub repository or a .gguf file by name, each read when taken.
 
     Their shapes are `.shapes`, of which nothing is read. The directory may be of any model whose
-    weights are safetensors, or of an adapter, which stands for its base; see `load_model`.
+    weights are safetensors, or of an adapter, which stands for its base; see `load_model`. Names
+    and shapes are those of the model that `load_model` makes of it, where it makes one.
     """
     return _tensors(origin_of(source, revision, token), token)
 
 
 def _tensors(origin: Origin, token: str | None) -> Tensors:
-    opened = _open(origin, Shards, token)
+    opened = _open(origin, open_directory, token)
     return Tensors(opened.shapes, opened.read)
 
 
 _Directory = TypeVar("_Directory", bound=Shards)
 
 
-def _open(origin: Origin, directory: type[_Directory], token: str | None) -> _Directory | GGUFModel:
+def _open(
+    origin: Origin, directory: Callable[[str | Path], _Directory], token: str | None
+) -> _Directory | GGUFModel:
     """Where tensors come from, nothing but headers read yet."""
     source, path = origin.model, Path(origin.model)
     if path.is_dir():

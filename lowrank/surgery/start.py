@@ -92,7 +92,10 @@ def _check_original(key: str, layer: QuantLinear, weights: Mapping[str, Tensor])
     try:
         weight = weights[key]
     except KeyError as error:
-        raise ConfigError(f"weights: expected {key} among them; it is missing") from error
+        raise ConfigError(
+            f"weights: expected {key} among them; it is missing; they are those of the model "
+            "before it was quantized: load that, with quantizer="
+        ) from error
     if not weight.is_floating_point():
         raise DtypeError(f"{key}: expected the unquantized weight, in floats; got {weight.dtype}")
     if weight.shape != layer.plain_shape:

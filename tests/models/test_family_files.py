@@ -12,6 +12,7 @@ import lowrank
 from lowrank.errors import ConfigError, ShapeError
 from lowrank.io.safetensors import load_safetensors, save_safetensors
 from lowrank.models.config import DecoderConfig, rope_frequencies
+from lowrank.nn.quant_weight import quant_weights
 from tests.models.families import FAMILIES, make, pair
 from tests.models.helpers import tokens
 
@@ -234,3 +235,31 @@ def test_any_value_of_any_field_is_taken_or_refused(name):
             else:
                 assert DecoderConfig.from_hf(config.to_hf(torch.float32)) == config
                 rope_frequencies(config, False, 10**6, "cpu")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox"])
+def test_weights_opened_are_those_of_the_model(name, tmp_path):
+    """So that an adapter starts from them over what is quantized already."""
+    dense, _ = pair(name, tmp_path)
+    rewrite(
+        tmp_path,
+        lambda tensors: {n.removeprefix("transformer."): t for n, t in tensors.items()},
+    )
+    weights = lowrank.open_weights(tmp_path)
+    for key, parameter in dense.named_parameters():
+        if key in weights:  # a tied head is not
+            assert torch.equal(weights[key], parameter)
+            assert weights.shapes[key] == tuple(parameter.shape)
+    assert {k for k, _ in dense.named_parameters()} == set(weights)
+    # LoftQ: the adapter has what quantizing lost, as far as its rank goes
+    quantized = lowrank.load_model(tmp_path, "nf4", skip=["lm_head"])
+    plain = {f"{n}.weight": m.dequantize() for n, m in quant_weights(quantized).items()}
+    config = lowrank.LoRAConfig(r=8, target_modules="all-linear", init_lora_weights="loftq")
+    with pytest.raises(ConfigError, match="the original weight of .*open_weights"):
+        lowrank.inject(quantized, config)
+    lowrank.inject(quantized, config, weights=weights)
+    nearer = dict(lowrank.merge_and_unload(quantized).named_parameters())
+    assert len(plain) == 12  # of three layers
+    for key, weight in plain.items():
+        lost, left = ((w - weights[key]).norm() for w in (weight, nearer[key]))
+        assert left < lost
