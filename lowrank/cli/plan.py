@@ -31,10 +31,11 @@ from lowrank.plan import (
     MemoryPlan,
     Planner,
     Remedy,
+    Settings,
     advise,
     find_card,
-    settings_of,
 )
+from lowrank.quant.registry import Quantizer
 
 OK, DOES_NOT_FIT = 0, 1
 GIB = 1 << 30
@@ -114,6 +115,12 @@ class Step:
         given = {"block_size": self.block_size, "double_quant": self.double_quant}
         return {name: value for name, value in given.items() if value is not None}
 
+    def make_quantizer(self) -> Quantizer | None:
+        """That of the name and the options."""
+        if self.quantizer is None:
+            return None
+        return quant.get(self.quantizer, **self.quantizer_options)
+
     def source(self) -> str | Mapping[str, Any]:
         """The model, or the config.json of a Llama of these sizes."""
         if self.model is not None:
@@ -134,20 +141,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     step, lora, notes = _resolve(args)
-    settings = settings_of(
-        None if step.full else lora,
-        quantizer=step.quantizer and quant.get(step.quantizer, **step.quantizer_options),
-        embeddings=step.embeddings,
-        dtype=getattr(torch, step.dtype),
-        per_device_train_batch_size=step.per_device_train_batch_size,
-        max_length=step.max_length,
-        gradient_accumulation_steps=step.gradient_accumulation_steps,
-        gradient_checkpointing=step.gradient_checkpointing,
-        optim=step.optim,
-        device_budget=step.device_budget,
-        device=step.device,
-        devices=step.devices,
-    )
+    told = {
+        f.name: vars(step)[f.name] for f in dataclasses.fields(Settings) if f.name in vars(step)
+    }
+    told |= {"quantizer": step.make_quantizer(), "dtype": getattr(torch, step.dtype)}
+    settings = Settings(lora=None if step.full else lora, **told)
     card = None if step.card is None else find_card(step.card)
     planner = Planner.of(step.source())
     plan = planner.plan(settings)
@@ -191,7 +189,7 @@ def _text(
     lines = [
         f"{_many(plan.parameters)} parameters, {_many(plan.trainable)} of them trained "
         f"({share:.2%}); batches of {step.per_device_train_batch_size} x "
-        f"{step.max_length} tokens{each}",
+        f"{plan.settings.max_length} tokens{each}",
         "",
         columns(rows),
         "",
@@ -205,8 +203,9 @@ def _text(
         lines.append(f"{_size(plan.peak)}: {verdict} {card.name} with {_size(card.total)}")
         if advice.largest_batch:
             lines.append(
-                f"largest batch of {step.max_length} tokens: {advice.largest_batch}; longest "
-                f"{step.per_device_train_batch_size} examples: {advice.largest_length} tokens"
+                f"largest batch of {plan.settings.max_length} tokens: {advice.largest_batch}; "
+                f"longest {step.per_device_train_batch_size} examples: "
+                f"{advice.largest_length} tokens"
             )
         lines += [_remedy(remedy) for remedy in advice.remedies]
         if not plan.fits(card) and not advice.remedies:

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from lowrank import quant
 from lowrank.errors import ConfigError
 from lowrank.io.quantized import BITSANDBYTES, LOWRANK, QuantizedTensors
+from lowrank.quant import Quantizer
 
 VERSION = 1
 _HEADS = ["lm_head"]  # what transformers leaves dense if the config names no modules
@@ -22,11 +24,13 @@ _16_BITS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 class QuantizationConfig:
     """What a config.json says of the quantized layers of its directory.
 
-    format: as in `io.quantized`. skip: modules that stay dense, as transformers matches them; None:
-    the tensors alone say which. compute_dtype: None, or the 16-bit type the layers compute in.
+    format: as in `io.quantized`. scheme: what quantized them; None: they describe themselves. skip:
+    modules that stay dense, as transformers matches them; None: the tensors alone say which.
+    compute_dtype: None, or the 16-bit type the layers compute in.
     """
 
     format: str
+    scheme: Quantizer | None = None
     skip: tuple[str, ...] | None = None
     compute_dtype: torch.dtype | None = None
 
@@ -60,7 +64,8 @@ class QuantizationConfig:
             raise ConfigError(f"llm_int8_skip_modules: expected a list of names; got {skip!r}")
         compute = given.get("bnb_4bit_compute_dtype") if loads == ["4bit"] else None
         # float32 is what transformers writes where nobody chose
-        return cls(BITSANDBYTES[loads[0]], tuple(skip), _16_BITS.get(str(compute)))
+        scheme = quant.get("int8") if loads == ["8bit"] else _four_bit(given)
+        return cls(BITSANDBYTES[loads[0]], scheme, tuple(skip), _16_BITS.get(str(compute)))
 
     def check(self, linears: Iterable[str], quantized: Mapping[str, QuantizedTensors]) -> None:
         """That just those of the `linears` that the config says are `quantized`, in its format."""
@@ -76,14 +81,14 @@ class QuantizationConfig:
                     f"{tensors.format}; get config.json and the weights again"
                 )
         for name in linears if self.skip is not None else ():
-            if self._skips(name) == (name in quantized):
+            if self.skips(name) == (name in quantized):
                 found = "quantized" if name in quantized else "dense"
                 raise ConfigError(
                     f"{name}: is {found}, which llm_int8_skip_modules={list(self.skip)} of the "
                     "quantization_config says it is not; correct that list"
                 )
 
-    def _skips(self, name: str) -> bool:
+    def skips(self, name: str) -> bool:
         """Whether transformers leaves the module dense: a start, a regex or an end of its name."""
         for entry in self.skip or ():
             try:
@@ -95,6 +100,15 @@ class QuantizationConfig:
             if start or name.endswith(entry):
                 return True
         return False
+
+
+def _four_bit(given: Mapping[str, Any]) -> Quantizer:
+    """nf4 or fp4, as a quantization_config has it; what it leaves out is as in bitsandbytes."""
+    kind, double = given.get("bnb_4bit_quant_type"), given.get("bnb_4bit_use_double_quant")
+    kind = "fp4" if kind is None else kind
+    if kind not in ("nf4", "fp4"):
+        raise ConfigError(f"bnb_4bit_quant_type: expected nf4 or fp4; got {kind!r}")
+    return quant.get(kind, double_quant=bool(double))
 
 
 def lowrank_config() -> dict[str, Any]:

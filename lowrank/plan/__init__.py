@@ -9,4 +9,3 @@ from .memory import MemoryPlan as MemoryPlan
 from .memory import Planner as Planner
 from .memory import Settings as Settings
 from .memory import plan_memory as plan_memory
-from .memory import settings_of as settings_of

@@ -35,6 +35,7 @@ class Advice(NamedTuple):
 
 def advise(planner: Planner, settings: Settings, card: Card) -> Advice:
     """What to know of a run with these settings on such a card."""
+    settings = planner.settings(settings)
 
     def lacks(name: str) -> Callable[[int], int]:
         return lambda n: planner.plan(replace(settings, **{name: n})).peak - card.total

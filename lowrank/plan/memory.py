@@ -19,7 +19,7 @@ from lowrank.ops.checks import check_float, check_sizes
 from lowrank.plan import model as models
 from lowrank.plan.cards import Card
 from lowrank.plan.optimizers import KINDS, optimizer_state
-from lowrank.plan.source import read_config
+from lowrank.plan.source import Stored, read_config
 from lowrank.plan.step import backward_peaks, scratch
 from lowrank.plan.trace import ACTIVATIONS, GRADIENTS, LOGITS, WORKSPACE
 from lowrank.quant import Quantizer
@@ -35,23 +35,55 @@ _RUNTIME = {"cpu": 285 << 20, "cuda": 600 << 20}
 _COMPILER = 90 << 20  # of torch's, in host memory: torch.utils.checkpoint imports it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a run is told, as far as it matters for memory; names are those of TrainConfig."""
+    """What a run is told, as far as it matters for memory; names are those of TrainConfig.
 
-    lora: LoRAConfig | None
-    quantizer: Quantizer | None
-    embeddings: bool
-    skip: tuple[str, ...]
-    dtype: torch.dtype
-    per_device_train_batch_size: int
-    max_length: int
-    gradient_accumulation_steps: int
-    gradient_checkpointing: bool | str
-    optim: str
-    device_budget: int | None
-    device: str
-    devices: int
+    Without `lora` all parameters train. Raises ConfigError for what no run could be told.
+    """
+
+    lora: LoRAConfig | None = None
+    quantizer: Quantizer | None = None
+    embeddings: bool = False
+    skip: tuple[str, ...] = ("lm_head",)
+    dtype: torch.dtype = torch.float32
+    per_device_train_batch_size: int = 8
+    max_length: int = 1024
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool | str = False
+    optim: str = "adamw_torch"
+    device_budget: int | None = None
+    device: str = "cuda"
+    devices: int = 1
+
+    def __post_init__(self) -> None:
+        check_float("dtype", self.dtype)
+        check_sizes(
+            per_device_train_batch_size=self.per_device_train_batch_size,
+            max_length=self.max_length,
+            gradient_accumulation_steps=self.gradient_accumulation_steps,
+            devices=self.devices,
+        )
+        if self.kind not in _RUNTIME:
+            raise ConfigError(f"device: expected cpu or cuda; got {self.device!r}")
+        if self.gradient_checkpointing not in (True, False, "selective"):
+            raise ConfigError(
+                f"gradient_checkpointing: expected True, False or 'selective'; "
+                f"got {self.gradient_checkpointing!r}"
+            )
+        if self.max_length < 2:
+            raise ConfigError(
+                f"max_length: expected at least 2, a token and its next; got {self.max_length}"
+            )
+        if self.embeddings and self.quantizer is None:
+            raise ConfigError("embeddings: belongs to a quantizer; got True without one")
+        if self.optim not in KINDS:
+            raise ConfigError(f"optim: expected one of {', '.join(KINDS)}; got {self.optim!r}")
+
+    @property
+    def kind(self) -> str:
+        """Of the device: cpu or cuda."""
+        return str(self.device).partition(":")[0]
 
 
 @dataclass(frozen=True)
@@ -89,8 +121,8 @@ class MemoryPlan:
 class Planner:
     """Plans of one model under changing settings; what does not change is found once."""
 
-    def __init__(self, config: DecoderConfig) -> None:
-        self.config = config
+    def __init__(self, config: DecoderConfig, stored: Stored | None = None) -> None:
+        self.config, self._stored = config, stored
         self._built: dict[str, tuple[nn.Module, Counter[str]]] = {}
         self._plans: dict[str, MemoryPlan] = {}
 
@@ -102,11 +134,28 @@ class Planner:
         token: str | None = None,
     ) -> Planner:
         """Of a directory, a hub repository, a config.json's content, or a DecoderConfig."""
-        return cls(read_config(model, revision, token))
+        return cls(*read_config(model, revision, token))
+
+    def settings(self, given: Settings) -> Settings:
+        """What a run of this model makes of those `given`.
+
+        Examples are cut at the model's positions, and what is quantized already stays so.
+        """
+        length = min(given.max_length, max(2, self.config.max_position_embeddings))
+        settings = replace(given, max_length=length)
+        if self._stored is None or given.quantizer is not None:
+            return settings
+        if self._stored.quantizer is None:
+            raise ConfigError(
+                "quantizer: expected that of the model, which is quantized already, and whose "
+                "config.json does not name it; got none"
+            )
+        return replace(settings, **self._stored._asdict())
 
     def plan(self, settings: Settings) -> MemoryPlan:
         """What a run with these settings takes."""
-        key = repr((_named(settings.quantizer), replace(settings, quantizer=None)))
+        settings = self.settings(settings)
+        key = repr((_named(settings.quantizer), {**vars(settings), "quantizer": None}))
         if key not in self._plans:
             self._plans[key] = self._plan(settings)
         return self._plans[key]
@@ -122,23 +171,23 @@ class Planner:
             length=s.max_length,
             checkpointing=s.gradient_checkpointing,
             accumulates=s.gradient_accumulation_steps > 1,
-            device=s.device,
+            device=s.kind,
         )
         gradients = sum(p.nbytes for p in parameters)
         peaks.append(Counter({GRADIENTS: gradients, WORKSPACE: state.step}))
         most = max(peaks, key=lambda peak: sum(peak.values()))
-        room = scratch(model, s.dtype, s.device)
+        room = scratch(model, s.dtype, s.kind)
         shared = Counter(held) + Counter({OPTIMIZER: state.device, GRADIENTS: most[GRADIENTS]})
         own = {k: most[k] for k in (ACTIVATIONS, LOGITS, WORKSPACE)}
         own[WORKSPACE] += room
         if s.devices > 1:
             shared = Counter({k: -(-n // s.devices) for k, n in shared.items()})
             own[WORKSPACE] += _gathered(model, config.num_hidden_layers)
-        runtime = _RUNTIME[s.device]
-        if s.device == "cpu" and not _has_frozen_head(model):
+        runtime = _RUNTIME[s.kind]
+        if s.kind == "cpu" and not _has_frozen_head(model):
             runtime += _COMPILER
         bytes_of = shared + Counter(own) + Counter({RUNTIME: runtime})
-        loading = -(-sum(held.values()) // s.devices) + _RUNTIME[s.device]
+        loading = -(-sum(held.values()) // s.devices) + _RUNTIME[s.kind]
         loading += 2 * _largest(model, s.dtype)
         return MemoryPlan(
             components={name: bytes_of[name] for name in COMPONENTS},
@@ -189,65 +238,7 @@ def plan_memory(
     The decoder runs forward and backward on the meta device while its storages are counted.
     Raises ConfigError for what no run could be told.
     """
-    settings = settings_of(
-        lora,
-        quantizer=quantizer,
-        embeddings=embeddings,
-        skip=skip,
-        dtype=dtype,
-        per_device_train_batch_size=per_device_train_batch_size,
-        max_length=max_length,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        gradient_checkpointing=gradient_checkpointing,
-        optim=optim,
-        device_budget=device_budget,
-        device=device,
-        devices=devices,
-    )
-    return Planner.of(model, revision, token).plan(settings)
-
-
-def settings_of(
-    lora: LoRAConfig | None,
-    *,
-    quantizer: str | Quantizer | None,
-    embeddings: bool,
-    skip: tuple[str, ...] = ("lm_head",),
-    dtype: torch.dtype,
-    per_device_train_batch_size: int,
-    max_length: int,
-    gradient_accumulation_steps: int,
-    gradient_checkpointing: bool | str,
-    optim: str,
-    device_budget: int | None,
-    device: str,
-    devices: int,
-) -> Settings:
-    """These, checked."""
-    check_float("dtype", dtype)
-    check_sizes(
-        per_device_train_batch_size=per_device_train_batch_size,
-        max_length=max_length,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        devices=devices,
-    )
-    kind = str(device).partition(":")[0]
-    if kind not in _RUNTIME:
-        raise ConfigError(f"device: expected cpu or cuda; got {device!r}")
-    if gradient_checkpointing not in (True, False, "selective"):
-        raise ConfigError(
-            f"gradient_checkpointing: expected True, False or 'selective'; "
-            f"got {gradient_checkpointing!r}"
-        )
-    if max_length < 2:
-        raise ConfigError(
-            f"max_length: expected at least 2, a token and its next; got {max_length}"
-        )
-    if embeddings and quantizer is None:
-        raise ConfigError("embeddings: belongs to a quantizer; got True without one")
-    if optim not in KINDS:
-        raise ConfigError(f"optim: expected one of {', '.join(KINDS)}; got {optim!r}")
-    return Settings(
+    settings = Settings(
         lora=lora,
         quantizer=None if quantizer is None else resolve(quantizer),
         embeddings=embeddings,
@@ -259,9 +250,10 @@ def settings_of(
         gradient_checkpointing=gradient_checkpointing,
         optim=optim,
         device_budget=device_budget,
-        device=kind,
+        device=device,
         devices=devices,
     )
+    return Planner.of(model, revision, token).plan(settings)
 
 
 def _named(quantizer: Quantizer | None) -> str:

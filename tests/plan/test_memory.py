@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 import lowrank
+from lowrank import quant
+from lowrank.cli.demo import TINY
 from lowrank.errors import ConfigError, LowrankError
 from lowrank.plan import plan_memory
 from lowrank.plan.optimizers import KINDS, optimizer_state
@@ -149,3 +151,33 @@ def test_of_a_repository_nothing_but_the_config_is_fetched(hub):
     script = "import lowrank; print(lowrank.plan_memory('owner/model', max_length=16).parameters)"
     assert run(script) == ["8030261248"]
     assert asked and all("config.json" in path for path in asked)
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "format", "embeddings"),
+    [("nf4", "bitsandbytes", False), ("int4", "lowrank", False), ("nf4", "lowrank", True)],
+)
+def test_a_directory_that_is_quantized_is_planned_as_it_is(quantizer, format, embeddings, tmp_path):
+    scheme = quant.get(quantizer, block_size=32)
+    made = lowrank.load_model(
+        TINY, scheme, embeddings=embeddings, skip=["lm_head", "0.mlp.up_proj"]
+    )
+    lowrank.save_model(made, tmp_path / "quantized", format=format)
+    held = sum(p.nbytes for p in made.parameters())
+    plan = plan_memory(tmp_path / "quantized", QLORA, max_length=32)
+    model = ("packed weights", "scales", "dense weights", "embeddings")
+    kept = sum(plan.components[name] for name in model)
+    assert held == kept if format == "lowrank" else abs(held - kept) < 0.03 * held
+    with pytest.raises(ConfigError, match="quantizer: expected that of the model, .*; got none"):
+        hub = json.loads((tmp_path / "quantized" / "config.json").read_text())
+        hub["quantization_config"] = {"quant_method": "lowrank", "version": 1}
+        plan_memory(hub, QLORA)
+
+
+def test_examples_are_cut_at_the_positions_of_the_model():
+    short = {**LLAMA3_8B, "max_position_embeddings": 64}
+    plans = [plan_memory(short, QLORA, max_length=n) for n in (64, 4096)]
+    assert plans[0].components == plans[1].components
+    assert plans[1].settings.max_length == 64
+    sizes = {k: n for k, n in LLAMA3_8B.items() if k.startswith("num_") or k.endswith("_size")}
+    assert plan_memory(sizes, QLORA, max_length=4096).settings.max_length == 4096
