@@ -106,6 +106,16 @@ int32_t run_linear(const CodebookWeight& w, const void* x, int32_t dtype, int64_
   return kernel();
 }
 
+bool valid_norm(const lowrank::Norm& norm, int32_t threads) {
+  return valid_dtype(norm.dtype) && valid_dtype(norm.weight_dtype) && norm.M >= 0 && norm.H >= 1 &&
+         threads >= 1;
+}
+
+bool valid_gate(const lowrank_gate* gate, int32_t threads) {
+  return gate && valid_dtype(gate->dtype) && gate->M >= 0 && gate->I >= 0 && threads >= 1 &&
+         (gate->activation == LOWRANK_SILU || gate->activation == LOWRANK_GELU_TANH);
+}
+
 }  // namespace
 
 const Kernels& lowrank::kernels_in_use() {
@@ -221,5 +231,58 @@ int32_t lowrank_scatter_rows(const float* values, int64_t K, const lowrank_rows*
   if (rows->count == 0 || K == 0) return LOWRANK_OK;
   if (!values || !out) return LOWRANK_BAD_ARGUMENT;
   kernels().scatter_rows(values, K, *rows, dropout, accumulate != 0, out, dtype, stride, threads);
+  return LOWRANK_OK;
+}
+
+int32_t lowrank_rms_norm(const void* x, int32_t dtype, int64_t M, int64_t H, const void* weight,
+                         int32_t weight_dtype, int32_t plus_one, float eps, void* y, float* rstd,
+                         int32_t threads) {
+  const lowrank::Norm norm{dtype, M, H, weight, weight_dtype, plus_one != 0};
+  if (!valid_norm(norm, threads)) return LOWRANK_BAD_ARGUMENT;
+  if (M == 0) return LOWRANK_OK;
+  if (!x || !weight || !y || !rstd) return LOWRANK_BAD_ARGUMENT;
+  kernels().rms_norm(norm, x, eps, y, rstd, threads);
+  return LOWRANK_OK;
+}
+
+int32_t lowrank_rms_norm_backward(const void* dy, const void* x, int32_t dtype, int64_t M,
+                                  int64_t H, const void* weight, int32_t weight_dtype,
+                                  int32_t plus_one, const float* rstd, void* dx, float* dweight,
+                                  int32_t threads) {
+  const lowrank::Norm norm{dtype, M, H, weight, weight_dtype, plus_one != 0};
+  if (!valid_norm(norm, threads)) return LOWRANK_BAD_ARGUMENT;
+  if (M > 0 && (!dy || !x || !weight || !rstd)) return LOWRANK_BAD_ARGUMENT;
+  kernels().rms_norm_backward(norm, dy, x, rstd, dx, dweight, threads);
+  return LOWRANK_OK;
+}
+
+int32_t lowrank_rotate(const lowrank_heads* x, int32_t dtype, const lowrank_angles* angles,
+                       int32_t back, void* y, int32_t threads) {
+  if (!x || !angles || !valid_dtype(dtype) || !valid_dtype(angles->dtype) || threads < 1)
+    return LOWRANK_BAD_ARGUMENT;
+  if (x->B < 0 || x->S < 0 || x->heads < 0 || x->D < 0 || angles->turned < 0 ||
+      angles->turned > x->D || angles->turned % 2 || (angles->B != 1 && angles->B != x->B))
+    return LOWRANK_BAD_ARGUMENT;
+  if (x->B * x->S * x->heads * x->D == 0) return LOWRANK_OK;
+  if (!x->data || !y || (angles->turned > 0 && (!angles->cos || !angles->sin)))
+    return LOWRANK_BAD_ARGUMENT;
+  kernels().rotate(*x, dtype, *angles, back != 0, y, threads);
+  return LOWRANK_OK;
+}
+
+int32_t lowrank_gated(const lowrank_gate* gate, void* y, int32_t threads) {
+  if (!valid_gate(gate, threads)) return LOWRANK_BAD_ARGUMENT;
+  if (gate->M == 0 || gate->I == 0) return LOWRANK_OK;
+  if (!gate->gate || !gate->up || !y) return LOWRANK_BAD_ARGUMENT;
+  kernels().gated(*gate, y, threads);
+  return LOWRANK_OK;
+}
+
+int32_t lowrank_gated_backward(const lowrank_gate* gate, const void* dy, void* dgate, void* dup,
+                               int32_t threads) {
+  if (!valid_gate(gate, threads)) return LOWRANK_BAD_ARGUMENT;
+  if (gate->M == 0 || gate->I == 0) return LOWRANK_OK;
+  if (!gate->gate || !gate->up || !dy || !dgate || !dup) return LOWRANK_BAD_ARGUMENT;
+  kernels().gated_backward(*gate, dy, dgate, dup, threads);
   return LOWRANK_OK;
 }

@@ -19,6 +19,15 @@ struct Rectangle {
   int64_t n0, n1, k0, k1;
 };
 
+// What a norm of rows [M, H] knows beside them.
+struct Norm {
+  int32_t dtype;
+  int64_t M, H;
+  const void* weight;
+  int32_t weight_dtype;
+  bool plus_one;
+};
+
 struct Kernels {
   void (*quantize)(const void* weight, int32_t dtype, int64_t stride, const CodebookWeight& shape,
                    uint8_t* packed, float* absmax, int32_t threads);
@@ -36,6 +45,15 @@ struct Kernels {
   void (*scatter_rows)(const float* values, int64_t K, const lowrank_rows& rows,
                        const lowrank_dropout* dropout, bool accumulate, void* out, int32_t dtype,
                        int64_t stride, int32_t threads);
+  void (*rms_norm)(const Norm& norm, const void* x, float eps, void* y, float* rstd,
+                   int32_t threads);
+  void (*rms_norm_backward)(const Norm& norm, const void* dy, const void* x, const float* rstd,
+                            void* dx, float* dweight, int32_t threads);
+  void (*rotate)(const lowrank_heads& x, int32_t dtype, const lowrank_angles& angles, bool back,
+                 void* y, int32_t threads);
+  void (*gated)(const lowrank_gate& gate, void* y, int32_t threads);
+  void (*gated_backward)(const lowrank_gate& gate, const void* dy, void* dgate, void* dup,
+                         int32_t threads);
   // Blocks first <= b < last of one tensor.
   void (*adamw8bit)(const lowrank_moments8bit_tensor& tensor, int64_t first, int64_t last,
                     const AdamwStep& step);

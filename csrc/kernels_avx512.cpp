@@ -3,6 +3,7 @@
 
 #include "moments8bit_impl.h"
 #include "codebook_impl.h"
+#include "elementwise_impl.h"
 #include "linear_impl.h"
 #include "linear_int16_impl.h"
 #include "rows_impl.h"
@@ -13,7 +14,9 @@ namespace lowrank {
 const Kernels* kernels_avx512() {
   static constexpr Kernels kernels{quantize,     dequantize,            linear,
                                    linear_int16, softmax_cross_entropy, gather_rows,
-                                   scatter_rows, adamw8bit,             lion8bit};
+                                   scatter_rows, rms_norm,              rms_norm_backward,
+                                   rotate,       gated,                 gated_backward,
+                                   adamw8bit,    lion8bit};
   return &kernels;
 }
 

@@ -14,7 +14,7 @@
 
 #include <stdint.h>
 
-#define LOWRANK_ABI 4
+#define LOWRANK_ABI 5
 
 #if defined(__GNUC__)
 #define LOWRANK_EXPORT __attribute__((visibility("default")))
@@ -137,6 +137,57 @@ LOWRANK_EXPORT int32_t lowrank_scatter_rows(
     const float* values, int64_t K, const struct lowrank_rows* rows,
     const struct lowrank_dropout* dropout, int32_t accumulate, void* out, int32_t dtype,
     int64_t stride, int32_t threads);
+
+// y [M, H] = x * rstd * weight, rstd [M] = 1 / sqrt(mean(x^2) + eps) of each row of x [M, H], all
+// contiguous; x and y of `dtype`, weight [H] of `weight_dtype`, to which 1 is added with `plus_one`.
+LOWRANK_EXPORT int32_t lowrank_rms_norm(
+    const void* x, int32_t dtype, int64_t M, int64_t H, const void* weight, int32_t weight_dtype,
+    int32_t plus_one, float eps, void* y, float* rstd, int32_t threads);
+
+// Its gradients of dy [M, H]: dx of `dtype`, or null; dweight float32 [H], or null.
+LOWRANK_EXPORT int32_t lowrank_rms_norm_backward(
+    const void* dy, const void* x, int32_t dtype, int64_t M, int64_t H, const void* weight,
+    int32_t weight_dtype, int32_t plus_one, const float* rstd, void* dx, float* dweight,
+    int32_t threads);
+
+// Heads x [B, S, heads, D], the last dimension contiguous.
+struct lowrank_heads {
+  const void* data;
+  int64_t B, S, heads, D;
+  int64_t stride_b, stride_s, stride_head;
+};
+
+// Of each position: cos [B or 1, S, turned], sin [B or 1, S, turned / 2], contiguous; turned even.
+struct lowrank_angles {
+  const void* cos;
+  const void* sin;
+  int64_t B, turned;
+  int32_t dtype;
+};
+
+// With h = turned / 2: y[i] = x[i] cos[i] - x[i + h] sin[i], y[i + h] = x[i + h] cos[i + h] +
+// x[i] sin[i] for i < h, y[i] = x[i] from `turned` on; with `back` by -sin, which is the gradient.
+// y [B, S, heads, D] is contiguous and of `dtype`, as x.
+LOWRANK_EXPORT int32_t lowrank_rotate(
+    const struct lowrank_heads* x, int32_t dtype, const struct lowrank_angles* angles, int32_t back,
+    void* y, int32_t threads);
+
+enum lowrank_activation { LOWRANK_SILU = 0, LOWRANK_GELU_TANH = 1 };
+
+// gate and up [M, I] of `dtype`, their rows so many elements apart.
+struct lowrank_gate {
+  const void* gate;
+  const void* up;
+  int64_t M, I, gate_stride, up_stride;
+  int32_t dtype, activation;
+};
+
+// y [M, I] = activation(gate) * up, contiguous.
+LOWRANK_EXPORT int32_t lowrank_gated(const struct lowrank_gate* gate, void* y, int32_t threads);
+
+// Its gradients of dy, all three [M, I] and contiguous.
+LOWRANK_EXPORT int32_t lowrank_gated_backward(
+    const struct lowrank_gate* gate, const void* dy, void* dgate, void* dup, int32_t threads);
 
 // A parameter and its moments of 8 bits: p and g [rows, cols] of `dtype`, m and v codes of that
 // shape, and a float32 scale for each 256 elements of a row: [rows, ceil(cols / 256)]. m stands for

@@ -4,6 +4,11 @@ from . import schema as schema
 from .checks import BLOCK_SIZES as BLOCK_SIZES
 from .dispatch import explain as explain
 from .dispatch import use_backend as use_backend
+from .elementwise_functions import gated as gated
+from .elementwise_functions import gated_backward as gated_backward
+from .elementwise_functions import rms_norm as rms_norm
+from .elementwise_functions import rms_norm_backward as rms_norm_backward
+from .elementwise_functions import rotate as rotate
 from .functions import adamw8bit_state as adamw8bit_state
 from .functions import adamw8bit_step as adamw8bit_step
 from .functions import codebook_dequantize as codebook_dequantize

@@ -16,12 +16,17 @@ from .cpu import codebook as exact
 from .cpu import codebook_dequantize as codebook_dequantize
 from .cpu import codebook_linear_dx as codebook_linear_dx
 from .cpu import codebook_quantize as codebook_quantize
+from .cpu import gated as gated
+from .cpu import gated_backward as gated_backward
 from .cpu import linear_cross_entropy as linear_cross_entropy
 from .cpu import lion8bit_step as lion8bit_step
 from .cpu import lora
 from .cpu import lora_linear_backward as lora_linear_backward
 from .cpu import missing as missing
 from .cpu import refuse as refuse
+from .cpu import rms_norm as rms_norm
+from .cpu import rms_norm_backward as rms_norm_backward
+from .cpu import rotate as rotate
 
 _DIRECT_M = 8  # rows of x up to which this is faster than the exact kernels
 

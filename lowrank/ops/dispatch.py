@@ -26,6 +26,7 @@ BACKENDS = ("cpu", "cpu_int16", "triton", "cuda", "reference")
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 _ANY_DEVICE = ("reference",)
 _NATIVE = ("cpu", "cpu_int16")
+_KINDS = {"i": int, "f": float, "b": bool, "s": str}
 
 # For the process, not a thread: autograd runs the backward of CUDA tensors in its own threads.
 _named: str | None = os.environ.get("LOWRANK_BACKEND") or None
@@ -83,14 +84,14 @@ def straight(op: str, args: tuple, kinds: str) -> Callable | None:
     `functions` look at, but a bias's dtype. Checks, wrappers and torch's dispatcher, passed by, are
     half of the Python in front of one row of x. None: the call takes the long way.
 
-    `kinds` has a letter for each argument: t a tensor, ? a tensor or None, i an int.
+    `kinds` has a letter for each argument: t a tensor, ? a tensor or None, or one of _KINDS.
     """
     name = _named or "cpu"
     if name not in _NATIVE or not _is_alone():
         return None
     for value, kind in zip(args, kinds, strict=True):
-        if kind == "i":
-            if type(value) is not int:
+        if kind in _KINDS:
+            if type(value) is not _KINDS[kind]:
                 return None
         elif (value is not None or kind == "t") and not is_plain(value):
             return None

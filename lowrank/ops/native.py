@@ -23,7 +23,7 @@ from lowrank.errors import BackendError, ConfigError
 
 from .adamw8bit import rows_and_columns
 
-ABI = 4
+ABI = 5
 ISAS = ("generic", "avx2", "avx512", "neon")  # enum lowrank_isa
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum lowrank_dtype
 
@@ -86,6 +86,36 @@ class Lora(ctypes.Structure):
     ]
 
 
+class Heads(ctypes.Structure):
+    """struct lowrank_heads."""
+
+    _fields_ = [
+        ("data", c_void_p),
+        *((name, c_int64) for name in ("B", "S", "heads", "D")),
+        *((name, c_int64) for name in ("stride_b", "stride_s", "stride_head")),
+    ]
+
+
+class Angles(ctypes.Structure):
+    """struct lowrank_angles."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("cos", "sin")),
+        *((name, c_int64) for name in ("B", "turned")),
+        ("dtype", c_int32),
+    ]
+
+
+class Gate(ctypes.Structure):
+    """struct lowrank_gate."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("gate", "up")),
+        *((name, c_int64) for name in ("M", "I", "gate_stride", "up_stride")),
+        *((name, c_int32) for name in ("dtype", "activation")),
+    ]
+
+
 # Every function returns int32; those that compute, a status.
 FUNCTIONS = {
     "lowrank_abi": (),
@@ -132,6 +162,22 @@ FUNCTIONS = {
     "lowrank_scatter_rows": (
         c_void_p, c_int64, c_void_p, c_void_p, c_int32, c_void_p, c_int32, c_int64, c_int32,
     ),
+    # x, dtype, M, H, weight, weight's dtype, plus_one, eps, y, rstd, threads
+    "lowrank_rms_norm": (
+        c_void_p, c_int32, c_int64, c_int64, c_void_p, c_int32, c_int32, ctypes.c_float, c_void_p,
+        c_void_p, c_int32,
+    ),
+    # dy, x, dtype, M, H, weight, weight's dtype, plus_one, rstd, dx, dweight, threads
+    "lowrank_rms_norm_backward": (
+        c_void_p, c_void_p, c_int32, c_int64, c_int64, c_void_p, c_int32, c_int32, c_void_p,
+        c_void_p, c_void_p, c_int32,
+    ),
+    # heads, dtype, angles, back, y, threads
+    "lowrank_rotate": (c_void_p, c_int32, c_void_p, c_int32, c_void_p, c_int32),
+    # gate, y, threads
+    "lowrank_gated": (c_void_p, c_void_p, c_int32),
+    # gate, dy, dgate, dup, threads
+    "lowrank_gated_backward": (c_void_p, c_void_p, c_void_p, c_void_p, c_int32),
     # tensors, their number, m_map, v_map, coefficients, threads
     "lowrank_adamw8bit_step": (c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int32),
     # tensors, their number, m_map, coefficients, threads

@@ -172,6 +172,64 @@ def _lora_backward_fake(
     return dx, dA, dB
 
 
+# rms_norm, of x [..., H], keeps x and a number a row; gated its arguments; rotate the angles alone.
+
+
+def _norm_fake(x, weight, eps, plus_one) -> tuple[Tensor, Tensor]:
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=wide)
+
+
+def _norm_setup(ctx, inputs, output) -> None:
+    x, weight, _, ctx.plus_one = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, weight, output[1])
+
+
+@once_differentiable
+def _norm_backward(ctx, dy: Tensor, _):
+    needs = list(ctx.needs_input_grad[:2])
+    gradients = dispatch.call("rms_norm_backward", dy, *ctx.saved_tensors, ctx.plus_one, needs)
+    dx, dweight = (g if n else None for g, n in zip(gradients, needs, strict=True))
+    return dx, dweight, None, None
+
+
+def _norm_backward_fake(dy, x, weight, rstd, plus_one, needs) -> tuple[Tensor, Tensor]:
+    dx = x.new_empty(x.shape if needs[0] else (0,))
+    return dx, weight.new_empty(weight.shape if needs[1] else (0,))
+
+
+def _rotate_fake(q, k, cos, sin, back) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _rotate_setup(ctx, inputs, output) -> None:
+    _, _, cos, sin, ctx.back = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _rotate_backward(ctx, dq: Tensor, dk: Tensor):
+    return *dispatch.call("rotate", dq, dk, *ctx.saved_tensors, not ctx.back), None, None, None
+
+
+def _gated_fake(gate, up, activation) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+def _gated_setup(ctx, inputs, output) -> None:
+    gate, up, ctx.activation = inputs
+    ctx.save_for_backward(gate, up)
+
+
+@once_differentiable
+def _gated_backward(ctx, dy: Tensor):
+    return *dispatch.call("gated_backward", dy, *ctx.saved_tensors, ctx.activation), None
+
+
+def _gated_backward_fake(dy, gate, up, activation) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
 # adamw8bit_step and lion8bit_step: everything they compute, they write into their inputs.
 
 
@@ -223,6 +281,38 @@ OPERATORS = {
         _lora_backward_fake,
         _mark_constant,
         _no_gradients(16),
+    ),
+    "rms_norm": Operator(
+        "(Tensor x, Tensor weight, float eps, bool plus_one) -> (Tensor y, Tensor rstd)",
+        _norm_fake,
+        _norm_setup,
+        _norm_backward,
+    ),
+    "rms_norm_backward": Operator(
+        "(Tensor dy, Tensor x, Tensor weight, Tensor rstd, bool plus_one, bool[] needs) "
+        "-> (Tensor dx, Tensor dweight)",
+        _norm_backward_fake,
+        _mark_constant,
+        _no_gradients(6),
+    ),
+    "rotate": Operator(
+        "(Tensor q, Tensor k, Tensor cos, Tensor sin, bool back) "
+        "-> (Tensor turned_q, Tensor turned_k)",
+        _rotate_fake,
+        _rotate_setup,
+        _rotate_backward,
+    ),
+    "gated": Operator(
+        "(Tensor gate, Tensor up, str activation) -> Tensor",
+        _gated_fake,
+        _gated_setup,
+        _gated_backward,
+    ),
+    "gated_backward": Operator(
+        "(Tensor dy, Tensor gate, Tensor up, str activation) -> (Tensor dgate, Tensor dup)",
+        _gated_backward_fake,
+        _mark_constant,
+        _no_gradients(4),
     ),
     "adamw8bit_step": Operator(
         "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] m, Tensor(c!)[] m_scale, "

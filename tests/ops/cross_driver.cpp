@@ -146,6 +146,55 @@ int32_t rows(const int64_t* n) {
   return back;
 }
 
+// dtype, M, H, plus_one; then x, weight, dy.
+int32_t rms_norm(const int64_t* n) {
+  const int64_t M = n[1], H = n[2], size = size_of(n[0]);
+  Bytes x(M * H * size), dy(M * H * size), y(M * H * size), dx(M * H * size);
+  Floats weight(H), rstd(M), dweight(H);
+  x.read();
+  weight.read();
+  dy.read();
+  const int32_t dtype = int32_t(n[0]), plus_one = int32_t(n[3]);
+  const int32_t status = lowrank_rms_norm(x.at(), dtype, M, H, weight.at(), LOWRANK_F32, plus_one,
+                                          1e-5f, y.at(), rstd.at(), 1);
+  if (status != LOWRANK_OK) return status;
+  const int32_t back =
+      lowrank_rms_norm_backward(dy.at(), x.at(), dtype, M, H, weight.at(), LOWRANK_F32, plus_one,
+                                rstd.at(), dx.at(), dweight.at(), 1);
+  y.write();
+  dx.write();
+  dweight.write();
+  return back;
+}
+
+// dtype, S, heads, D, turned, back; then x, cos, sin of float32.
+int32_t rotate(const int64_t* n) {
+  Bytes x(n[1] * n[2] * n[3] * size_of(n[0])), y(n[1] * n[2] * n[3] * size_of(n[0]));
+  Floats cos(n[1] * n[4]), sin(n[1] * n[4] / 2);
+  x.read();
+  cos.read();
+  sin.read();
+  const lowrank_heads heads{x.at(), 1, n[1], n[2], n[3], 0, n[2] * n[3], n[3]};
+  const lowrank_angles angles{cos.at(), sin.at(), 1, n[4], LOWRANK_F32};
+  const int32_t status =
+      lowrank_rotate(&heads, int32_t(n[0]), &angles, int32_t(n[5]), y.at(), 1);
+  y.write();
+  return status;
+}
+
+// dtype, M, I, activation; then gate, up, dy.
+int32_t gated(const int64_t* n) {
+  const int64_t bytes = n[1] * n[2] * size_of(n[0]);
+  Bytes gate(bytes), up(bytes), dy(bytes), y(bytes), dgate(bytes), dup(bytes);
+  for (Bytes* input : {&gate, &up, &dy}) input->read();
+  const lowrank_gate both{gate.at(), up.at(), n[1], n[2], n[2], n[2], int32_t(n[0]), int32_t(n[3])};
+  const int32_t status = lowrank_gated(&both, y.at(), 1);
+  if (status != LOWRANK_OK) return status;
+  const int32_t back = lowrank_gated_backward(&both, dy.at(), dgate.at(), dup.at(), 1);
+  for (Bytes* output : {&y, &dgate, &dup}) output->write();
+  return back;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -163,5 +212,8 @@ int main(int argc, char** argv) {
   if (!strcmp(name, "adamw8bit")) return adamw8bit(n);
   if (!strcmp(name, "lion8bit")) return lion8bit(n);
   if (!strcmp(name, "rows")) return rows(n);
+  if (!strcmp(name, "rms_norm")) return rms_norm(n);
+  if (!strcmp(name, "rotate")) return rotate(n);
+  if (!strcmp(name, "gated")) return gated(n);
   return 13;
 }

@@ -78,12 +78,42 @@ def lora_grouped(M: int, dtype: torch.dtype):
     return f, (leaf(M, K, dtype=dtype), leaf(E, R, K, dtype=dtype), leaf(E, N, R, dtype=dtype))
 
 
+def norm(M: int, dtype: torch.dtype):
+    f = lambda x, w: ops.rms_norm(x, w, 1e-5, plus_one=True)  # noqa: E731
+    return f, (leaf(M, K, dtype=dtype), leaf(K, dtype=dtype))
+
+
+def turn(M: int, dtype: torch.dtype):
+    angle = torch.randn(1000, 1, 6)
+    cos, sin = torch.cat([angle.cos(), angle.cos()], -1).to(dtype), angle.sin().to(dtype)
+
+    def f(q, k):
+        rows = q.shape[0]
+        turned = ops.rotate(q[None], k[None], cos[None, :rows], sin[None, :rows])
+        return torch.cat(turned, dim=2)
+
+    return f, (leaf(M, 4, 14, dtype=dtype), leaf(M, 2, 14, dtype=dtype))
+
+
+def gate(M: int, dtype: torch.dtype):
+    return lambda g, u: ops.gated(g, u, "silu"), (leaf(M, K, dtype=dtype), leaf(M, K, dtype=dtype))
+
+
+def gelu_gate(M: int, dtype: torch.dtype):
+    """The halves of one tensor."""
+    return lambda x: ops.gated(*x.chunk(2, -1), "gelu_tanh"), (leaf(M, 2 * K, dtype=dtype),)
+
+
 CASES = {
     "codebook_linear": Case(linear, True),
     "codebook_linear_dx": Case(linear_dx, True),
     "linear_cross_entropy": Case(cross_entropy, False),
     "lora_linear": Case(lora, False),
     "lora_linear, grouped": Case(lora_grouped, False),
+    "rms_norm": Case(norm, False),
+    "rotate": Case(turn, True),
+    "gated": Case(gate, False),
+    "gated, of halves": Case(gelu_gate, False),
 }
 
 
@@ -115,6 +145,7 @@ def equal(got, expected) -> bool:
 def test_every_differentiable_operator_is_in_the_table():
     differentiable = {n for n, op in ops.schema.OPERATORS.items() if op.backward is not None}
     constant = {"codebook_quantize", "codebook_dequantize", "lora_linear_backward"}
+    constant |= {"rms_norm_backward", "gated_backward"}
     assert {name.partition(",")[0] for name in CASES} == differentiable - constant
 
 

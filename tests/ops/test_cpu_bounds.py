@@ -215,6 +215,96 @@ def test_rows_gathered_and_scattered(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm_and_its_gradients(dtype):
+    for case in range(CASES):
+        M, H = random.randrange(0, 5), random.choice((1, 3, 15, 16, 17, 63, 64, 65, 130, 600))
+        x, dy = (guarded(torch.randn(M, H).to(dtype)) for _ in range(2))
+        kind, plus_one, threads = random.choice(DTYPES), case % 2, random.choice((1, 2))
+        weight = guarded(torch.randn(H).to(kind))
+        y, rstd = unwritten(M, H, dtype=dtype), unwritten(M, 1, dtype=torch.float32)
+        of_weight = (weight, native.DTYPES[kind], plus_one)
+        of_x = (x, native.DTYPES[dtype], M, H, *of_weight)
+        call("lowrank_rms_norm", *of_x, 1e-5, y, rstd, threads)
+        dx, dweight = unwritten(M, H, dtype=dtype), unwritten(H, dtype=torch.float32)
+        wanted = random.choice(((dx, dweight), (dx, None), (None, dweight)))
+        call("lowrank_rms_norm_backward", dy, *of_x, rstd, *wanted, threads)
+        exact = x.double().requires_grad_(), weight.double().requires_grad_()
+        n = exact[0] * (exact[0].square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+        expected = n * (exact[1] + plus_one)
+        gradients = torch.autograd.grad(expected, exact, dy.double())
+        # what dx is a difference of
+        slope = (dy.double() * (weight.double() + plus_one) * rstd).abs().sum() if M else 0
+        got = zip((y, *wanted), (expected.detach(), *gradients), strict=True)
+        for ours, right in got:
+            if ours is not None and M:
+                error = EPS[torch.float32 if ours is dweight else dtype] + 2e-6
+                assert (ours - right).abs().max() <= error * right.abs().max() + 1e-6 * (1 + slope)
+        if not M and wanted[1] is not None:
+            assert (dweight == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotate(dtype):
+    for case in range(CASES):
+        B, S, heads = random.randrange(1, 4), random.randrange(0, 4), random.randrange(1, 4)
+        half, rest = random.choice((0, 1, 7, 8, 16, 17, 35)), random.choice((0, 1, 9))
+        D, kind = 2 * half + rest, random.choice((dtype, torch.float32))
+        padded = torch.randn(B, heads, S, D + 3).to(dtype)  # as a part of a joined projection
+        size = max(0, padded.numel() - 3) if D else 0
+        memory = guarded(padded.flatten()[:size])
+        strides = (heads * S * (D + 3), D + 3, S * (D + 3), 1)
+        x = memory.as_strided((B, S, heads, D), strides) if size else padded[..., :D].mT.mT
+        x = x if size else torch.empty(B, S, heads, D, dtype=dtype)
+        one = random.choice((1, B))
+        cos = guarded(torch.randn(one, S, 1, 2 * half).to(kind))
+        sin = guarded(torch.randn(one, S, 1, half).to(kind))
+        angles = native.Angles(
+            cos.data_ptr() or None, sin.data_ptr() or None, one, 2 * half, native.DTYPES[kind]
+        )
+        of_x = native.Heads(memory.data_ptr() or None, B, S, heads, D, *strides[:3])
+        y, back = unwritten(B, S, heads, D, dtype=dtype), case % 2
+        call(
+            "lowrank_rotate", ctypes.addressof(of_x), native.DTYPES[dtype],
+            ctypes.addressof(angles), back, y, random.choice((1, 2)),
+        )  # fmt: skip
+        right = reference.rotate(x.double(), x.double(), cos.double(), sin.double(), bool(back))[0]
+        assert ((y - right).abs() <= EPS[dtype] * (right.abs() + 4)).all()
+        assert torch.equal(y[..., 2 * half :], x[..., 2 * half :])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gated_and_its_gradients(dtype):
+    for case in range(CASES):
+        M, width = random.randrange(0, 5), random.choice((0, 1, 3, 15, 16, 17, 63, 64, 65, 600))
+        tensors, strides = [], []
+        for _ in range(2):
+            strides.append(width + random.choice((0, 5)))
+            memory = guarded((torch.randn(max(0, (M - 1) * strides[-1] + width)) * 4).to(dtype))
+            full = M and width
+            tensors.append(memory.as_strided((M, width), (strides[-1], 1)) if full else memory)
+        gate, up = tensors
+        of = native.Gate(
+            gate.data_ptr() or None, up.data_ptr() or None, M, width, *strides,
+            native.DTYPES[dtype], case % 2,
+        )  # fmt: skip
+        threads = random.choice((1, 2))
+        y, dgate, dup = (unwritten(M, width, dtype=dtype) for _ in range(3))
+        dy = guarded(torch.randn(M, width).to(dtype))
+        call("lowrank_gated", ctypes.addressof(of), y, threads)
+        call("lowrank_gated_backward", ctypes.addressof(of), dy, dgate, dup, threads)
+        if not (M and width):
+            continue
+        exact = gate.double().requires_grad_(), up.double().requires_grad_()
+        activated = F.gelu(exact[0], approximate="tanh") if case % 2 else F.silu(exact[0])
+        right = activated * exact[1]
+        gradients = torch.autograd.grad(right, exact, dy.double())
+        bound = (gate.double().abs() + 1) * (up.double().abs() + 1) * (dy.double().abs() + 1)
+        for ours, exactly in zip((y, dgate, dup), (right, *gradients), strict=True):
+            allowed = EPS[dtype] * (exactly.abs() + 1e-2) + 1e-6 * bound
+            assert ((ours - exactly).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_adamw8bit_step(dtype):
     numbers = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
     maps = [guarded(adamw8bit.dynamic_map(signed)) for signed in (True, False)]

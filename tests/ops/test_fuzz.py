@@ -115,6 +115,45 @@ def lora_backward(draw) -> dict:
     return {"dy": dy, "x": x, "h": h, **call, "needs": needs}
 
 
+def rms_norm(draw) -> dict:
+    M, _, H, _, dtype = sizes(draw)
+    x, weight = torch.randn(M, H).to(dtype), torch.randn(H).to(draw(st.sampled_from(FLOATS)))
+    return {"x": x, "weight": weight, "eps": 1e-5, "plus_one": draw(st.booleans())}
+
+
+def rms_norm_backward(draw) -> dict:
+    call = rms_norm(draw)
+    del call["eps"]
+    x = call["x"]
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    needs = draw(st.tuples(*[st.booleans()] * 2))
+    dy, rstd = torch.randn(x.shape).to(x.dtype), torch.rand(len(x), 1).to(wide)
+    return {"dy": dy, "x": x, "weight": call["weight"], "rstd": rstd, **call, "needs": needs}
+
+
+def rotate(draw) -> dict:
+    S, heads, _, _, dtype = sizes(draw)
+    D = draw(st.sampled_from((2, 8, 34, 65)))
+    half = draw(st.integers(0, D // 2))
+    q, k = torch.randn(2, S, heads, D).to(dtype), torch.randn(2, S, 2, D).to(dtype)
+    cos, sin = (torch.randn(draw(st.sampled_from((1, 2))), S, 1, half) for _ in range(2))
+    sin = sin[:1].expand(cos.shape).contiguous()
+    of_angles = draw(st.sampled_from((dtype, torch.float32)))
+    return {"q": q, "k": k, "cos": cos.repeat(1, 1, 1, 2).to(of_angles), "sin": sin.to(of_angles)}
+
+
+def gated(draw) -> dict:
+    M, _, width, _, dtype = sizes(draw)
+    gate, up = torch.randn(2, M, 2 * width).to(dtype).chunk(2, -1)
+    activation = draw(st.sampled_from(("silu", "gelu", "gelu_tanh")))
+    return {"gate": gate, "up": up, "activation": activation}
+
+
+def gated_backward(draw) -> dict:
+    call = gated(draw)
+    return {"dy": torch.randn(call["up"].shape).to(call["up"].dtype), **call}
+
+
 def group_rows(draw) -> dict:
     E = draw(st.sampled_from((1, 3)))
     return {"adapter_ids": torch.randint(-1, E, (draw(st.sampled_from((0, 1, 9))),)), "E": E}
@@ -144,6 +183,11 @@ MAKERS = {
     "linear_cross_entropy": cross_entropy,
     "lora_linear": lora,
     "lora_linear_backward": lora_backward,
+    "rms_norm": rms_norm,
+    "rms_norm_backward": rms_norm_backward,
+    "rotate": rotate,
+    "gated": gated,
+    "gated_backward": gated_backward,
     "group_rows": group_rows,
     "adamw8bit_step": adamw8bit_step,
     "lion8bit_step": lion8bit_step,
@@ -241,7 +285,8 @@ def wrong_operator_calls(draw) -> tuple[str, list]:
         p, seed = arguments.pop("p", 0.0), arguments.pop("seed", None)
         raw = [*arguments.values(), order, offsets, p, seed, *needs]
     else:
-        raw = list(arguments.values()) + [True] * (name == "linear_cross_entropy")
+        arguments |= {"needs": list(arguments["needs"])} if "needs" in arguments else {}
+        raw = list(arguments.values()) + [True] * (name in ("linear_cross_entropy", "rotate"))
     for at in draw(st.lists(st.integers(0, len(raw) - 1), min_size=1, max_size=2, unique=True)):
         was, raw[at] = raw[at], wrong(draw, raw[at])
         # Torch 2.13 hands a kernel in Python whatever lies at that index in its memory: in place of

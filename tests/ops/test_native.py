@@ -41,7 +41,7 @@ def test_the_table_is_the_header():
         )
     }
     assert declared.keys() == native.FUNCTIONS.keys()
-    kinds = {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64}
+    kinds = {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "float": ctypes.c_float}
     for name, arguments in declared.items():
         parts = [a.strip() for a in arguments.split(",") if a.strip() != "void"]
         expected = [ctypes.c_void_p if "*" in a else kinds[a.split()[0]] for a in parts]

@@ -157,6 +157,34 @@ def test_rows_dropped_out_are_the_reference_to_the_bit(call, dtype, seed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_turns_and_gates_are_as_near_as_rounding_allows(call, dtype):
+    number, eps = native.DTYPES[dtype], 2 * EPS[dtype]
+    for M, H in ((1, 1), (3, 37), (5, 130)):
+        x, dy, weight = torch.randn(M, H).to(dtype), torch.randn(M, H).to(dtype), torch.randn(H)
+        got = torch.empty_like(x), torch.empty_like(x), torch.empty(H)
+        call("rms_norm", (number, M, H, 1), [x, weight, dy], got)
+        x64, dy64, weight64 = x.double(), dy.double(), weight.double()
+        y, rstd = reference.rms_norm(x64, weight64, 1e-5, True)
+        gradients = reference.rms_norm_backward(dy64, x64, weight64, rstd, True, [True, True])
+        for ours, right in zip(got, (y, *gradients), strict=True):
+            assert ((ours - right).abs() <= eps * (right.abs() + 1)).all()
+        for activation, name in enumerate(("silu", "gelu_tanh")):
+            got = [torch.empty_like(x) for _ in range(3)]
+            call("gated", (number, M, H, activation), [3 * x, dy, x], got)
+            both = (3 * x).double(), dy64
+            right = [reference.gated(*both, name), *reference.gated_backward(x64, *both, name)]
+            for ours, exact in zip(got, right, strict=True):
+                assert ((ours - exact).abs() <= eps * (exact.abs() + 1)).all()
+    for D, turned, back in ((2, 2, 0), (37, 34, 1), (64, 64, 0)):
+        x = torch.randn(1, 5, 2, D).to(dtype)
+        cos, sin, y = torch.randn(1, 5, 1, turned), torch.randn(1, 5, 1, turned // 2), [x.clone()]
+        call("rotate", (number, 5, 2, D, turned, back), [x, cos, sin], y)
+        exact = x.double()
+        right = reference.rotate(exact, exact, cos.double(), sin.double(), bool(back))[0]
+        assert ((y[0] - right).abs() <= eps * (right.abs() + 4)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_lion8bit_is_the_reference_to_the_bit(call, dtype):
     numbers = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1}
     for shape in ((5, 700), (40, 16), (3, 33)):

@@ -36,11 +36,32 @@ def samples():
     head, labels = torch.randn(20, 8), torch.tensor([3, -100, 19, 0])
     yield OPS.linear_cross_entropy, (torch.randn(4, 8, requires_grad=True), head, labels, True)
     yield OPS.linear_cross_entropy, (torch.randn(4, 8), head, labels, False)
+    yield from elementwise_samples()
     params = [torch.randn(3, 300), torch.randn(5)]
     grads, states = [p * 2 for p in params], zip(*map(ops.adamw8bit_state, params), strict=True)
     states = list(map(list, states))
     yield OPS.adamw8bit_step, (params, grads, *states, 0.1, 0.9, 0.99, 1e-8, 0.0, 1)
     yield OPS.lion8bit_step, (params, grads, *states[:2], 0.1, 0.9, 0.99, 0.0)
+
+
+def elementwise_samples():
+    for dtype in (torch.float32, torch.bfloat16):
+        x, dy = (torch.randn(2, 3, 14, dtype=dtype) for _ in range(2))
+        leaf, weight = x.clone().requires_grad_(), torch.randn(14, requires_grad=True)
+        yield OPS.rms_norm, (leaf, weight, 1e-5, True)
+        rstd = torch.rand(2, 3, 1)
+        yield OPS.rms_norm_backward, (dy, x, weight.detach(), rstd, False, [True, False])
+        yield OPS.rms_norm_backward, (dy, x, weight.detach(), rstd, True, [False, True])
+        q = torch.randn(2, 5, 3, 8, dtype=dtype, requires_grad=True)
+        k = torch.randn(2, 2, 5, 8, dtype=dtype).transpose(1, 2).requires_grad_()
+        cos, sin = torch.randn(1, 5, 1, 6, dtype=dtype), torch.randn(1, 5, 1, 3, dtype=dtype)
+        yield OPS.rotate, (q, k, cos, sin, False)
+        yield OPS.rotate, (q.detach(), k, cos, sin, True)
+        halves = torch.randn(2, 3, 28, dtype=dtype).chunk(2, dim=-1)
+        leaves = [half.detach().requires_grad_() for half in halves]
+        for activation in ("silu", "gelu", "gelu_tanh"):
+            yield OPS.gated, (*leaves, activation)
+            yield OPS.gated_backward, (dy, *halves, activation)
 
 
 def lora_samples():

@@ -61,6 +61,27 @@ static void scatter(const float* a, int64_t b, const lowrank_rows& c, const lowr
                     bool, void* f, int32_t g, int64_t h, int32_t i) {
   kernels_generic()->scatter_rows(a, b, c, d, false, f, g, h, i);
 }
+static void rms_norm(const Norm& a, const void* b, float c, void* d, float* rstd, int32_t f) {
+  kernels_generic()->rms_norm(a, b, c, d, rstd, f);
+  rstd[1] *= 1.01f;
+}
+static void rms_norm_backward(const Norm& a, const void* b, const void* c, const float* d, void* e,
+                              float* dweight, int32_t f) {
+  kernels_generic()->rms_norm_backward(a, b, c, d, e, dweight, f);
+  dweight[74] = 9;
+}
+static void rotate(const lowrank_heads& a, int32_t b, const lowrank_angles& c, bool, void* d,
+                   int32_t e) {
+  kernels_generic()->rotate(a, b, c, false, d, e);
+}
+static void gated(const lowrank_gate& a, void* y, int32_t b) {
+  lowrank_gate silu = a;
+  silu.activation = 0;
+  kernels_generic()->gated(silu, y, b);
+}
+static void gated_backward(const lowrank_gate& a, const void* b, void* c, void*, int32_t d) {
+  kernels_generic()->gated_backward(a, b, c, c, d);
+}
 static void adamw(const lowrank_moments8bit_tensor& a, int64_t b, int64_t c, const AdamwStep& d) {
   kernels_generic()->adamw8bit(a, b, c, d);
   a.v[299] ^= 1;
@@ -81,6 +102,11 @@ const Kernels* kernels_avx512() {
   if (!strcmp(broken, "softmax_cross_entropy")) kernels.softmax_cross_entropy = softmax;
   if (!strcmp(broken, "gather_rows")) kernels.gather_rows = gather;
   if (!strcmp(broken, "scatter_rows")) kernels.scatter_rows = scatter;
+  if (!strcmp(broken, "rms_norm")) kernels.rms_norm = rms_norm;
+  if (!strcmp(broken, "rms_norm_backward")) kernels.rms_norm_backward = rms_norm_backward;
+  if (!strcmp(broken, "rotate")) kernels.rotate = rotate;
+  if (!strcmp(broken, "gated")) kernels.gated = gated;
+  if (!strcmp(broken, "gated_backward")) kernels.gated_backward = gated_backward;
   if (!strcmp(broken, "adamw8bit_step")) kernels.adamw8bit = adamw;
   if (!strcmp(broken, "lion8bit_step")) kernels.lion8bit = lion;
   return &kernels;

@@ -14,19 +14,24 @@ from __future__ import annotations
 
 from lowrank.ops import native
 
-from . import adamw8bit, codebook, cross_entropy, lion8bit, lora
+from . import adamw8bit, codebook, cross_entropy, elementwise, lion8bit, lora
 from .adamw8bit import adamw8bit_step as adamw8bit_step
 from .codebook import codebook_dequantize as codebook_dequantize
 from .codebook import codebook_linear as codebook_linear
 from .codebook import codebook_linear_dx as codebook_linear_dx
 from .codebook import codebook_quantize as codebook_quantize
 from .cross_entropy import linear_cross_entropy as linear_cross_entropy
+from .elementwise import gated as gated
+from .elementwise import gated_backward as gated_backward
+from .elementwise import rms_norm as rms_norm
+from .elementwise import rms_norm_backward as rms_norm_backward
+from .elementwise import rotate as rotate
 from .lion8bit import lion8bit_step as lion8bit_step
 from .lora import lora_linear as lora_linear
 from .lora import lora_linear_backward as lora_linear_backward
 
 _REFUSALS = codebook.REFUSALS | cross_entropy.REFUSALS | lora.REFUSALS
-_REFUSALS |= adamw8bit.REFUSALS | lion8bit.REFUSALS
+_REFUSALS |= adamw8bit.REFUSALS | lion8bit.REFUSALS | elementwise.REFUSALS
 
 
 def missing() -> str | None:

@@ -15,6 +15,12 @@ from .cross_entropy import labelled_rows as labelled_rows
 from .cross_entropy import linear_cross_entropy as linear_cross_entropy
 from .cross_entropy import logits_of as logits_of
 from .cross_entropy import times_weight as times_weight
+from .elementwise import ACTIVATIONS as ACTIVATIONS
+from .elementwise import gated as gated
+from .elementwise import gated_backward as gated_backward
+from .elementwise import rms_norm as rms_norm
+from .elementwise import rms_norm_backward as rms_norm_backward
+from .elementwise import rotate as rotate
 from .lion8bit import lion8bit_step as lion8bit_step
 from .lora import adapter_bounds as adapter_bounds
 from .lora import lora_linear as lora_linear
