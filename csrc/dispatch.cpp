@@ -202,6 +202,23 @@ int32_t lowrank_codebook_lora_linear(const void* x, int32_t dtype, int64_t M, co
   });
 }
 
+int32_t lowrank_codebook_products(const void* x, int32_t dtype, int64_t M, int64_t K,
+                                  const lowrank_product* products, int64_t count,
+                                  void* const* ys, int32_t threads) {
+  if (!valid_dtype(dtype) || M < 0 || M > 16 || K < 0 || count < 0 || threads < 1)
+    return LOWRANK_BAD_ARGUMENT;
+  if (count > 0 && (!products || !ys)) return LOWRANK_BAD_ARGUMENT;
+  for (int64_t i = 0; i < count; ++i) {
+    const lowrank_product& p = products[i];
+    const CodebookWeight w{p.packed,        p.absmax, p.absmax_scale, p.codebook,
+                           p.codebook_rows, p.N,      K,              p.block_size};
+    if (!valid_sizes(w, threads) || (p.A && (p.R < 1 || !p.B))) return LOWRANK_BAD_ARGUMENT;
+    if (M == 0 || p.N == 0) continue;
+    if (!ys[i] || (K > 0 && (!x || !p.packed || !p.absmax))) return LOWRANK_BAD_ARGUMENT;
+  }
+  return M == 0 ? LOWRANK_OK : kernels().products(x, dtype, M, K, products, count, ys, threads);
+}
+
 int32_t lowrank_softmax_cross_entropy(float* logits, const int64_t* labels, int64_t T, int64_t V,
                                       float* loss, int32_t gradient, int32_t threads) {
   if (T < 0 || V < 1 || threads < 1) return LOWRANK_BAD_ARGUMENT;

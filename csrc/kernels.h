@@ -35,6 +35,9 @@ struct Kernels {
                      int32_t threads);
   int32_t (*linear)(const void* x, int32_t dtype, int64_t M, const CodebookWeight& w,
                     const float* bias, const lowrank_lora* lora, void* y, int32_t threads);
+  int32_t (*products)(const void* x, int32_t dtype, int64_t M, int64_t K,
+                      const lowrank_product* products, int64_t count, void* const* ys,
+                      int32_t threads);
   int32_t (*linear_int16)(const void* x, int32_t dtype, int64_t M, const CodebookWeight& w,
                           const float* bias, void* y, int32_t threads);
   void (*softmax_cross_entropy)(float* logits, const int64_t* labels, int64_t T, int64_t V,

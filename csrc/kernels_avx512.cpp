@@ -13,10 +13,10 @@ namespace lowrank {
 
 const Kernels* kernels_avx512() {
   static constexpr Kernels kernels{quantize,     dequantize,            linear,
-                                   linear_int16, softmax_cross_entropy, gather_rows,
-                                   scatter_rows, rms_norm,              rms_norm_backward,
-                                   rotate,       gated,                 gated_backward,
-                                   adamw8bit,    lion8bit};
+                                   products,     linear_int16,          softmax_cross_entropy,
+                                   gather_rows,  scatter_rows,          rms_norm,
+                                   rms_norm_backward, rotate,           gated,
+                                   gated_backward,    adamw8bit,        lion8bit};
   return &kernels;
 }
 

@@ -114,6 +114,27 @@ LOWRANK_EXPORT int32_t lowrank_codebook_lora_linear(
     int64_t block_size, const float* bias, const struct lowrank_lora* lora, void* y,
     int32_t threads);
 
+// One of several products of the same x, with an adapter or, where A is null, without one: a weight
+// [N, K], bias [N] or null, A [R, K], B [N, R], all contiguous.
+struct lowrank_product {
+  const uint8_t* packed;
+  const void* absmax;
+  const float* absmax_scale;
+  const float* codebook;
+  int64_t codebook_rows, N, block_size;
+  const float* bias;
+  const float* A;
+  const float* B;
+  int64_t R;
+  float scale;
+};
+
+// y = x w^T + bias + scale * (x A^T) B^T [M, N] of each of `count` products, into the i-th of `ys`,
+// for x [M, K] of M <= 16 rows; x and every y are of `dtype`.
+LOWRANK_EXPORT int32_t lowrank_codebook_products(
+    const void* x, int32_t dtype, int64_t M, int64_t K, const struct lowrank_product* products,
+    int64_t count, void* const* ys, int32_t threads);
+
 // loss[t] = logsumexp(logits[t]) - logits[t, labels[t]]; with `gradient` non-zero, logits [T, V] is
 // overwritten by its own gradient softmax(logits) - onehot(labels).
 LOWRANK_EXPORT int32_t lowrank_softmax_cross_entropy(

@@ -10,6 +10,7 @@ from lowrank.models.config import DecoderConfig
 from lowrank.models.layers import rotate
 from lowrank.models.parts import Part, make_norm, part
 from lowrank.models.plan import Plan, causal_mask
+from lowrank.nn.together import Together
 
 
 class Attention(Part):
@@ -28,6 +29,7 @@ class Attention(Part):
         H, D, bias = config.hidden_size, config.head_dim, config.attention_bias
         family = config.family
         Q, K = config.num_attention_heads * D, config.num_key_value_heads * D
+        self.to_heads, self.to_out = Together(), Together()
         self.layer, self.head_dim, self.widths = layer, D, (Q, K, K)
         self.by_head = family.qkv == "by_head"
         scalar = config.query_pre_attn_scalar
@@ -43,7 +45,7 @@ class Attention(Part):
             self.have(q_norm=make_norm(config, D), k_norm=make_norm(config, D))
 
     def forward(self, x: Tensor, plan: Plan, rows: Tensor | None = None) -> Tensor:
-        return self.out(self.attended(x, plan, rows))
+        return self.to_out.products(self.attended(x, plan, rows), self.out)[0]
 
     def attended(self, x: Tensor, plan: Plan, rows: Tensor | None = None) -> Tensor:
         """What the last projection projects: the heads side by side."""
@@ -60,8 +62,9 @@ class Attention(Part):
         """Queries, keys and values, each [B, S, its heads, D]."""
         shape = (*x.shape[:2], -1, self.head_dim)
         if self.q is not None:
-            return self.q(x).view(shape), self.k(x).view(shape), self.v(x).view(shape)
-        qkv = self.qkv(x)
+            q, k, v = self.to_heads.products(x, self.q, self.k, self.v)
+            return q.view(shape), k.view(shape), v.view(shape)
+        (qkv,) = self.to_heads.products(x, self.qkv)
         if self.by_head:
             return qkv.view(*x.shape[:2], -1, 3 * self.head_dim).chunk(3, dim=-1)
         return tuple(one.view(shape) for one in qkv.split(self.widths, dim=-1))

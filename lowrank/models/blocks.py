@@ -16,6 +16,7 @@ from lowrank.models.parts import Part, make_norm, part
 from lowrank.models.plan import Plan
 from lowrank.models.recompute import recompute
 from lowrank.nn.fusible import is_patched
+from lowrank.nn.together import Together
 
 
 class MLP(Part):
@@ -27,6 +28,7 @@ class MLP(Part):
         super().__init__(config)
         H, I, bias = config.hidden_size, config.intermediate_size, config.mlp_bias  # noqa: E741
         self.activation = config.hidden_act
+        self.to_inner, self.to_out = Together(), Together()
         if config.family.mlp == "joined":
             self.have(gate_up=nn.Linear(H, 2 * I, bias=bias))
         elif config.family.mlp == "gated":
@@ -36,7 +38,7 @@ class MLP(Part):
         self.have(down=nn.Linear(I, H, bias=bias))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activated(x))
+        return self.to_out.products(self.activated(x), self.down)[0]
 
     def parts(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
         """What makes of x what the last projection projects, and that projection."""
@@ -45,10 +47,11 @@ class MLP(Part):
     def activated(self, x: Tensor) -> Tensor:
         """What the last projection projects, [..., I]."""
         if self.gate is not None:
-            return gated(self.activation, self.gate(x), self.up(x))
+            return gated(self.activation, *self.to_inner.products(x, self.gate, self.up))
         if self.gate_up is not None:
-            return gated(self.activation, *self.gate_up(x).chunk(2, dim=-1))
-        return activate(self.activation, self.up(x))
+            (both,) = self.to_inner.products(x, self.gate_up)
+            return gated(self.activation, *both.chunk(2, dim=-1))
+        return activate(self.activation, *self.to_inner.products(x, self.up))
 
 
 class Block(Part):

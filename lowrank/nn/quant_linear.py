@@ -140,10 +140,15 @@ class QuantLinear(QuantWeight):
         """The same of a few rows of x, if the kernel can be called at once."""
         if type(x) is not Tensor or self.compute_dtype not in (None, x.dtype):
             return None
-        parameters, few = self._parameters, self.__dict__["few_rows"]
-        if few is None or (few and not few.is_of(parameters)):
+        few = self.few()
+        return None if few is None else few.product(x, self._parameters.get("bias"))
+
+    def few(self) -> FewRows | None:
+        """What multiplies a few rows of x with the weight as it is now, without the bias."""
+        few = self.__dict__["few_rows"]
+        if few is None or (few and not few.is_of(self._parameters)):
             few = self.__dict__["few_rows"] = _few_rows(self) or False
-        return few.product(x, parameters.get("bias")) if few else None
+        return few or None
 
     def _set(self, storage: Storage, quantizer: Quantizer | None = None) -> None:
         super()._set(storage, quantizer)

@@ -42,12 +42,9 @@ def small_product(layer: AdaptedLayer, x: Tensor) -> Tensor | None:
     It is for float32 on a CPU, where the operator would do the same; over a quantized weight only
     without gradients, whose path is the operator's. Not for a compiler to trace.
     """
-    state = layer.__dict__
-    at_hand = state["at_hand"]
-    if at_hand is None or at_hand[0] is not state["_modules"]["base_layer"]:
-        at_hand = state["at_hand"] = _find(layer)
-        if at_hand is None:
-            return None
+    at_hand = at_hand_of(layer)
+    if at_hand is None:
+        return None
     base, base_parameters, As, Bs, dropouts, scaling, adapter, most = at_hand
     if x.numel() > most or is_patched(base) or is_named() or is_autocast_enabled("cpu"):
         return None
@@ -70,6 +67,15 @@ def small_product(layer: AdaptedLayer, x: Tensor) -> Tensor | None:
         return None  # a weight made of others; x that the operator may refuse
     y.add_(branch, alpha=scaling[adapter])
     return y if rows is x else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def at_hand_of(layer: AdaptedLayer) -> AtHand | None:
+    """What the layer computes with as it is now, if that is known."""
+    state = layer.__dict__
+    at_hand = state["at_hand"]
+    if at_hand is None or at_hand[0] is not state["_modules"]["base_layer"]:
+        at_hand = state["at_hand"] = _find(layer)
+    return at_hand
 
 
 def _find(layer: AdaptedLayer) -> AtHand | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import dispatch, native
 from .cpu import refuse
 
-_MOST = 16  # rows of x: up to there every CPU multiplies straight from codes
+MOST_ROWS = 16  # rows of x: up to there every CPU multiplies straight from codes
 _NAMES = ("packed", "absmax", "absmax_scale", "codebook")
 
 Held = Mapping[str, Tensor | None]
@@ -28,11 +28,18 @@ class FewRows:
     """
 
     def __init__(self, held: Held, N: int, K: int, block_size: int) -> None:
-        self._tensors = tuple(held.get(name) for name in _NAMES)
+        self.held, self.K = {name: held.get(name) for name in _NAMES}, K
+        self._tensors = tuple(self.held.values())
         self._pointers = tuple(map(_pointer, self._tensors))
         self._shape, codebook = self._tensors[0].shape, self._tensors[3]
-        self._K, self._N = K, N
+        self._N = N
         self._sizes = (codebook.shape[0], N, K, block_size)
+
+    @property
+    def weight(self) -> tuple[int | None, ...]:
+        """As a native.Product begins: pointers, rows of the codebook, N, block size."""
+        rows, N, _, block_size = self._sizes
+        return (*self._pointers, rows, N, block_size)
 
     @classmethod
     def over(
@@ -63,26 +70,23 @@ class FewRows:
                 return False
         return self._tensors[0].shape == self._shape
 
+    def takes(self, bias: Tensor) -> bool:
+        """Whether the kernel can be given this bias."""
+        return bias.dtype == torch.float32 and bias.shape == (self._N,) and _is_readable(bias)
+
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
         """y [..., N] in the dtype of x [..., K]; `bias` is float32.
 
         None where x has more than 16 rows, and where anybody but the kernel has to see the call.
         """
-        K, code = self._K, native.DTYPES.get(x.dtype)
-        if code is None or x.shape[-1:] != (K,) or not 0 < x.numel() <= _MOST * K:
+        K, code = self.K, native.DTYPES.get(x.dtype)
+        if code is None or x.shape[-1:] != (K,) or not 0 < x.numel() <= MOST_ROWS * K:
             return None
-        if not (dispatch.is_alone() and dispatch.is_plain(x) and x.is_contiguous()):
+        if has_to_be_seen(x):
             return None
-        if bias is not None and not (
-            bias.dtype == x.dtype == torch.float32
-            and dispatch.is_plain(bias)
-            and bias.is_contiguous()
-            and bias.shape == (self._N,)
-        ):
+        if bias is not None and not (x.dtype == torch.float32 and self.takes(bias)):
             return None
         at, b = x.data_ptr(), _pointer(bias)
-        if at % x.itemsize or (b or 0) % 4:
-            return None
         if torch.is_grad_enabled() and torch._C._any_requires_grad(x, bias):
             return None
         y = x.new_empty((*x.shape[:-1], self._N))
@@ -92,6 +96,16 @@ class FewRows:
         )  # fmt: skip
         native.check(status, "codebook_linear")
         return y
+
+
+def has_to_be_seen(*tensors: Tensor) -> bool:
+    """Whether a kernel may not be given the pointers of these tensors past all who could ask."""
+    return not (dispatch.is_alone() and all(map(_is_readable, tensors)))
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    plain = dispatch.is_plain(tensor) and tensor.is_contiguous()
+    return plain and tensor.data_ptr() % tensor.itemsize == 0
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -116,6 +116,18 @@ class Gate(ctypes.Structure):
     ]
 
 
+class Product(ctypes.Structure):
+    """struct lowrank_product."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("packed", "absmax", "absmax_scale", "codebook")),
+        *((name, c_int64) for name in ("codebook_rows", "N", "block_size")),
+        *((name, c_void_p) for name in ("bias", "A", "B")),
+        ("R", c_int64),
+        ("scale", ctypes.c_float),
+    ]
+
+
 # Every function returns int32; those that compute, a status.
 FUNCTIONS = {
     "lowrank_abi": (),
@@ -149,6 +161,10 @@ FUNCTIONS = {
     "lowrank_codebook_lora_linear": (
         c_void_p, c_int32, c_int64, *_WEIGHT, c_int64, c_int64, c_int64, c_void_p, c_void_p,
         c_void_p, c_int32,
+    ),
+    # x, dtype, M, K, products, their number, ys, threads
+    "lowrank_codebook_products": (
+        c_void_p, c_int32, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int32,
     ),
     # logits, labels, T, V, loss, gradient, threads
     "lowrank_softmax_cross_entropy": (

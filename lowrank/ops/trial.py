@@ -78,6 +78,15 @@ def _records(library: ctypes.CDLL) -> list[Record]:
         arguments = (x, dtype, 17, *one_table, None, ctypes.byref(lora), y)
         call("codebook_lora_linear", SUMS[dtype], arguments, y, dtype=dtype)
         records.append(("codebook_lora_linear", SUMS[0], _unpacked(h)))
+        ys = [bytearray(size * 2 * N) for _ in range(2)]
+        given = [_pointer(b) for b in (*one_table[:4], A, B, *ys)]
+        at = [ctypes.addressof(pointer) for pointer in given]
+        to = (ctypes.c_void_p * 2)(*at[6:])
+        two = (native.Product * 2)(
+            native.Product(*at[:4], 1, N, G, None, None, None, 0, 0),
+            native.Product(*at[:4], 1, N, G, None, at[4], at[5], 5, 0.5),
+        )
+        call("codebook_products", SUMS[dtype], (x, dtype, 2, K, two, 2, to), *ys, dtype=dtype)
         panel = bytearray(4 * 2 * K)
         call("gather_rows", 0, (x, dtype, K, K, rows, dropout, panel), panel)
         call("scatter_rows", 0, (panel, K, rows, dropout, 1, x, dtype, K), x, dtype=dtype)

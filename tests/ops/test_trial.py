@@ -43,6 +43,10 @@ static int32_t lora_linear(const void* a, int32_t b, int64_t c, const CodebookWe
   if (f) f->h[f->R] = 0;
   return 0;
 }
+static int32_t products(const void* a, int32_t b, int64_t c, int64_t d, const lowrank_product* e,
+                        int64_t f, void* const* y, int32_t g) {
+  return kernels_generic()->products(a, b, c, d, e, f - 1, y, g);
+}
 static int32_t linear_int16(const void* a, int32_t b, int64_t c, const CodebookWeight& d,
                             const float* e, void* f, int32_t g) {
   kernels_generic()->linear_int16(a, b, c, d, e, f, g);
@@ -98,6 +102,7 @@ const Kernels* kernels_avx512() {
   if (!strcmp(broken, "codebook_dequantize")) kernels.dequantize = dequantize;
   if (!strcmp(broken, "codebook_linear")) kernels.linear = linear;
   if (!strcmp(broken, "codebook_lora_linear")) kernels.linear = lora_linear;
+  if (!strcmp(broken, "codebook_products")) kernels.products = products;
   if (!strcmp(broken, "codebook_linear_int16")) kernels.linear_int16 = linear_int16;
   if (!strcmp(broken, "softmax_cross_entropy")) kernels.softmax_cross_entropy = softmax;
   if (!strcmp(broken, "gather_rows")) kernels.gather_rows = gather;
