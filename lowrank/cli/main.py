@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +18,7 @@ from typing import NoReturn
 
 from lowrank.cli import demo, env, eval, generate, merge, plan, quantize, report, sweep, train
 from lowrank.errors import ConfigError, LowrankError, MissingPackageError, TrainingError
+from lowrank.train.distributed import alike, world_size
 from lowrank.train.remedies import is_out_of_memory
 
 COMMANDS = (train, sweep, generate, eval, merge, quantize, plan, report, env, demo)
@@ -29,6 +31,9 @@ MISSING_PACKAGE = 4
 TRAINING_FAILED = 5  # a loss that is not finite, for instance
 BUG = 70  # sysexits.h: EX_SOFTWARE
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+# seconds; torchrun ends all processes when the first one has ended, if it had time to speak or not
+_HEARD = 5.0
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     out, as_json = sys.stdout, "--json" in argv
     try:
-        args = _parsed(argv)
+        with alike():
+            args = _parsed(argv)
         logger = logging.getLogger("lowrank")
         logger.setLevel(logging.INFO)
         if not any(isinstance(handler, _Stderr) for handler in logger.handlers):
@@ -100,6 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"lowrank: {message}", file=sys.stderr)
         if as_json and said != "elsewhere":
             print(json.dumps({"error": message.removeprefix("error: "), "status": status}))
+        if said == "elsewhere" and world_size() > 1:
+            with contextlib.suppress(KeyboardInterrupt):
+                time.sleep(_HEARD)
         return status
 
 
@@ -125,6 +134,11 @@ def _parsed(argv: Sequence[str]) -> argparse.Namespace:
         if near == unknown[:1]:
             hint = f": it goes after {args.command.prog}"
         args.command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    if world_size() > 1 and args.run is not train.run:
+        raise ConfigError(
+            f"{args.command.prog} runs in one process; torchrun has started {world_size()}: "
+            "start it without torchrun, which is for lowrank train"
+        )
     return args
 
 

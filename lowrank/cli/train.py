@@ -30,7 +30,7 @@ from lowrank.data import TokenizedExamples, collate, load_examples
 from lowrank.io.atomic import write_text
 from lowrank.train import PRESETS, TrainConfig, Trainer, preset, process_group
 from lowrank.train.dataset import tokenized
-from lowrank.train.distributed import Ranks
+from lowrank.train.distributed import Ranks, alike
 from lowrank.train.run import check_output_dir
 
 RESOLVED = "run.toml"
@@ -52,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser, tables: Mapping[str, type] = 
 
 
 def run(args: argparse.Namespace) -> int:
-    source, config, lora = resolve(args)
+    with alike():
+        source, config, lora = resolve(args)
     with process_group(source.device, config.ddp_timeout) as device:
         ranks = Ranks(config.parallel, config.ddp_timeout)
         with ranks.together():

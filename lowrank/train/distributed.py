@@ -58,8 +58,12 @@ def process_group(device: str, timeout: float) -> Iterator[str]:
             f"the {os.environ['WORLD_SIZE']} processes cannot meet at {place}: {why}: "
             "name a free port on a machine that all reach (torchrun --master-port, --master-addr)"
         ) from error
-    yield device
-    # not after an error: the others may be gone, and the process ends anyway
+    try:
+        yield device
+    except BaseException:
+        if not on_gpu:  # NCCL would wait for the others, who may be gone
+            dist.destroy_process_group()
+        raise
     dist.destroy_process_group()
 
 
@@ -67,7 +71,18 @@ def world_size() -> int:
     """How many processes there are, or are to be once torch.distributed is initialised."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", 1)) if dist.is_torchelastic_launched() else 1
+    return int(os.environ.get("WORLD_SIZE", 1)) if _torchrun() else 1
+
+
+@contextlib.contextmanager
+def alike() -> Iterator[None]:
+    """What is raised inside is raised by all that torchrun started here; the first one says it."""
+    try:
+        yield
+    except Exception as error:
+        if _torchrun() and os.environ.get("LOCAL_RANK") != "0":
+            error.said = "elsewhere"  # type: ignore[attr-defined]
+        raise
 
 
 class Ranks:
@@ -244,6 +259,11 @@ class Ranks:
             logger.error("%s", self._lost)
             self._lost.said = "here"  # type: ignore[attr-defined]
             raise self._lost from error
+
+
+def _torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

@@ -16,8 +16,6 @@ import torch
 from lowrank.cli.demo import TINY
 from lowrank.io.safetensors import load_safetensors
 
-pytestmark = pytest.mark.slow
-
 RUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 RUN += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]  # any free port
 TRAIN = ["-m", "lowrank", "train"]
@@ -41,6 +39,7 @@ def data(tmp_path) -> Path:
     return tmp_path / "data.jsonl"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restarts", [0, 1])
 def test_a_rank_is_killed(tmp_path, data, restarts):
     """The other one says so at once; what goes on from the checkpoint ends as if nothing had been.
@@ -66,6 +65,22 @@ def test_a_rank_is_killed(tmp_path, data, restarts):
         subprocess.run(killed, check=True, capture_output=True)
     first, second = adapter(tmp_path / "whole"), adapter(tmp_path / "killed")
     assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ([*TRAIN, "--learnin-rate", "3"], "unrecognized arguments: --learnin-rate 3; did you mean"),
+        ([*TRAIN, "--config", "no.toml"], "no.toml: No such file"),
+        (["-m", "lowrank", "eval", "--model", "m", "--data", "d"], "eval runs in one process; tor"),
+    ],
+)
+def test_a_mistake_is_said_once(words, said):
+    """The same words are given to all; torchrun's own report follows, with the first's status."""
+    found = subprocess.run([*RUN, *words], capture_output=True, text=True)
+    lines = [line for line in found.stderr.splitlines() if line.startswith("lowrank:")]
+    assert len(lines) == 1 and said in lines[0]
+    assert "exitcode  : 2 " in found.stderr and found.returncode == 1
 
 
 def children(pid: int) -> list[int]:
