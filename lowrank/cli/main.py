@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"lowrank: {message}", file=sys.stderr)
         if as_json and said != "elsewhere":
             print(json.dumps({"error": message.removeprefix("error: "), "status": status}))
-        if said == "elsewhere" and world_size() > 1:
+        if said == "elsewhere" and status != INTERRUPTED and world_size() > 1:
             with contextlib.suppress(KeyboardInterrupt):
                 time.sleep(_HEARD)
         return status

@@ -19,6 +19,7 @@ from lowrank.optim.ledger import Ledger
 from lowrank.optim.pages import PageStore, chunk_bytes
 from lowrank.optim.resident import MIN_8BIT_SIZE
 from lowrank.optim.rules import ADAMW, ADAMW_8BIT, LION, LION_8BIT, Rule
+from lowrank.optim.tiers import check_page_dir
 
 Limit = int | Budget | None
 
@@ -38,6 +39,8 @@ class Paged(RuleOptimizer):
     ) -> None:
         self._device_budget, self._host_budget = _budget(device_budget), _budget(host_budget)
         chunk_bytes(self._device_budget, self._host_budget)
+        if page_dir is not None:
+            check_page_dir(page_dir)
         self._page_dir = page_dir
         self._ledgers: dict[torch.device, Ledger] = {}
         super().__init__(params, **options)

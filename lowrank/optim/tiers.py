@@ -94,16 +94,7 @@ class PageFile:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        if not hasattr(os, "posix_fallocate") or not hasattr(mmap.mmap, "madvise"):
-            raise ConfigError(f"page_dir: paging to {directory} needs Linux; raise the budget")
-        try:
-            with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
-                self._handle = os.dup(file.fileno())
-        except OSError as error:
-            raise ConfigError(
-                f"page_dir: expected a directory that can be written; got {directory}: "
-                f"{error.strerror}"
-            ) from error
+        self._handle = _nameless(directory)
         weakref.finalize(self, os.close, self._handle)
         self.size = 0
         kind = filesystem(self._handle)
@@ -140,6 +131,24 @@ class PageFile:
         """Write what is dirty to the disk, and let the page cache forget it."""
         os.fdatasync(self._handle)
         os.posix_fadvise(self._handle, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def check_page_dir(directory: str | Path) -> None:
+    """ConfigError if there can be no page file in `directory`."""
+    os.close(_nameless(directory))
+
+
+def _nameless(directory: str | Path) -> int:
+    """A new file in `directory`, as its handle."""
+    if not hasattr(os, "posix_fallocate") or not hasattr(mmap.mmap, "madvise"):
+        raise ConfigError(f"page_dir: paging to {directory} needs Linux; raise the budget")
+    try:
+        with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
+            return os.dup(file.fileno())
+    except OSError as error:
+        raise ConfigError(
+            f"page_dir: expected a directory that can be written; got {directory}: {error.strerror}"
+        ) from error
 
 
 def populate(memory: Tensor) -> None:

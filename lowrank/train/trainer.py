@@ -17,6 +17,7 @@ from lowrank.data.examples import Formatting
 from lowrank.data.segments import Tokenizer
 from lowrank.errors import ConfigError, TrainingError
 from lowrank.io.versions import processor, versions
+from lowrank.optim.tiers import check_page_dir
 from lowrank.train.best import Best
 from lowrank.train.callbacks import Callback, Callbacks
 from lowrank.train.config import TrainConfig
@@ -86,6 +87,8 @@ class Trainer:
             if tokenizer is not None and processing_class is not None:
                 raise ConfigError("tokenizer and processing_class are one setting: leave one out")
             check_installed(tracker_names(config.report_to))
+            if config.page_dir is not None:
+                check_page_dir(config.page_dir)
             self.model, self.config = model, config
             self.tokenizer = processing_class if tokenizer is None else tokenizer
             self.callbacks = list(callbacks)

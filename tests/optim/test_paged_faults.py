@@ -76,11 +76,8 @@ def test_the_kernel_refuses_the_space_too(tmp_path):
 @pytest.mark.parametrize("page_dir", ["missing", "file"])
 def test_a_page_dir_that_cannot_be(page_dir, tmp_path):
     (tmp_path / "file").touch()
-    ours = parameters(SHAPES)
-    a = PagedAdamW8bit(ours, host_budget=LEAST, page_dir=tmp_path / page_dir)
-    give_gradients(ours)
     with pytest.raises(ConfigError, match="page_dir: expected a directory that can be written"):
-        a.step()
+        PagedAdamW8bit(parameters(SHAPES), page_dir=tmp_path / page_dir)
 
 
 def test_pages_that_cannot_be_read_end_the_run_without_killing_it(tmp_path):
@@ -204,7 +201,9 @@ def test_memory_is_short_and_so_is_the_disk(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(pages, "Memory", Scarce)
     monkeypatch.setattr(pages, "LARGEST", CHUNK)
     monkeypatch.setattr(Scarce, "free", -1)
-    ours, theirs, a, b = pair(tmp_path / "missing")
+    (tmp_path / "gone").mkdir()
+    ours, theirs, a, b = pair(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
     together(ours, theirs, a, b, steps=3)
     assert len(caplog.records) == 1 and "page_dir" in caplog.records[0].getMessage()
     assert a.evict() == 0  # who asks for memory is told that there is none

@@ -61,3 +61,14 @@ def test_budgets_are_for_paged_optimizers():
         TrainConfig("out", optim="paged_adamw_8bit", **{name: value})
     with pytest.raises(ConfigError, match="host_budget must be None or a number of bytes"):
         TrainConfig("out", optim="paged_adamw_32bit", host_budget=LEAST - 1)
+
+
+def test_no_directory_for_pages(tmp_path, generator):
+    """Known before the first step, and before anything is written."""
+    rows = examples(4, generator)
+    (tmp_path / "file").touch()
+    for name, why in (("no/such", "No such file or directory"), ("file", "Not a directory")):
+        expected = f"^page_dir: expected a directory that can be written; got .*{name}: {why}$"
+        with pytest.raises(ConfigError, match=expected):
+            run(tmp_path / "run", rows, "paged_adamw_8bit", page_dir=tmp_path / name)
+    assert not (tmp_path / "run").exists()

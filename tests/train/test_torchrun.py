@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -65,6 +67,48 @@ def test_a_rank_is_killed(tmp_path, data, restarts):
         subprocess.run(killed, check=True, capture_output=True)
     first, second = adapter(tmp_path / "whole"), adapter(tmp_path / "killed")
     assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
+
+
+@pytest.mark.slow
+def test_ctrl_c(tmp_path, data):
+    """The step under way is ended, a checkpoint written; the run goes on from there."""
+    common = {"max_steps": 400, "per_device_train_batch_size": 2, "resume": "auto"}
+    words = [*RUN, *words_of(TINY, data, tmp_path / "out", **common)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(words, start_new_session=True, **pipes)
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or metrics.read_text().count("\n") < 5:
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, errors = process.communicate(timeout=120)
+    (done,) = re.findall("lowrank: interrupted after (.*) of 400 steps; --resume auto", errors)
+    assert (tmp_path / "out" / f"checkpoint-{done}" / "MANIFEST.json").exists()
+    last = words_of(TINY, data, tmp_path / "out", **{**common, "max_steps": int(done) + 1})
+    again = subprocess.run([*RUN, *last], check=True, capture_output=True, text=True)
+    assert f"{done} of {int(done) + 1} steps are done" in again.stderr
+
+
+def test_a_file_that_one_rank_lacks(tmp_path, data):
+    """Each has a current directory of its own; the first names the rank and the file."""
+    (tmp_path / "other").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    place |= {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    words = words_of(TINY.resolve(), Path("data.jsonl"), tmp_path / "out", max_steps=2)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *words], cwd=at, env={**os.environ, **place, "RANK": str(rank)},
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank, at in enumerate((tmp_path, tmp_path / "other"))
+    ]  # fmt: skip
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    assert said == ["lowrank: error: rank 1: data.jsonl: no such file\n", ""]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
