@@ -36,3 +36,23 @@ def test_import_is_quick():
 
 def test_import_brings_nothing_optional():
     assert (LATER | NEVER).intersection(probe()["new"]) == set()
+
+
+TRAINED_HEAD = """
+import sys, torch
+from lowrank.models.config import DecoderConfig
+from lowrank.models.decoder import Decoder
+sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1)
+config = DecoderConfig.from_hf({"model_type": "llama", "num_attention_heads": 2, **sizes})
+model, ids = Decoder(config), torch.ones(1, 8, dtype=torch.long)
+model.loss(ids, ids).backward()
+assert model.lm_head.weight.grad is not None
+print("torch._dynamo" in sys.modules)
+"""
+
+
+def test_a_head_that_is_trained_brings_no_compiler():
+    """Which takes a second and 90 MB."""
+    words = [sys.executable, "-c", TRAINED_HEAD]
+    ran = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert ran.stdout == "False\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,9 @@ from lowrank.models.config import DecoderConfig
 from lowrank.models.experts import Experts, Router, imbalance, watched_routers
 from lowrank.models.parts import Part, make_norm, part
 from lowrank.models.plan import make_plans
+from lowrank.models.recompute import recompute
+from lowrank.nn.fusible import is_patched
+from lowrank.nn.lora_linear import LoRALinear
 from lowrank.nn.quant_embedding import QuantEmbedding
 from lowrank.nn.quant_linear import QuantLinear
 from lowrank.ops import linear_cross_entropy
@@ -268,7 +272,9 @@ def _capped(logits: Tensor, cap: float | None) -> Tensor:
 def _head_loss(
     head: nn.Module, x: Tensor, target: Tensor, smoothing: float, cap: float | None
 ) -> Tensor:
-    """Sum of the cross entropy of head(x), x [T, H], at target [T]; logits in chunks of rows.
+    """Sum of the cross entropy of head(x), x [T, H], at target [T].
+
+    Logits are in chunks of rows, and made again in the backward.
 
     With `smoothing` e, target t is a distribution of 1 - e on t and e spread over all words.
     """
@@ -278,13 +284,19 @@ def _head_loss(
         loss = linear_cross_entropy(x, head.weight, target)
         return loss + smoothing * _over_the_mean(x, head.weight, target) if smoothing else loss
 
-    def chunk_loss(x: Tensor, target: Tensor) -> Tensor:
+    def chunk_loss(target: Tensor, x: Tensor) -> tuple[Tensor]:
         logits = _capped(head(x).float(), cap)
-        return F.cross_entropy(logits, target, reduction="sum", label_smoothing=smoothing)
+        return (F.cross_entropy(logits, target, reduction="sum", label_smoothing=smoothing),)
 
+    # another head may have trained tensors that are not its parameters
+    known = type(head) in (nn.Linear, QuantLinear, LoRALinear) and not is_patched(head)
     total = x.new_zeros((), dtype=torch.float32)
     for x_chunk, target_chunk in zip(x.split(_CHUNK_ROWS), target.split(_CHUNK_ROWS), strict=True):
-        total = total + checkpoint(chunk_loss, x_chunk, target_chunk, use_reentrant=False)
+        if known and not torch.compiler.is_compiling():
+            (loss,) = recompute(partial(chunk_loss, target_chunk), [head], [], x_chunk)
+        else:
+            (loss,) = checkpoint(chunk_loss, target_chunk, x_chunk, use_reentrant=False)
+        total = total + loss
     return total
 
 

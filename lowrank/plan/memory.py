@@ -32,7 +32,6 @@ COMPONENTS = (
 
 # Beside tensors: Python, torch and our library in host memory; a CUDA context and cuBLAS on a GPU
 _RUNTIME = {"cpu": 285 << 20, "cuda": 600 << 20}
-_COMPILER = 90 << 20  # of torch's, in host memory: torch.utils.checkpoint imports it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,10 +182,7 @@ class Planner:
         if s.devices > 1:
             shared = Counter({k: -(-n // s.devices) for k, n in shared.items()})
             own[WORKSPACE] += _gathered(model, config.num_hidden_layers)
-        runtime = _RUNTIME[s.kind]
-        if s.kind == "cpu" and not _has_frozen_head(model):
-            runtime += _COMPILER
-        bytes_of = shared + Counter(own) + Counter({RUNTIME: runtime})
+        bytes_of = shared + Counter(own) + Counter({RUNTIME: _RUNTIME[s.kind]})
         loading = -(-sum(held.values()) // s.devices) + _RUNTIME[s.kind]
         loading += 2 * _largest(model, s.dtype)
         return MemoryPlan(
@@ -259,12 +255,6 @@ def plan_memory(
 def _named(quantizer: Quantizer | None) -> str:
     """What tells quantizers apart."""
     return "" if quantizer is None else f"{type(quantizer).__qualname__} {vars(quantizer)}"
-
-
-def _has_frozen_head(model: nn.Module) -> bool:
-    """Whether one operator gives the loss; of another head, chunks of logits are checkpointed."""
-    head = model.lm_head
-    return type(head) is nn.Linear and not head.weight.requires_grad
 
 
 def _gathered(model: nn.Module, layers: int) -> int:
