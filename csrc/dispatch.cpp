@@ -219,6 +219,21 @@ int32_t lowrank_codebook_products(const void* x, int32_t dtype, int64_t M, int64
   return M == 0 ? LOWRANK_OK : kernels().products(x, dtype, M, K, products, count, ys, threads);
 }
 
+int32_t lowrank_attend_newest(const lowrank_newest* newest, const void* q, const void* k,
+                              const void* v, const int64_t* strides, int32_t dtype, void* keys,
+                              void* values, void* out, int32_t threads) {
+  if (!newest || !strides || !valid_dtype(dtype) || threads < 1) return LOWRANK_BAD_ARGUMENT;
+  const lowrank_newest& n = *newest;
+  if (n.B < 0 || n.heads < 1 || n.kv_heads < 1 || n.heads % n.kv_heads || n.D < 1)
+    return LOWRANK_BAD_ARGUMENT;
+  if (n.first < 0 || n.first > n.position || n.position >= n.capacity) return LOWRANK_BAD_ARGUMENT;
+  if (!n.cos != !n.sin || (n.cos && (n.rotary < 0 || n.rotary > n.D || n.rotary % 2)))
+    return LOWRANK_BAD_ARGUMENT;
+  if (n.B == 0) return LOWRANK_OK;
+  if (!q || !k || !v || !keys || !values || !out) return LOWRANK_BAD_ARGUMENT;
+  return kernels().attend_newest(n, q, k, v, strides, dtype, keys, values, out, threads);
+}
+
 int32_t lowrank_softmax_cross_entropy(float* logits, const int64_t* labels, int64_t T, int64_t V,
                                       float* loss, int32_t gradient, int32_t threads) {
   if (T < 0 || V < 1 || threads < 1) return LOWRANK_BAD_ARGUMENT;

@@ -40,6 +40,9 @@ struct Kernels {
                       int32_t threads);
   int32_t (*linear_int16)(const void* x, int32_t dtype, int64_t M, const CodebookWeight& w,
                           const float* bias, void* y, int32_t threads);
+  int32_t (*attend_newest)(const lowrank_newest& newest, const void* q, const void* k,
+                           const void* v, const int64_t* strides, int32_t dtype, void* keys,
+                           void* values, void* out, int32_t threads);
   void (*softmax_cross_entropy)(float* logits, const int64_t* labels, int64_t T, int64_t V,
                                 float* loss, bool gradient, int32_t threads);
   void (*gather_rows)(const void* x, int32_t dtype, int64_t K, int64_t stride,

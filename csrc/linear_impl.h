@@ -41,12 +41,13 @@ struct Rows {
 
 inline int64_t spans_of(int64_t K) { return (K + LOOKUP - 1) / LOOKUP; }
 
-inline float dot(const float* a, const float* b, int64_t length) {
+template <class T>
+float dot(const float* a, const T* b, int64_t length) {
   Vec s = set1(0);
   int64_t i = 0;
   for (; i + W <= length; i += W) s = fma(load(a + i), load(b + i), s);
   float rest = 0;
-  for (; i < length; ++i) rest += a[i] * b[i];
+  for (; i < length; ++i) rest += a[i] * to_float(b[i]);
   return sum(s) + rest;
 }
 

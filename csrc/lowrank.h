@@ -135,6 +135,28 @@ LOWRANK_EXPORT int32_t lowrank_codebook_products(
     const void* x, int32_t dtype, int64_t M, int64_t K, const struct lowrank_product* products,
     int64_t count, void* const* ys, int32_t threads);
 
+// What the newest position of B texts looks at, in every layer: `position` is its number, `first`
+// that of the first it sees. The first `rotary` of D elements are turned: cos [rotary] holds each
+// pair's twice, sin [rotary / 2] once; texts are `cos_row` and `sin_row` apart, 0 where they share
+// theirs. Null, nothing is turned. mask [B, position + 1 - first] is 0 where nothing is to be seen,
+// or null; softcap c > 0 makes scores s c tanh(s / c).
+struct lowrank_newest {
+  const void* cos;
+  const void* sin;
+  const uint8_t* mask;
+  int64_t cos_row, sin_row, mask_row;
+  int64_t B, heads, kv_heads, D, rotary, capacity, position, first;
+  float scale, softcap;
+};
+
+// out [B, heads, D] = softmax(scale * q keys^T) values over what is seen, q [B, heads, D] turned;
+// before, k [B, kv_heads, D] turned and v are written to keys and values [B, capacity, kv_heads, D]
+// at `position`. All are of `dtype`; head h looks at those of h / (heads / kv_heads). Texts of q, of k
+// and of v are strides[0], [2] and [4] apart, their heads strides[1], [3] and [5].
+LOWRANK_EXPORT int32_t lowrank_attend_newest(
+    const struct lowrank_newest* newest, const void* q, const void* k, const void* v,
+    const int64_t* strides, int32_t dtype, void* keys, void* values, void* out, int32_t threads);
+
 // loss[t] = logsumexp(logits[t]) - logits[t, labels[t]]; with `gradient` non-zero, logits [T, V] is
 // overwritten by its own gradient softmax(logits) - onehot(labels).
 LOWRANK_EXPORT int32_t lowrank_softmax_cross_entropy(

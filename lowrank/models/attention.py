@@ -52,6 +52,12 @@ class Attention(Part):
         q, k, v = self.heads(x)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        if plan.at_once is not None:
+            keys, values = plan.cache.of(self.layer)
+            scale = self.head_dim**-0.5 if self.scale is None else self.scale
+            y = plan.at_once.attend(q, k, v, keys, values, scale, self.softcap)
+            if y is not None:
+                return take(y, rows)
         if plan.cos is not None:
             q, k = rotate(q, plan.cos, plan.sin), rotate(k, plan.cos, plan.sin)
         if plan.cache is not None:

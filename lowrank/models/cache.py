@@ -30,6 +30,10 @@ class KVCache:
         self.capacity = capacity
         self.length = 0
 
+    def of(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, [B, capacity, heads, D]."""
+        return self.keys[layer], self.values[layer]
+
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v [B, S, heads, D] behind the filled part; returns all k, v so far."""
         start, end = self.length, self.length + k.shape[1]

@@ -12,6 +12,7 @@ from torch import Tensor
 from lowrank.errors import ShapeError
 from lowrank.models.cache import KVCache
 from lowrank.models.config import DecoderConfig, rope_frequencies
+from lowrank.ops.newest import Newest
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Plan:
     causal: bool = True
     newest: int = 0  # all
     cache: KVCache | None = None
+    at_once: Newest | None = None  # what attends by itself, where S is 1 and the kernel can
 
 
 def make_plans(
@@ -85,7 +87,12 @@ def make_plans(
             plans.append(plan(lengths, _bands(lengths, kind.window, device)))
             continue
         mask, newest = _mask(attention_mask, past, S, kind.window, device)
-        plans.append(plan(mask=mask, causal=mask is None and not past, newest=newest))
+        at_once = None
+        if cache is not None and S == 1:
+            first = past + 1 - newest if newest else 0
+            at_once = Newest.over(cos, sin, mask, cache.keys[0], past, first)
+        causal = mask is None and not past
+        plans.append(plan(mask=mask, causal=causal, newest=newest, at_once=at_once))
     return plans
 
 

@@ -128,6 +128,18 @@ class Product(ctypes.Structure):
     ]
 
 
+class Newest(ctypes.Structure):
+    """struct lowrank_newest."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("cos", "sin", "mask")),
+        *((name, c_int64) for name in ("cos_row", "sin_row", "mask_row")),
+        *((name, c_int64) for name in ("B", "heads", "kv_heads", "D", "rotary")),
+        *((name, c_int64) for name in ("capacity", "position", "first")),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
+    ]
+
+
 # Every function returns int32; those that compute, a status.
 FUNCTIONS = {
     "lowrank_abi": (),
@@ -165,6 +177,11 @@ FUNCTIONS = {
     # x, dtype, M, K, products, their number, ys, threads
     "lowrank_codebook_products": (
         c_void_p, c_int32, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int32,
+    ),
+    # newest, q, k, v, strides, dtype, keys, values, out, threads
+    "lowrank_attend_newest": (
+        c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int32, c_void_p, c_void_p, c_void_p,
+        c_int32,
     ),
     # logits, labels, T, V, loss, gradient, threads
     "lowrank_softmax_cross_entropy": (

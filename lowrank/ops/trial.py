@@ -87,6 +87,14 @@ def _records(library: ctypes.CDLL) -> list[Record]:
             native.Product(*at[:4], 1, N, G, None, at[4], at[5], 5, 0.5),
         )
         call("codebook_products", SUMS[dtype], (x, dtype, 2, K, two, 2, to), *ys, dtype=dtype)
+        # two texts of 4 heads over 2, 7 of 19 elements; the third of 5 positions is the newest
+        q, keys, values = (uniform(2 * n * 19, dtype) for n in (4, 5 * 2, 5 * 2))
+        angles = [_pointer(b) for b in (uniform(6, dtype), uniform(3, dtype), bytes([1, 0, 1] * 2))]
+        at = [ctypes.addressof(pointer) for pointer in angles]
+        newest = native.Newest(*at, 0, 0, 3, 2, 4, 2, 19, 6, 5, 2, 0, 0.3, 2)
+        of_heads, out = (ctypes.c_int64 * 6)(76, 19, 38, 19, 38, 19), bytearray(size * 2 * 4 * 19)
+        arguments = (ctypes.byref(newest), q, q, q, of_heads, dtype, keys, values, out)
+        call("attend_newest", SUMS[dtype], arguments, out, keys, values, dtype=dtype)
         panel = bytearray(4 * 2 * K)
         call("gather_rows", 0, (x, dtype, K, K, rows, dropout, panel), panel)
         call("scatter_rows", 0, (panel, K, rows, dropout, 1, x, dtype, K), x, dtype=dtype)

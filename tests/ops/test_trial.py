@@ -47,6 +47,12 @@ static int32_t products(const void* a, int32_t b, int64_t c, int64_t d, const lo
                         int64_t f, void* const* y, int32_t g) {
   return kernels_generic()->products(a, b, c, d, e, f - 1, y, g);
 }
+static int32_t attend(const lowrank_newest& a, const void* b, const void* c, const void* d,
+                      const int64_t* e, int32_t f, void* g, void* h, void* i, int32_t j) {
+  lowrank_newest one = a;
+  one.softcap = 0;
+  return kernels_generic()->attend_newest(one, b, c, d, e, f, g, h, i, j);
+}
 static int32_t linear_int16(const void* a, int32_t b, int64_t c, const CodebookWeight& d,
                             const float* e, void* f, int32_t g) {
   kernels_generic()->linear_int16(a, b, c, d, e, f, g);
@@ -103,6 +109,7 @@ const Kernels* kernels_avx512() {
   if (!strcmp(broken, "codebook_linear")) kernels.linear = linear;
   if (!strcmp(broken, "codebook_lora_linear")) kernels.linear = lora_linear;
   if (!strcmp(broken, "codebook_products")) kernels.products = products;
+  if (!strcmp(broken, "attend_newest")) kernels.attend_newest = attend;
   if (!strcmp(broken, "codebook_linear_int16")) kernels.linear_int16 = linear_int16;
   if (!strcmp(broken, "softmax_cross_entropy")) kernels.softmax_cross_entropy = softmax;
   if (!strcmp(broken, "gather_rows")) kernels.gather_rows = gather;
