@@ -18,8 +18,9 @@ import torch
 from lowrank.cli.demo import TINY
 from lowrank.io.safetensors import load_safetensors
 
-RUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-RUN += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]  # any free port
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+RUN = [*TORCHRUN, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]  # any free port
+ALONE = [*TORCHRUN, "--standalone"]
 TRAIN = ["-m", "lowrank", "train"]
 
 
@@ -42,15 +43,15 @@ def data(tmp_path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("restarts", [0, 1])
-def test_a_rank_is_killed(tmp_path, data, restarts):
+@pytest.mark.parametrize("restarts, torchrun", [(0, RUN), (1, RUN), (1, ALONE)])
+def test_a_rank_is_killed(tmp_path, data, restarts, torchrun):
     """The other one says so at once; what goes on from the checkpoint ends as if nothing had been.
 
     Started again by hand, or by torchrun.
     """
     common = {"max_steps": 200, "save_steps": 20, "lora_dropout": 0.1, "resume": "auto"}
     common |= {"per_device_train_batch_size": 2, "ddp_timeout": 60}
-    run = [*RUN, "--max-restarts", str(restarts)]
+    run = [*torchrun, "--max-restarts", str(restarts)]
     whole = [*RUN, *words_of(TINY, data, tmp_path / "whole", **common)]
     subprocess.run(whole, check=True, capture_output=True)
     killed = [*run, *words_of(TINY, data, tmp_path / "killed", **common)]
