@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowrank.data.chat import CHATML, render_chat, render_spans
-from lowrank.errors import ConfigError, FileFormatError, MissingPackageError
+from lowrank.errors import ConfigError, DataError, FileFormatError, MissingPackageError
 from lowrank.io.atomic import write_files
 from lowrank.io.hub import fetch_tokenizer, is_repo_id
 from lowrank.io.json_files import read_json
@@ -39,11 +39,11 @@ class Tokenizer:
         self.backend = backend
         self.config = dict(config or {})
         self.chat_template = chat_template
-        if chat_template is not None and not isinstance(chat_template, str):
+        if chat_template is not None and not _is_text(chat_template):
             raise FileFormatError(f"chat_template: expected text; got {chat_template!r}")
         for name in _SPECIAL:
             token = self.token(name)
-            if token is not None and not isinstance(token, str):
+            if token is not None and not _is_text(token):
                 raise FileFormatError(f"{name}: expected text; got {token!r}")
             if token is not None and backend.token_to_id(token) is None:
                 raise FileFormatError(f"{name}: {token!r} is not in the vocabulary")
@@ -70,7 +70,14 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Token ids; special tokens written out in the text become their ids."""
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError:  # tokenizers' word for it
+            if not isinstance(text, str) or _is_text(text):
+                raise
+            raise DataError(
+                f"text: expected no lone surrogate, which no tokenizer reads; got {text!a:.80}"
+            ) from None
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids."""
@@ -157,6 +164,17 @@ def load_tokenizer(
             f"{source}: no such directory or .gguf file, and no hub repository 'owner/name'"
         )
     return _from_directory(fetch_tokenizer(str(source), origin.revision, token))
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is text that has a UTF-8; half a surrogate pair, which JSON can say, has none."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def import_tokenizers() -> Any:

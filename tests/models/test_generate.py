@@ -279,6 +279,12 @@ def test_the_model_is_left_in_its_mode(saved):
         ("x", {"stop": ["a", ""]}, ConfigError, "stop: expected strings of at least one char"),
         ("x", {"stop": [3]}, ConfigError, r"stop: expected strings .*; got \[3\]"),
         (["x", ""], {}, DataError, "prompt 1: expected at least one token; got none"),
+        (
+            "a\ud800",
+            {},
+            DataError,
+            r"text: expected no lone surrogate, .*; got 'a.ud800'",
+        ),
         ([], {}, DataError, "prompt: expected text, messages, or a list of either; got none"),
         ([1, 2], {}, DataError, "prompt: expected text, messages, or a list of either; got int"),
         ([["x"]], {}, DataError, "prompt: expected text, messages, or a list .*; got list"),

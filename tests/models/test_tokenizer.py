@@ -265,6 +265,7 @@ def test_tokenizers_that_cannot_be_read_are_refused(tmp_path):
         ({"eos_token": 5}, "eos_token: expected text; got 5"),
         ({"eos_token": {"content": [1]}}, r"eos_token: expected text; got \[1\]"),
         ({"chat_template": 5}, "chat_template: expected text; got 5"),
+        ({"eos_token": "\ud800"}, r"eos_token: expected text; got '\\ud800'"),
         ({"chat_template": [{"name": "default"}]}, "chat_template: expected objects with name"),
         ({"chat_template": [5]}, "chat_template: expected objects with name"),
     ]:
