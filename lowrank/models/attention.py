@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.models.config import DecoderConfig
-from lowrank.models.layers import rotate
 from lowrank.models.parts import Part, make_norm, part
 from lowrank.models.plan import Plan, causal_mask
 from lowrank.nn.together import Together
+from lowrank.ops import rotate
 
 
 class Attention(Part):
@@ -59,7 +59,7 @@ class Attention(Part):
             if y is not None:
                 return take(y, rows)
         if plan.cos is not None:
-            q, k = rotate(q, plan.cos, plan.sin), rotate(k, plan.cos, plan.sin)
+            q, k = rotate(q, k, plan.cos, plan.sin)
         if plan.cache is not None:
             k, v = plan.cache.extend(self.layer, k, v)
         return take(attend(q, k, v, plan, self.scale, self.softcap).flatten(2), rows)

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lowrank.models.layers import ACTIVATIONS, activate
+from lowrank import ops
+from lowrank.models.layers import ACTIVATIONS, gated
 from lowrank.models.mixture_config import MixtureConfig
 from lowrank.nn.grouped import grouped_mm
 
@@ -204,16 +205,14 @@ class _SharedGated(torch.autograd.Function):
         ctx.activation = activation
         ctx.save_for_backward(gate_up, shares)
         gate, up = gate_up.chunk(2, dim=-1)
-        return activate(activation, gate).mul_(up).mul_(shares[:, None])
+        return gated(activation, gate, up).mul_(shares[:, None])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         gate_up, shares = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
-        act, act_backward = ACTIVATIONS[ctx.activation]
-        activated = act(gate)
-        dshares = (activated * up).mul_(dy).sum(-1, dtype=shares.dtype)
+        name = ACTIVATIONS[ctx.activation]
+        dshares = ops.gated(gate, up, name).mul_(dy).sum(-1, dtype=shares.dtype)
         dy = dy * shares[:, None].to(dy.dtype)
-        dgate = act_backward(dy * up, gate)
-        return None, torch.cat([dgate, activated.mul_(dy)], dim=-1), dshares
+        return None, torch.cat(ops.gated_backward(dy, gate, up, name), dim=-1), dshares
