@@ -29,7 +29,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool = False) -> T
     float32, y has x's dtype. Differentiable once in x and weight; keeps x and a number a row.
     Zhang & Sennrich, arXiv:1910.07467, eq. 4.
     """
-    kernel = dispatch.straight("rms_norm", (x, weight, eps, plus_one), "ttfb")
+    kernel = dispatch.straight("rms_norm", (x, weight, eps, plus_one), "ddfb")
     if kernel is not None:
         return kernel(x, weight, eps, plus_one)[0]
     _check_norm(x, weight, plus_one)
@@ -73,7 +73,7 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     y[:T/2] = x[:T/2] cos - x[T/2:] sin,  y[T/2:] = x[T/2:] cos + x[:T/2] sin. Differentiable in q
     and k, keeping only cos and sin.   RoFormer, arXiv:2104.09864, eq. 34.
     """
-    kernel = dispatch.straight("rotate", (q, k, cos, sin, False), "ttttb")
+    kernel = dispatch.straight("rotate", (q, k, cos, sin, False), "ddttb")
     if kernel is not None:
         return kernel(q, k, cos, sin, False)
     check_tensors(q=q, k=k, cos=cos, sin=sin)
@@ -108,7 +108,7 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
     Differentiable once in both, keeping only them.   Shazeer, arXiv:2002.05202, eq. 6.
     """
-    kernel = dispatch.straight("gated", (gate, up, activation), "tts")
+    kernel = dispatch.straight("gated", (gate, up, activation), "dds")
     if kernel is not None:
         return kernel(gate, up, activation)
     _check_gate(gate, up, activation)
