@@ -103,13 +103,13 @@ def straight(op: str, args: tuple, kinds: str) -> Callable | None:
                 return None
         elif (value is not None or kind != "?") and not is_plain(value):
             return None
-    if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
-        return _native(op, args)
+    kernel = _native(op, args)
+    if kernel is None or not torch._C._any_requires_grad(*args):
+        return kernel
     for value, kind in zip(args, kinds, strict=True):
         if kind in "t?" and value is not None and value.requires_grad:
             return None
-    kernel = _native(op, args)
-    return None if kernel is None else _recorded(op, kernel)
+    return _recorded(op, kernel) if torch.is_grad_enabled() else kernel
 
 
 @cache

@@ -80,7 +80,7 @@ def codebook_linear(
     Differentiable, twice too, in x and bias; `bias` [N] has the dtype of x.
     """
     operands = (x, packed, absmax, absmax_scale, codebook, bias, block_size)
-    kernel = dispatch.straight("codebook_linear", operands, "ttt?t?i")
+    kernel = dispatch.straight("codebook_linear", operands, "dtt?t?i")
     if kernel is not None and (bias is None or bias.dtype == x.dtype):
         return kernel(*operands)
     check_tensors(x=x)

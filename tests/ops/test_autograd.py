@@ -84,19 +84,21 @@ def norm(M: int, dtype: torch.dtype):
 
 
 def turn(M: int, dtype: torch.dtype):
+    """Keys that are the same in every row."""
     angle = torch.randn(1000, 1, 6)
     cos, sin = torch.cat([angle.cos(), angle.cos()], -1).to(dtype), angle.sin().to(dtype)
 
     def f(q, k):
         rows = q.shape[0]
-        turned = ops.rotate(q[None], k[None], cos[None, :rows], sin[None, :rows])
+        turned = ops.rotate(q[None], k.expand(1, rows, 2, 14), cos[None, :rows], sin[None, :rows])
         return torch.cat(turned, dim=2)
 
-    return f, (leaf(M, 4, 14, dtype=dtype), leaf(M, 2, 14, dtype=dtype))
+    return f, (leaf(M, 4, 14, dtype=dtype), leaf(2, 14, dtype=dtype))
 
 
 def gate(M: int, dtype: torch.dtype):
-    return lambda g, u: ops.gated(g, u, "silu"), (leaf(M, K, dtype=dtype), leaf(M, K, dtype=dtype))
+    f = lambda g, u: ops.gated(g, u.expand(g.shape), "silu")  # noqa: E731
+    return f, (leaf(M, K, dtype=dtype), leaf(K, dtype=dtype))
 
 
 def gelu_gate(M: int, dtype: torch.dtype):
