@@ -18,6 +18,7 @@ from lowrank.errors import ConfigError, DtypeError
 from lowrank.optim.checks import check_number
 from lowrank.optim.loading import fitting_states
 from lowrank.optim.rules import Rule
+from lowrank.optim.shards import is_sharded
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -28,7 +29,9 @@ class RuleOptimizer(Optimizer):
     """Steps all parameters of a group that have a gradient by one rule, in as few calls as can be.
 
     `min_8bit_size`, of each group, says which parameters keep float32 moments: those of fewer
-    elements, counting all of a parameter that is sharded.
+    elements, counting all of a parameter that is sharded. Of a DTensor, as fully_shard makes them,
+    each process steps its own rows, and its states are DTensors cut the same way; sharded ones
+    that are no matrices keep float32 moments.
     """
 
     rule: Rule
@@ -54,7 +57,11 @@ class RuleOptimizer(Optimizer):
     def rule_of(self, p: Tensor, group: Mapping[str, Any]) -> Rule:
         """The rule, or the one for small tensors."""
         small = self.rule.small
-        return small if small is not None and p.numel() < group["min_8bit_size"] else self.rule
+        if small is None:
+            return self.rule
+        # blocks lie in rows, and only those of a matrix are what it is cut into
+        cut = is_sharded(p) and p.ndim != 2
+        return small if cut or p.numel() < group["min_8bit_size"] else self.rule
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

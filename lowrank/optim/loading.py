@@ -14,6 +14,7 @@ from lowrank.ops.adamw8bit import BLOCK, dynamic_map, rows_and_columns, scale_sh
 from lowrank.ops.reference.moments import decode, encode, in_blocks
 from lowrank.ops.reference.panels import panels
 from lowrank.optim.rules import Rule
+from lowrank.optim.shards import whole
 
 logger = logging.getLogger("lowrank.optim")
 
@@ -65,6 +66,7 @@ def fitting_states(
             )
         p, rule = wanted[key]
         state = {**state, **state.get(_NESTED, {})}
+        state = {name: whole(v) if isinstance(v, Tensor) else v for name, v in state.items()}
         if state.keys() - {"step"}:
             made: States = {}
             for name in _MOMENTS.keys() & rule.states(p).keys():

@@ -19,6 +19,7 @@ from lowrank.optim.ledger import Ledger
 from lowrank.optim.pages import PageStore, chunk_bytes
 from lowrank.optim.resident import MIN_8BIT_SIZE
 from lowrank.optim.rules import ADAMW, ADAMW_8BIT, LION, LION_8BIT, Rule
+from lowrank.optim.shards import local, sharded, share
 from lowrank.optim.tiers import check_page_dir
 
 Limit = int | Budget | None
@@ -65,14 +66,15 @@ class Paged(RuleOptimizer):
     ) -> None:
         ledger = self._ledger(params[0].device)
         for other in self._ledgers.values():
-            if other is not ledger and any(p in other for p in params):
+            if other is not ledger and any(local(p) in other for p in params):
                 raise ConfigError(
                     f"params: expected them where they were at the first step; got them on "
                     f"{params[0].device}: save state_dict() before moving, and load it after"
                 )
-        with closing(ledger.visit(rule, params)) as visits:
+        grads = {local(p): local(p.grad) for p in params if local(p).numel()}
+        with closing(ledger.visit(rule, list(grads))) as visits:
             for parts, states in visits:
-                _step(rule, parts, states, step, numbers)
+                _step(rule, parts, grads, states, step, numbers)
 
     def state_dict(self) -> dict[str, Any]:
         """As the resident twin's, with tensors on the host that are copies of what is in pages."""
@@ -81,16 +83,35 @@ class Paged(RuleOptimizer):
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         named = dict(zip(params, ids, strict=True))
         for ledger in self._ledgers.values():
-            here = [p for p in named if p in ledger and "step" in self.state.get(p, {})]
-            for p, states in ledger.read(here).items():
-                saved["state"][named[p]] = self.state[p] | states
+            here = {
+                local(p): p for p in named if local(p) in ledger and "step" in self.state.get(p, {})
+            }
+            for mine, states in ledger.read(list(here)).items():
+                p = here[mine]
+                saved["state"][named[p]] = self.state[p] | self._wide(p, states)
+        for p in named:  # a process without rows of one has states of none
+            if not local(p).numel() and "step" in self.state.get(p, {}):
+                saved["state"][named[p]] = self.state[p] | self._wide(p, {})
         return saved
+
+    def _wide(self, p: Tensor, states: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The states of all of p, of which those of this process's rows are known."""
+        group = next(g for g in self.param_groups if any(q is p for q in g["params"]))
+        rule, host = self.rule_of(p, group), torch.device("cpu")
+        own = rule.states(local(p))
+        return {
+            name: sharded(states[name] if name in states else own[name].make(host), state.shape, p)
+            for name, state in rule.states(p).items()
+        }
 
     def keep(self, states: Mapping[Tensor, tuple[Rule, Mapping[str, Tensor]]]) -> None:
         self._ledgers.clear()
         by_device: dict[torch.device, dict[Tensor, Any]] = {}
         for p, wanted in states.items():
-            by_device.setdefault(p.device, {})[p] = wanted
+            rule, tensors = wanted
+            if local(p).numel():
+                parts = {name: share(tensor, p) for name, tensor in tensors.items()}
+                by_device.setdefault(p.device, {})[local(p)] = rule, parts
         for device, some in by_device.items():
             self._ledger(device).write(some)
 
@@ -237,6 +258,7 @@ def _budget(limit: Limit) -> Budget:
 def _step(
     rule: Rule,
     parts: Sequence[Part],
+    grads_of: Mapping[Tensor, Tensor],
     states: Mapping[str, Sequence[Tensor]],
     step: int,
     numbers: Mapping[str, Any],
@@ -246,8 +268,8 @@ def _step(
     params = [part.of(cut.get(part.p, part.p)) for part in parts]
     grads = []
     for part in parts:
-        assert part.p.grad is not None
-        grads.append(part.of(part.p.grad.contiguous() if part.p in cut else part.p.grad))
+        grad = grads_of[part.p]
+        grads.append(part.of(grad.contiguous() if part.p in cut else grad))
     rule.step(params, grads, states, step=step, **numbers)
     for p, dense in cut.items():
         if dense is not p:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lowrank.optim.base import Params, RuleOptimizer
 from lowrank.optim.rules import ADAMW, ADAMW_8BIT, LION, LION_8BIT, Rule
+from lowrank.optim.shards import cut, local, sharded
 
 MIN_8BIT_SIZE = 4096  # as bitsandbytes
 
@@ -21,16 +22,21 @@ class Resident(RuleOptimizer):
     ) -> None:
         for p in params:
             if not self.state[p]:
-                shapes = rule.states(p).items()
-                self.state[p].update({name: state.make(p.device) for name, state in shapes})
-        names = self.state[params[0]].keys() - {"step"}
-        states = {name: [self.state[p][name] for p in params] for name in names}
-        grads = [p.grad for p in params]
-        rule.step(params, grads, states, step=step, **numbers)
+                shapes = rule.states(p)
+                for name, state in rule.states(local(p)).items():
+                    made = sharded(state.make(p.device), shapes[name].shape, p)
+                    self.state[p][name] = made
+        params = [p for p in params if local(p).numel()]  # there may be no rows of one here
+        if params:
+            names = self.state[params[0]].keys() - {"step"}
+            states = {name: [local(self.state[p][name]) for p in params] for name in names}
+            grads = [local(p.grad) for p in params]
+            rule.step([local(p) for p in params], grads, states, step=step, **numbers)
 
     def keep(self, states: Mapping[Tensor, tuple[Rule, Mapping[str, Tensor]]]) -> None:
         for p, (_, tensors) in states.items():
-            self.state[p].update(tensors)
+            for name, tensor in tensors.items():
+                self.state[p][name] = cut(tensor, p)
 
 
 class AdamW(Resident):

@@ -10,6 +10,8 @@ from lowrank.train.presets import preset as preset
 from lowrank.train.record import TrainResult as TrainResult
 from lowrank.train.run import check_output_dir as check_output_dir
 from lowrank.train.schedule import lr_multiplier as lr_multiplier
+from lowrank.train.sharding import gathered as gathered
+from lowrank.train.sharding import shard as shard
 from lowrank.train.sweep import sweep as sweep
 from lowrank.train.sweep_result import SweepResult as SweepResult
 from lowrank.train.sweep_result import Trial as Trial

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.errors import ConfigError
+from lowrank.optim.shards import cut, local, sharded
 from lowrank.train.config import TrainConfig
 from lowrank.train.history import History
 
@@ -19,7 +20,8 @@ from lowrank.train.history import History
 class Best:
     """Watches the metric `config.metric_for_best_model` in the evaluations of a `history`.
 
-    With load_best_model_at_end it keeps a copy of `parameters` {name: parameter} in main memory.
+    With load_best_model_at_end it keeps a copy of `parameters` {name: parameter} in main memory, of
+    sharded ones of this rank's part.
     """
 
     def __init__(
@@ -52,7 +54,8 @@ class Best:
             history.best_metric, history.best_step = value, history.steps
             if config.load_best_model_at_end:
                 self._kept = {
-                    name: p.detach().to("cpu", copy=True) for name, p in self._parameters.items()
+                    name: local(p).detach().to("cpu", copy=True)
+                    for name, p in self._parameters.items()
                 }
         patience = config.early_stopping_patience
         return patience is not None and history.evaluations_without_gain >= patience
@@ -61,13 +64,14 @@ class Best:
         """Give the parameters the values they had at the best evaluation; False: none are kept."""
         with torch.no_grad():
             for name, value in self._kept.items():
-                self._parameters[name].copy_(value)
+                local(self._parameters[name]).copy_(value)
         return bool(self._kept)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What is kept, by name; the rest is in the history."""
-        return dict(self._kept)
+        places = self._parameters
+        return {n: sharded(v, tuple(places[n].shape), places[n]) for n, v in self._kept.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Keep what `state_dict` gave."""
-        self._kept = dict(state)
+        self._kept = {n: local(cut(v, self._parameters[n])) for n, v in state.items()}

@@ -34,8 +34,10 @@ class TrainConfig:
     num_train_epochs: times that every example is seen; may be a fraction.
     max_steps: optimizer steps; -1 takes them from num_train_epochs.
     parallel: how the processes that torchrun started share the work: ddp: each has the model and
-        takes its share of the examples of a step, of which there are that many times more. None:
-        ddp, if there are several.
+        takes its share of the examples of a step, of which there are that many times more; fsdp:
+        the same, but each has a part of every weight alone (FSDP2). None: ddp, if there are
+        several.
+    cpu_offload: of fsdp: keep those parts in host memory between uses.
     ddp_timeout: seconds that a process waits for the others before it gives the run up.
     per_device_train_batch_size: examples in one forward and backward.
     per_device_eval_batch_size: examples in one forward of the evaluation.
@@ -108,6 +110,7 @@ class TrainConfig:
     num_train_epochs: float = 3.0
     max_steps: int = -1
     parallel: str | None = None
+    cpu_offload: bool = False
     ddp_timeout: float = 1800.0
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 8

@@ -24,8 +24,9 @@ from lowrank.errors import ConfigError, LowrankError, TrainingError
 
 logger = logging.getLogger("lowrank.train")
 
-PARALLEL = ("ddp",)
+PARALLEL = ("ddp", "fsdp")
 _BUCKET = 1 << 24  # elements of gradients that are added up at a time
+_OF_OTHERS = re.compile(r"gloo|NCCL|ProcessGroup|Connection (closed|reset)")
 _MOST = 3  # differences between ranks that a message names
 
 
@@ -110,6 +111,11 @@ class Ranks:
             self._group = self._tried(dist.new_group, timeout=timedelta(seconds=timeout))
             if dist.get_backend(self._group) == "nccl":
                 self._device = torch.device("cuda", torch.cuda.current_device())
+
+    @property
+    def group(self) -> Any:
+        """The process group of all; None where torch's own is meant."""
+        return self._group
 
     @property
     def first(self) -> bool:
@@ -223,7 +229,12 @@ class Ranks:
         """A rank that raises inside leaves, and the others, who wait for it, lose it at once."""
         try:
             with self._hushed():
-                yield
+                try:
+                    yield
+                except RuntimeError as error:  # of weights that are gathered, which torch does
+                    if isinstance(error, LowrankError) or not _OF_OTHERS.search(str(error)):
+                        raise
+                    raise self._lose(error) from error
         except BaseException as error:
             gone = self._group is not None and error is not self._known
             if gone and dist.get_backend(self._group) == "gloo":  # NCCL would wait for the others
@@ -249,16 +260,19 @@ class Ranks:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self._lost = TrainingError(
-                f"rank {self.rank} of {self.size} has lost the others: one has ended, or has not "
-                f"answered for {self._timeout:g} seconds (ddp_timeout); what it said itself is the "
-                'reason; resume="auto" goes on from the last checkpoint; torch says: '
-                + _line(error)
-            )
-            # at once: torchrun is about to end this process too
-            logger.error("%s", self._lost)
-            self._lost.said = "here"  # type: ignore[attr-defined]
-            raise self._lost from error
+            raise self._lose(error) from error
+
+    def _lose(self, error: Exception) -> Exception:
+        """Say that another rank is gone, as `error` shows."""
+        self._lost = TrainingError(
+            f"rank {self.rank} of {self.size} has lost the others: one has ended, or has not "
+            f"answered for {self._timeout:g} seconds (ddp_timeout); what it said itself is the "
+            f'reason; resume="auto" goes on from the last checkpoint; torch says: {_line(error)}'
+        )
+        # at once: torchrun is about to end this process too
+        logger.error("%s", self._lost)
+        self._lost.said = "here"  # type: ignore[attr-defined]
+        return self._lost
 
 
 def _torchrun() -> bool:

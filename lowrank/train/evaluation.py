@@ -18,6 +18,7 @@ from lowrank.train.loss import BatchLoss
 from lowrank.train.precision import Precision
 from lowrank.train.relief import free_cached
 from lowrank.train.remedies import is_out_of_memory
+from lowrank.train.sharding import rest
 
 logger = logging.getLogger("lowrank.train")
 
@@ -62,6 +63,7 @@ class Evaluation:
                 return None if loss is None else {"eval_loss": loss, **self._computed()}
         finally:
             self._model.train(was_training)
+            rest(self._model)
 
     def _loss(self, stop: Callable[[], bool]) -> float | None:
         while True:
@@ -79,10 +81,18 @@ class Evaluation:
         total, stopped = 0.0, False
         for batch in self.feed.in_order(self._size):
             stopped = stop()
+            if self.feed.in_step and self._ranks is not None:
+                (stopped,) = self._ranks.any(stopped)
             if stopped:
                 break
             with self._precision.autocast():
                 total += self._batch_loss(batch).item()
+        for batch in [] if stopped else self.feed.idle_in_order(self._size):
+            if self._ranks is not None and self._ranks.any(stop())[0]:
+                stopped = True
+                break
+            with self._precision.autocast():
+                self._batch_loss(batch)
         if self._ranks is not None:
             total, stopped = self._ranks.sum([total, stopped])
         return None if stopped else total / sum(self.feed.data.labelled)

@@ -25,6 +25,8 @@ class Feed:
 
     end_to_end: the examples of a batch one behind the other, not in padded rows. Of `ranks` that
     share the work, `rank` takes every so-many-th row of a step, and of the data in their order.
+    Those `in_step` compute as many batches as one another, as each has a part of the weights: one
+    with fewer of its own computes another's too, for nothing.
     """
 
     def __init__(
@@ -36,10 +38,11 @@ class Feed:
         pad_token_id: int,
         rank: int = 0,
         ranks: int = 1,
+        in_step: bool = False,
     ) -> None:
         self.data, self.sampler, self.device = data, sampler, device
         self.end_to_end, self.pad_token_id = end_to_end, pad_token_id
-        self.rank, self.ranks = rank, ranks
+        self.rank, self.ranks, self.in_step = rank, ranks, in_step
 
     def of_step(self, consumed: int, batch_size: int | None = None) -> list[Batch]:
         """The batches of the step that comes after `consumed` examples.
@@ -49,6 +52,16 @@ class Feed:
         size = batch_size or self.sampler.batch_size
         rows = self._rows(consumed)[self.rank :: self.ranks]
         return [self._batch(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+    def idle_of_step(self, consumed: int, batch_size: int | None = None) -> list[Batch]:
+        """What is computed beside them while others compute theirs."""
+        size = batch_size or self.sampler.batch_size
+        rows = self._rows(consumed)
+        return self._idle(rows[:1], len(rows), size)
+
+    def idle_in_order(self, batch_size: int) -> list[Batch]:
+        """The same of `in_order`."""
+        return self._idle([[0]], len(self.data), batch_size)
 
     def counts(self, consumed: int) -> Counts:
         """Of the same step, on all ranks."""
@@ -63,6 +76,12 @@ class Feed:
         numbers = range(self.rank, len(self.data), self.ranks)
         for start in range(0, len(numbers), batch_size):
             yield self._batch([[i] for i in numbers[start : start + batch_size]])
+
+    def _idle(self, rows: Rows, total: int, size: int) -> list[Batch]:
+        own = len(range(self.rank, total, self.ranks))
+        most = len(range(0, total, self.ranks))
+        missing = -(-most // size) - -(-own // size) if self.in_step else 0
+        return [self._batch(rows) for _ in range(missing)]
 
     def _rows(self, consumed: int) -> Rows:
         return [row for part in self.sampler.step(consumed) for row in part]

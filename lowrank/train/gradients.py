@@ -6,10 +6,13 @@ import contextlib
 import logging
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import Tensor, nn
 
 from lowrank.errors import ConfigError, TrainingError
+from lowrank.optim.shards import is_sharded, local
 from lowrank.surgery.checkpointing import can_checkpoint, is_checkpointing, set_checkpointing
+from lowrank.train.distributed import Ranks
 
 logger = logging.getLogger("lowrank.train")
 
@@ -25,7 +28,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def check_gradients(parameters: dict[str, nn.Parameter]) -> None:
+def check_gradients(parameters: dict[str, nn.Parameter], ranks: Ranks) -> None:
     """After the first backward: TrainingError if no gradient came, a warning for layers without.
 
     The two matrices of an adapter count as one, since the gradient of A is zero while B is.
@@ -34,8 +37,10 @@ def check_gradients(parameters: dict[str, nn.Parameter]) -> None:
     for name, p in parameters.items():
         layer = name.split(".lora_")[0]
         learns[layer] = learns.get(layer, False) or (
-            p.grad is not None and bool(p.grad.count_nonzero())
+            p.grad is not None and bool(local(p.grad).count_nonzero())
         )
+    if any(map(is_sharded, parameters.values())):
+        learns = dict(zip(learns, ranks.any(*learns.values()), strict=True))
     silent = [layer for layer, has in learns.items() if not has]
     if len(silent) == len(learns):
         raise TrainingError(
@@ -51,21 +56,40 @@ def check_gradients(parameters: dict[str, nn.Parameter]) -> None:
         )
 
 
-def check_values(parameters: dict[str, nn.Parameter], step: int) -> None:
+def check_values(parameters: dict[str, nn.Parameter], step: int, ranks: Ranks) -> None:
     """TrainingError if the last update, which no loss has seen yet, left a value not finite."""
-    for name, p in parameters.items():
-        if not bool(p.isfinite().all()):
-            raise TrainingError(
+    wrong = [not bool(local(p).isfinite().all()) for p in parameters.values()]
+    if any(map(is_sharded, parameters.values())):
+        wrong = ranks.any(*wrong)
+    for name, is_wrong in zip(parameters, wrong, strict=True):
+        if is_wrong:
+            error = TrainingError(
                 f"step {step}: {name} is NaN or inf after it and nothing is saved: "
                 "lower learning_rate"
             )
+            raise ranks.known(error)
 
 
-def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip(parameters: Iterable[nn.Parameter], max_norm: float, ranks: Ranks) -> Tensor:
     """Scale the gradients to a global 2-norm of at most `max_norm` (0: any); returns their norm."""
+    parameters = list(parameters)
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if any(map(is_sharded, grads)):
+        return _clip_sharded([local(grad) for grad in grads], max_norm, ranks)
     if max_norm:
         return nn.utils.clip_grad_norm_(parameters, max_norm)
-    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return nn.utils.get_total_norm(grads)
+
+
+def _clip_sharded(grads: list[Tensor], max_norm: float, ranks: Ranks) -> Tensor:
+    """The same of what each rank has of them."""
+    parts = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads])
+    (squares,) = ranks.sum([parts.double().square().sum().item()])
+    norm = squares**0.5
+    if max_norm and not norm <= max_norm:
+        for grad in grads:
+            grad.mul_(max_norm / (norm + 1e-6))
+    return torch.tensor(norm, dtype=torch.float32)
 
 
 def check_checkpointing(model: nn.Module, wanted: bool | str) -> None:

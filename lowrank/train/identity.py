@@ -21,6 +21,7 @@ from lowrank.train.weights import trained_adapters
 # and kept. Everything else decides what is learned.
 FREE = {
     "parallel",
+    "cpu_offload",
     "ddp_timeout",
     "output_dir",
     "overwrite_output_dir",

@@ -110,14 +110,16 @@ class Loop:
             try:
                 parts = self._backward(batches, counts)
             except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
+                # of what is sharded, the others wait for this very batch
+                if self.feed.in_step or not is_out_of_memory(error):
                     raise
                 halves = self.config.auto_find_batch_size
                 done = make_room(self.update, self.history, self.feed, halves)
                 if done is None:
                     raise
             else:
-                self.ranks.sum_gradients(self.update.parameters.values())
+                if not self.feed.in_step:  # else they were in the backward
+                    self.ranks.sum_gradients(self.update.parameters.values())
                 losses, norm = self.update.measure(parts, first=not self.history.steps)
                 (loss,) = self.ranks.sum([sum(losses)])
                 if self._overflows(batches, losses, loss, norm):
@@ -136,6 +138,10 @@ class Loop:
                 loss = self.batch_loss(batch) * scale
             self.update.backward(loss)
             losses.append(loss.detach())
+        for batch in self.feed.idle_of_step(self.history.samples, self.history.batch_size):
+            with self.precision.autocast():
+                loss = self.batch_loss(batch) * 0.0
+            self.update.backward(loss)
         # a rank may have no row of the last step of an epoch
         return losses or [torch.zeros((), device=self.feed.device)]
 

@@ -106,10 +106,15 @@ def compiled(batch_loss: BatchLoss, backend: str | None) -> BatchLoss:
 
     No backend: torch's own. ConfigError for one that torch does not know.
     """
+    return torch.compile(batch_loss, dynamic=True, backend=backend_of(backend))
+
+
+def backend_of(backend: str | None) -> str:
+    """The backend of torch.compile; ConfigError for one that torch does not know."""
     backend = backend or "inductor"
     known = torch.compiler.list_backends(exclude_tags=())
     if backend not in known:
         raise ConfigError(
             f"torch_compile_backend must be one of {', '.join(known)}; got {backend!r}"
         )
-    return torch.compile(batch_loss, dynamic=True, backend=backend)
+    return backend

@@ -22,6 +22,7 @@ from lowrank.train.history import History
 from lowrank.train.identity import differences
 from lowrank.train.run import metrics_lines
 from lowrank.train.saving import STATE, TENSORS
+from lowrank.train.sharding import gathered
 from lowrank.train.state import join, set_rng_state
 from lowrank.train.weights import load_weights
 
@@ -69,7 +70,8 @@ class Resumed:
 
         The random numbers come last, with `restore_rng`, once nothing before the steps takes any.
         """
-        load_weights(loop.model, self.path)
+        with gathered(loop.model, back=True):
+            load_weights(loop.model, self.path)
         loop.update.load_state_dict(self._state)
         loop.callbacks.load_state_dict(self._state["callbacks"])
         if loop.best is not None:

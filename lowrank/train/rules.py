@@ -164,6 +164,12 @@ def check_fields(config: Any) -> None:
 
 def check_together(config: Any) -> None:
     """ConfigError for fields that can be, but not beside one another."""
+    if config.cpu_offload and config.parallel != "fsdp":
+        raise ConfigError(f"cpu_offload is for parallel='fsdp'; got {config.parallel!r}")
+    for name in ("fp16", "auto_find_batch_size", "activation_offloading"):
+        if config.parallel == "fsdp" and getattr(config, name):
+            instead = "take bf16" if name == "fp16" else "set per_device_train_batch_size lower"
+            raise ConfigError(f"{name} cannot be on where parallel is 'fsdp': {instead}")
     if config.bf16 and config.fp16:
         raise ConfigError("bf16 and fp16 are both on: turn one of them off")
     for name in ("load_best_model_at_end", "early_stopping_patience"):

@@ -16,6 +16,7 @@ from lowrank.io.versions import versions
 from lowrank.train.checkpoint import Writers, write_checkpoint
 from lowrank.train.gradients import check_values
 from lowrank.train.run import RunDirectory
+from lowrank.train.sharding import gathered, wholes
 from lowrank.train.state import rng_states, split
 from lowrank.train.weights import weight_writers
 
@@ -42,10 +43,16 @@ class Saver:
         Raises TrainingError if a weight is not finite, and what the one before ended with.
         """
         self.wait()
-        check_values(loop.update.parameters, loop.history.steps)
+        check_values(loop.update.parameters, loop.history.steps, loop.ranks)
         devices = {p.device for p in loop.update.parameters.values()}
         rng, *others = rng_states(loop.ranks, devices)
-        if not loop.ranks.first:
+        first = loop.ranks.first
+        # what ranks have parts of, all of them put together
+        best = None if loop.best is None else wholes(loop.best.state_dict(), first)
+        update = wholes(loop.update.state_dict(), first)
+        with gathered(loop.model, first):
+            weights = weight_writers(loop.model) if first else {}
+        if not first:
             return
         tensors: dict[str, Tensor] = {}
         state = split(
@@ -54,19 +61,18 @@ class Saver:
                 "total_steps": loop.total_steps,
                 "stopped": loop.stopped,
                 "history": loop.history.to_dict(),
-                "best": None if loop.best is None else loop.best.state_dict(),
+                "best": best,
                 "callbacks": loop.callbacks.state_dict(),
                 "rng": rng,
                 "rng of other ranks": others,
-                **loop.update.state_dict(),
+                **update,
                 "config": loop.config.to_dict(),
                 "versions": versions(),
             },
             "",
             tensors,
         )
-        weights, limit = weight_writers(loop.model), loop.config.save_total_limit
-        arguments = (state, tensors, weights, limit)
+        arguments = (state, tensors, weights, loop.config.save_total_limit)
         self._thread = threading.Thread(target=self._write, args=arguments, daemon=True)
         self._thread.start()
 

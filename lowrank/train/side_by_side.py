@@ -135,7 +135,7 @@ class SideBySide:
         trainer, name = trainee.trainer, trainee.adapter
         set_adapter(self._model, name)  # LoRA+ looks for what trains
         self._updates[name] = Update(
-            self._model, trainer.parameters, trainer.config, self._total_steps
+            self._model, trainer.parameters, trainer.config, self._total_steps, trainer.ranks
         )
         run = RunDirectory(trainer.config.output_dir)
         run.write_json(CONFIG, trainer.resolved())
@@ -249,7 +249,7 @@ class SideBySide:
         if not trainee.history.steps:
             return
         with self._given_up(trainee):
-            check_values(trainee.trainer.parameters, trainee.history.steps)
+            check_values(trainee.trainer.parameters, trainee.history.steps, trainee.trainer.ranks)
             save_adapter(self._model, run.path.parent, adapter=name)
             tokenizer = trainee.trainer.tokenizer
             if tokenizer is not None and hasattr(tokenizer, "save"):

@@ -36,7 +36,7 @@ from lowrank.train.identity import OF_A_RANK, identity, untrained_hash
 from lowrank.train.interrupt import Interrupt
 from lowrank.train.lock import RunLock
 from lowrank.train.loop import Loop
-from lowrank.train.loss import batch_loss, compiled, packs
+from lowrank.train.loss import backend_of, batch_loss, compiled, packs
 from lowrank.train.neftune import input_embedding, neftune
 from lowrank.train.offload import offloaded
 from lowrank.train.packing import check_packing, log_packing
@@ -47,6 +47,7 @@ from lowrank.train.resume import Resumed, find_checkpoint
 from lowrank.train.run import CONFIG, RESULTS, RunDirectory, UnwrittenDirectory, check_output_dir
 from lowrank.train.saving import Saver
 from lowrank.train.seeds import deterministic, set_seed
+from lowrank.train.sharding import compile_blocks, gathered, shard
 from lowrank.train.trackers import Trackers, check_installed, tracker_names
 from lowrank.train.update import Update
 from lowrank.train.weights import shared_tensors
@@ -103,7 +104,8 @@ class Trainer:
             if config.packing and not self._end_to_end:
                 check_packing(model, self.train_data)
             self._batch_loss = batch_loss(model, config.label_smoothing_factor)
-            if config.torch_compile or config.torch_compile_backend:
+            compiles = config.torch_compile or bool(config.torch_compile_backend)
+            if compiles and not self._sharded:
                 self._batch_loss = compiled(self._batch_loss, config.torch_compile_backend)
             if config.activation_offloading:
                 self._batch_loss = offloaded(self._batch_loss, model, self.device)
@@ -132,6 +134,11 @@ class Trainer:
                 )
             self._check_evaluated()
             self._check_ranks()
+            if self._sharded:
+                shard(model, config.cpu_offload, self.ranks.group)
+                if compiles:
+                    compile_blocks(model, backend_of(config.torch_compile_backend))
+                self.parameters = trainable_parameters(model)
             self._find_resumed()
 
     def train(self) -> TrainResult:
@@ -211,7 +218,7 @@ class Trainer:
             batch_loss=self._batch_loss,
             feed=self.feed,
             precision=self.precision,
-            update=Update(self.model, self.parameters, config, self.total_steps),
+            update=Update(self.model, self.parameters, config, self.total_steps, self.ranks),
             history=history,
             record=record,
             interrupt=interrupt,
@@ -240,6 +247,11 @@ class Trainer:
         return record.result(self.parameters.values(), interrupt.requested, saved_step)
 
     @property
+    def _sharded(self) -> bool:
+        """Whether every rank has a part of the model only."""
+        return self.config.parallel == "fsdp"
+
+    @property
     def _judges(self) -> bool:
         """Whether evaluations are compared with one another."""
         return self.config.load_best_model_at_end or bool(self.config.early_stopping_patience)
@@ -266,7 +278,7 @@ class Trainer:
         begin with the weights of the first.
         """
         ranks, rows = self.ranks, self.feed.sampler.rows_per_epoch
-        if ranks.size == 1:
+        if ranks.size == 1 and not self._sharded:
             return
         if rows < ranks.size:
             raise ConfigError(
@@ -306,8 +318,9 @@ class Trainer:
         if not result.losses:
             logger.warning("interrupted after %s: nothing was trained, nothing is saved", steps)
             return
-        check_values(self.parameters, len(result.losses))
-        saved = run.save_model(self.model)
+        check_values(self.parameters, len(result.losses), self.ranks)
+        with gathered(self.model, self.ranks.first):
+            saved = run.save_model(self.model)
         if self.tokenizer is not None and hasattr(self.tokenizer, "save"):
             self.tokenizer.save(run.path)
         run.plot()
@@ -351,4 +364,4 @@ class Trainer:
         # one that was added to the tokenizer alone is no row of the embedding; it is masked anyway
         pad = 0 if pad is None or (words is not None and pad >= words) else pad
         share = (self.ranks.rank, self.ranks.size)
-        return Feed(data, sampler, self.device, self._end_to_end, pad, *share)
+        return Feed(data, sampler, self.device, self._end_to_end, pad, *share, self._sharded)

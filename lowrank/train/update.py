@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.train.config import TrainConfig
+from lowrank.train.distributed import Ranks
 from lowrank.train.gradients import check_gradients, clip
 from lowrank.train.optimizer import OPTIMIZERS, parameter_groups
 from lowrank.train.schedule import lr_multiplier, warmup_steps
@@ -17,6 +18,8 @@ from lowrank.train.state import optimizer_state, set_optimizer_state
 
 class Update:
     """The optimizer of a run over `parameters` {name: parameter} of `model`, and its schedule.
+
+    Of parameters that are sharded, each of the `ranks` has a part.
 
     The schedule is a function of the step alone, so what is to be kept is the state of `optimizer`
     and of `scaler`, which is None but for fp16.
@@ -28,7 +31,9 @@ class Update:
         parameters: dict[str, nn.Parameter],
         config: TrainConfig,
         total_steps: int,
+        ranks: Ranks,
     ) -> None:
+        self._ranks = ranks
         self.parameters, self._config, self._total_steps = parameters, config, total_steps
         self._options = schedule_options(config)
         self._warmup = warmup_steps(total_steps, config.warmup_steps, config.warmup_ratio)
@@ -62,8 +67,8 @@ class Update:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         if first:
-            check_gradients(self.parameters)
-        norm = clip(self.parameters.values(), self._config.max_grad_norm)
+            check_gradients(self.parameters, self._ranks)
+        norm = clip(self.parameters.values(), self._config.max_grad_norm, self._ranks)
         # the step's only wait for the device
         *values, norm_value = torch.stack([*losses, norm.to(losses[0])]).tolist()
         return values, norm_value

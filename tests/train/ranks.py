@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lowrank
 from lowrank.data import epoch_order
 from lowrank.io.safetensors import write_safetensors
+from lowrank.optim.shards import whole
 from lowrank.train import Callback, TrainConfig, Trainer
 
 from .support import VOCAB, Small, examples
@@ -65,7 +66,7 @@ def settings(folder: Path, ranks: int, **more) -> TrainConfig:
 
 
 def trained(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: whole(p).clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def train(model: nn.Module, config: TrainConfig, *arguments, **options) -> dict:
@@ -82,11 +83,14 @@ def train(model: nn.Module, config: TrainConfig, *arguments, **options) -> dict:
 class Case:
     """What a case is given: its folder, the seed of its input, this rank and how many there are."""
 
-    def __init__(self, folder: Path, seed: int, rank: int = 0, ranks: int = 1) -> None:
+    def __init__(
+        self, folder: Path, seed: int, rank: int = 0, ranks: int = 1, parallel: str | None = None
+    ) -> None:
         self.folder, self.seed, self.rank, self.ranks = folder, seed, rank, ranks
+        self.parallel = parallel
 
     def settings(self, name: str = "run", **more) -> TrainConfig:
-        return settings(self.folder / name, self.ranks, **more)
+        return settings(self.folder / name, self.ranks, parallel=self.parallel, **more)
 
 
 class Sent(TorchDispatchMode):
@@ -318,17 +322,21 @@ CASES = (
 )  # fmt: skip
 
 
-def main(folder: str, seed: str, rank: str, ranks: str, *names: str) -> None:
+def main(
+    cases: Iterable[Callable], parallel: str | None, folder: str, seed: str, rank: str, ranks: str,
+    *names: str,
+) -> None:  # fmt: skip
+    """Run those of the cases that are named."""
     store = f"file://{folder}/store"
     dist.init_process_group(
         "gloo", init_method=store, rank=int(rank), world_size=int(ranks),
         timeout=timedelta(seconds=60),
     )  # fmt: skip
-    cases = {case.__name__: case for case in (*CASES, stories)}
+    known = {case.__name__: case for case in cases}
     for name in names:
         at = Path(folder) / name
         at.mkdir(exist_ok=True)
-        write(at, rank, cases[name](Case(at, int(seed), int(rank), int(ranks))))
+        write(at, rank, known[name](Case(at, int(seed), int(rank), int(ranks), parallel)))
     dist.destroy_process_group()
 
 
@@ -338,4 +346,4 @@ def write(at: Path, rank: str, found: dict) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main((*CASES, stories), None, *sys.argv[1:])

@@ -27,9 +27,9 @@ from .support import Small, example_loss, metrics_lines
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
-def run(folder, seed: int, *names: str) -> None:
-    """Run these cases in two processes."""
-    words = [sys.executable, "-m", "tests.train.ranks", str(folder), str(seed)]
+def run(folder, seed: int, *names: str, module: str = "tests.train.ranks") -> None:
+    """Run these cases of a module in two processes."""
+    words = [sys.executable, "-m", module, str(folder), str(seed)]
     processes = [
         subprocess.Popen([*words, str(rank), "2", *names], stderr=subprocess.PIPE, text=True)
         for rank in range(2)
@@ -233,7 +233,7 @@ def test_without_a_process_group(tmp_path, monkeypatch):
     rows = [{"input_ids": [5, 6, 7]}] * 4
     with pytest.raises(ConfigError, match="parallel is 'ddp', but torch.distributed is not init"):
         Trainer(Small(), TrainConfig(tmp_path, parallel="ddp"), rows)
-    with pytest.raises(ConfigError, match="parallel must be None or one of ddp; got 'fast'"):
+    with pytest.raises(ConfigError, match="parallel must be None or one of ddp, fsdp; got 'fast'"):
         TrainConfig(tmp_path, parallel="fast")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("WORLD_SIZE", "2")

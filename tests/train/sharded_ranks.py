@@ -1,0 +1,176 @@
+"""Runs of processes that each have a part of the model: cases for test_sharded.py.
+
+python -m tests.train.sharded_ranks FOLDER SEED RANK SIZE CASE ...
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import nn
+
+import lowrank
+from lowrank.models.config import DecoderConfig
+from lowrank.models.decoder import Decoder
+from lowrank.optim import AdamW8bit, Lion8bit, PagedAdamW8bit
+from lowrank.optim.shards import cut, local, put, whole
+from lowrank.train import shard
+
+from . import ranks
+from .ranks import CONSTANT, Case, rows, train
+from .test_decoder_training import SHAPE
+
+# no count of rows is even, and no row ends with a block of 64
+ODD = {**SHAPE, "hidden_size": 40, "intermediate_size": 93, "vocab_size": 97}
+
+
+def adapted(case: Case, scheme: str = "nf4", r: int = 5, of_rank: int = 0, **options) -> nn.Module:
+    torch.manual_seed(case.seed)
+    config = DecoderConfig.from_hf({"model_type": "llama", **ODD})
+    model = lowrank.quantize(Decoder(config), scheme, **options)
+    torch.manual_seed(case.seed + of_rank)
+    return lowrank.inject(model, lowrank.LoRAConfig(r=r, target_modules="all-linear"))
+
+
+def sizes(model: nn.Module) -> dict[str, list[int]]:
+    """Bytes of each tensor, here and of all of it, and its rows."""
+    return {n: [local(p).nbytes, whole(p).nbytes, len(p)] for n, p in model.named_parameters()}
+
+
+def equal(case: Case) -> dict:
+    """Accumulated, clipped, evaluated; the last step of each epoch has one example."""
+    model = adapted(case, of_rank=case.rank, embeddings=True, skip=())
+    sent = ranks.Sent()
+    with sent:
+        found = train(model, case.settings(eval_steps=5), rows(case.seed), rows(case.seed + 1, 5))
+    return {**found, "sizes": sizes(model), "sent": sent.bytes}
+
+
+def full(case: Case) -> dict:
+    """All of a dense decoder is trained, its biases too, with 8-bit moments."""
+    torch.manual_seed(case.seed)
+    config = {"model_type": "qwen2", **ODD, "tie_word_embeddings": True}
+    model = Decoder(DecoderConfig.from_hf(config)).requires_grad_(True)
+    config = case.settings(max_steps=3, optim="paged_adamw_8bit", learning_rate=1e-3)
+    return train(model, config, rows(case.seed))
+
+
+COMPILES = "torch_compile_backend"
+OPTIONS = {
+    "checkpointed": {"gradient_checkpointing": True},
+    "selective": {"gradient_checkpointing": "selective", "packing": True, "max_length": 24},
+    "offloaded": {"cpu_offload": True},
+    "compiled": {COMPILES: "eager", "gradient_checkpointing": True},
+    "padded": {"padding_free": False},
+}
+
+
+def options(case: Case) -> dict:
+    """A few steps with each of the options."""
+    found, values = {}, {}
+    for name, more in OPTIONS.items():
+        if case.ranks == 1:
+            more = {k: v for k, v in more.items() if k not in ("cpu_offload", COMPILES)}
+        config = case.settings(name, max_steps=3, **more)
+        one = train(adapted(case, "fp4", double_quant=True), config, rows(case.seed))
+        found[name] = one["losses"]
+        values |= {f"{name} {key}": p for key, p in one["trained"].items()}
+    return {"losses": found, "trained": values}
+
+
+def half_precision(case: Case) -> dict:
+    """A policy of bfloat16 casts what is float, and no code or scale."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    model = adapted(case, "int8")
+    names = [n for n, p in model.named_parameters() if not p.is_floating_point()]
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if n in names}
+    plain = model(torch.arange(12).view(1, 12))
+    shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    logits = model(torch.arange(12).view(1, 12))
+    logits.float().square().mean().backward()
+    after = {n: whole(p) for n, p in model.named_parameters() if n in names}
+    grads = [p.grad.dtype for p in model.parameters() if p.grad is not None]
+    return {
+        "same": all(torch.equal(before[n], after[n]) for n in names),
+        "dtype": str(logits.dtype),
+        "grads": sorted({str(dtype) for dtype in grads}),
+        "error": float(((logits - plain).norm() / plain.norm()).detach()),
+    }
+
+
+def resumed(case: Case) -> dict:
+    """Ten steps, and the same again from the checkpoint of step 5, in pages and 8 bits."""
+    common = {"max_steps": 8, "optim": "paged_adamw_8bit", "save_steps": 4, "eval_steps": 2}
+    common |= {"load_best_model_at_end": True, "cpu_offload": True}
+    held_out = rows(case.seed + 1, 5)
+    config = case.settings("whole", save_strategy="steps", **common)
+    whole_run = train(adapted(case, r=96), config, rows(case.seed), held_out)
+    config = case.settings("again", resume=case.folder / "whole" / "checkpoint-4", **common)
+    again = train(adapted(case, r=96), config, rows(case.seed), held_out)
+    return {
+        "trained": {
+            **{f"whole {name}": p for name, p in whole_run["trained"].items()},
+            **{f"again {name}": p for name, p in again["trained"].items()},
+        },
+        "losses": [whole_run["losses"], again["losses"]],
+    }
+
+
+def half(case: Case) -> dict:
+    """Four steps of eight, for others to go on with."""
+    name = f"half-{case.ranks}"
+    config = case.settings(name, max_steps=4, save_strategy="steps", **CONSTANT)
+    return train(adapted(case), config, rows(case.seed))
+
+
+def other_half(case: Case) -> dict:
+    """The rest of what one process began or, in one process, of what two began."""
+    began = case.folder.parent / "half" / f"half-{3 - case.ranks}"
+    config = case.settings(max_steps=8, resume=began, **CONSTANT)
+    return train(adapted(case), config, rows(case.seed))
+
+
+class Layers(nn.Module):
+    """Matrices of 8-bit moments and of none, of rows that two cannot share, and a vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shapes = (67, 300), (4500, 2), (1, 5000), (3, 5), (7,)
+        self.parts = nn.ParameterList(torch.randn(*shape) for shape in shapes)
+
+
+KINDS = {"adamw": AdamW8bit, "lion": Lion8bit, "paged": PagedAdamW8bit}
+
+
+def optimizers(case: Case) -> dict:
+    """Moved by the same gradients, sharded and whole: their states by one another's, too."""
+    found = {}
+    for name, kind in KINDS.items():
+        torch.manual_seed(case.seed)
+        one = Layers()
+        both = shard(Layers())
+        for p, q in zip(one.parameters(), both.parameters(), strict=True):
+            put(p.detach(), q)
+        optimizer_of = {model: kind(model.parameters(), lr=1e-2) for model in (one, both)}
+        for step in range(6):
+            for p, q in zip(one.parameters(), both.parameters(), strict=True):
+                p.grad = torch.randn_like(p)
+                q.grad = cut(p.grad, q)
+            if step == 3:  # the states of each are the other's from here on
+                states = {model: optimizer_of[model].state_dict() for model in (one, both)}
+                optimizer_of = {model: kind(model.parameters(), lr=1e-2) for model in (one, both)}
+                optimizer_of[one].load_state_dict(states[both])
+                optimizer_of[both].load_state_dict(states[one])
+            for optimizer in optimizer_of.values():
+                optimizer.step()
+        pairs = zip(one.parameters(), both.parameters(), strict=True)
+        found[name] = [torch.equal(p, whole(q)) for p, q in pairs]
+    return {"same": found}
+
+
+CASES = equal, full, options, half_precision, resumed, half, other_half, optimizers
+
+if __name__ == "__main__":
+    ranks.main((*CASES, ranks.not_finite, ranks.best, ranks.stories), "fsdp", *sys.argv[1:])

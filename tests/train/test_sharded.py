@@ -1,0 +1,148 @@
+"""Two processes that each have a part of the model, against one that has all of it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lowrank.errors import ConfigError
+from lowrank.io.safetensors import load_safetensors
+from lowrank.train import TrainConfig, Trainer, shard
+
+from . import ranks, sharded_ranks
+from .support import Small, metrics_lines
+from .test_distributed import CLOSE, assert_same, outcome, run, seed_of_all  # noqa: F401
+
+MODULE = "tests.train.sharded_ranks"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, seed_of_all):  # noqa: F811
+    """Every case by two processes."""
+    folder = tmp_path_factory.mktemp("sharded")
+    (folder / "half").mkdir()
+    sharded_ranks.half(ranks.Case(folder / "half", seed_of_all))
+    names = [case.__name__ for case in sharded_ranks.CASES]
+    run(folder, seed_of_all, *names, "not_finite", "best", module=MODULE)
+    return folder
+
+
+@pytest.fixture
+def two(folder, request):
+    """Both ranks' outcomes of the case that the test is named after."""
+    name = request.node.name.removeprefix("test_")
+    return [outcome(folder / name, rank) for rank in range(2)]
+
+
+@pytest.fixture
+def one(seed_of_all, request, tmp_path):  # noqa: F811
+    """The same case in one process."""
+    name = request.node.name.removeprefix("test_")
+    case = getattr(sharded_ranks, name, None) or getattr(ranks, name)
+    return SimpleNamespace(**case(ranks.Case(tmp_path, seed_of_all)))
+
+
+def test_equal(two, one, folder, tmp_path):
+    """Losses, norms, weights and files; the first rank alone writes."""
+    assert_same(two, one)
+    lines = [metrics_lines(at / "run") for at in (folder / "equal", tmp_path)]
+    for line, expected in zip(*lines, strict=True):
+        for values in (line, expected):
+            for name in ("seconds", "peak_memory_bytes"):
+                values.pop(name, None)
+        assert line == pytest.approx(expected, rel=1e-5)
+    files = [
+        load_safetensors(at / "run" / "adapter_model.safetensors")
+        for at in (folder / "equal", tmp_path)
+    ]
+    torch.testing.assert_close(*files, **CLOSE)
+    names = [sorted(p.name for p in (at / "run").iterdir()) for at in (folder / "equal", tmp_path)]
+    assert names[0] == names[1]
+
+
+def test_what_each_has(folder):
+    """Of every tensor half, codes, scales and constants too, but for the rows that are odd."""
+    found = [outcome(folder / "equal", rank) for rank in range(2)]
+    for name, (here, total, rows) in found[0].sizes.items():
+        there, *same = found[1].sizes[name]
+        assert same == [total, rows] and total == here + there, name
+        assert here == -(-rows // 2) * (total // rows), name
+    # what is trained goes out once, before it is cut; of what is frozen nobody sends a whole tensor
+    trained = sum(p.nbytes for p in found[0].trained.values())
+    assert found[0].sent["broadcast_"] == trained
+
+
+def test_full(two, one):
+    assert_same(two, one)
+
+
+def test_options(two, one):
+    for found in two:
+        for name in sharded_ranks.OPTIONS:
+            torch.testing.assert_close(found.losses[name], one.losses[name], **CLOSE)
+        torch.testing.assert_close(found.trained, one.trained, **CLOSE)
+
+
+def test_half_precision(folder):
+    for rank in range(2):
+        found = outcome(folder / "half_precision", rank)
+        assert found.same and found.dtype == "torch.bfloat16"
+        assert found.grads == ["torch.float32"] and found.error < 0.02
+
+
+def test_best(two, one):
+    assert_same(two, one)
+
+
+def test_not_finite(two, one):
+    expected = "TrainingError: step 2: the loss is nan in the batch of "
+    assert two[0].said == two[1].said
+    assert two[0].said.startswith(expected) and one.said.startswith(expected)
+
+
+def test_resumed(two):
+    """To the last bit."""
+    for found in two:
+        assert found.losses[0] == found.losses[1]
+        for name, p in found.trained.items():
+            assert torch.equal(found.trained[name.replace("again", "whole")], p)
+
+
+def test_other_half(two, folder, seed_of_all, tmp_path):  # noqa: F811
+    """Begun by one and ended by two, and the reverse, against eight steps of one."""
+    case = ranks.Case(tmp_path, seed_of_all)
+    config = case.settings(max_steps=8, **ranks.CONSTANT)
+    whole = ranks.train(sharded_ranks.adapted(case), config, ranks.rows(seed_of_all))
+    assert_same(two, SimpleNamespace(**whole))
+    reverse = sharded_ranks.other_half(ranks.Case(folder / "alone", seed_of_all))
+    torch.testing.assert_close(reverse["losses"], whole["losses"], **CLOSE)
+    torch.testing.assert_close(reverse["trained"], whole["trained"], **CLOSE)
+
+
+def test_optimizers(two):
+    for found in two:
+        assert all(all(same) for same in found.same.values()), found.same
+
+
+@pytest.mark.slow
+def test_stories(tmp_path, monkeypatch, data_dir, seed):
+    """Twenty steps of a real model on real text."""
+    monkeypatch.setenv("LOWRANK_TEST_DATA", str(data_dir))
+    run(tmp_path, seed, "stories", module=MODULE)
+    one = SimpleNamespace(**ranks.stories(ranks.Case(tmp_path / "alone", seed)))
+    assert_same([outcome(tmp_path / "stories", rank) for rank in range(2)], one)
+
+
+def test_what_cannot_be(tmp_path):
+    rows = [{"input_ids": [5, 6, 7]}] * 4
+    with pytest.raises(ConfigError, match="parallel is 'fsdp', but torch.distributed is not init"):
+        Trainer(Small(), TrainConfig(tmp_path, parallel="fsdp"), rows)
+    with pytest.raises(ConfigError, match="shard: expected torch.distributed to be initialised"):
+        shard(Small())
+    with pytest.raises(ConfigError, match="cpu_offload is for parallel='fsdp'; got None"):
+        TrainConfig(tmp_path, cpu_offload=True)
+    for name in ("fp16", "auto_find_batch_size"):
+        with pytest.raises(ConfigError, match=f"{name} cannot be on where parallel is 'fsdp'"):
+            TrainConfig(tmp_path, parallel="fsdp", **{name: True})
