@@ -35,7 +35,7 @@ def run(folder, seed: int, *names: str, module: str = "tests.train.ranks") -> No
         for rank in range(2)
     ]
     for process in processes:
-        _, errors = process.communicate(timeout=300)
+        _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors
 
 

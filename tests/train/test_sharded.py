@@ -111,9 +111,9 @@ def test_resumed(two):
 
 
 def test_other_half(two, folder, seed_of_all, tmp_path):  # noqa: F811
-    """Begun by one and ended by two, and the reverse, against eight steps of one."""
+    """Begun by one and ended by two, and the reverse, against six steps of one."""
     case = ranks.Case(tmp_path, seed_of_all)
-    config = case.settings(max_steps=8, **ranks.CONSTANT)
+    config = case.settings(max_steps=6, **ranks.CONSTANT)
     whole = ranks.train(sharded_ranks.adapted(case), config, ranks.rows(seed_of_all))
     assert_same(two, SimpleNamespace(**whole))
     reverse = sharded_ranks.other_half(ranks.Case(folder / "alone", seed_of_all))
@@ -124,6 +124,13 @@ def test_other_half(two, folder, seed_of_all, tmp_path):  # noqa: F811
 def test_optimizers(two):
     for found in two:
         assert all(all(same) for same in found.same.values()), found.same
+
+
+@pytest.mark.slow
+def test_compiled(tmp_path, seed):
+    run(tmp_path, seed, "compiled", module=MODULE)
+    one = SimpleNamespace(**sharded_ranks.compiled(ranks.Case(tmp_path / "alone", seed)))
+    assert_same([outcome(tmp_path / "compiled", rank) for rank in range(2)], one)
 
 
 @pytest.mark.slow
