@@ -57,6 +57,7 @@ class _Found:
         found = [self._of(layer) for layer in layers]
         self._hooked = any(self._hooks)
         self._pointers = [t.data_ptr() for t in self._tensors]
+        self._sizes = [t.numel() for t in self._tensors]  # less may be left at the same place
         self.products: ctypes.Array[native.Product] | None = None
         if not self._hooked and None not in found and len({K for _, K in filter(None, found)}) == 1:
             products = [product for product, _ in filter(None, found)]
@@ -71,7 +72,10 @@ class _Found:
         for held, name, value in self._seen:
             if held.get(name) is not value:
                 return False
-        return [t.data_ptr() for t in self._tensors] == self._pointers
+        tensors = self._tensors
+        if [t.data_ptr() for t in tensors] != self._pointers:
+            return False
+        return [t.numel() for t in tensors] == self._sizes
 
     def run(self, x: Tensor) -> list[Tensor] | None:
         """layer(x) of each; None where x is not a few rows, or somebody has to see the calls."""

@@ -146,6 +146,10 @@ def test_what_the_layers_are_may_change_between_calls(generator):
     assert_current()
     lora.lora_A["default"].weight.data = torch.randn(5, K, generator=generator)
     assert_current()
+    for part, kept in (("lora_A", (slice(3),)), ("lora_B", (slice(None), slice(3)))):
+        weight = getattr(lora, part)["default"].weight
+        weight.data = weight.data[kept]
+    assert_current()
     lora.add_adapter("second", LoRAConfig(r=2, init_lora_weights=False))
     lora.set_adapter(["second"])
     assert_current()
