@@ -22,6 +22,7 @@ BENCHMARKS = {
     "training_step": "QLoRA steps of SmolLM2-135M (its GGUF file is named by LOWRANK_SMOLLM2)",
     "decoding": "tokens that SmolLM2-135M writes in a second, one row and four",
     "memory": "peaks of training runs, as lowrank.plan_memory predicts them and as they are",
+    "distributed": "a QLoRA step shared by two processes: bytes that travel, bytes that stay",
     "loading": "a bfloat16 checkpoint read and quantized to NF4; a packed state dict loaded",
     "adapters": "inject, forward, merge, load and switch of adapters, beyond their arithmetic",
     "import_time": "what importing adds to `import torch`",

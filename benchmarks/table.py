@@ -47,6 +47,20 @@ DECODING_COLUMNS = (
     "loading MB",
 )
 MEMORY_COLUMNS = ("", "predicted MB", "measured MB", "of measured", "with malloc as it is, MB")
+DISTRIBUTED_COLUMNS = (
+    "",
+    "s/step",
+    "all-reduce MB",
+    "all-gather MB",
+    "reduce-scatter MB",
+    "sent MB/step",
+    "blocks held MB",
+    "of one process",
+    "table and head MB",
+    "adapters MB",
+    "optimizer MB",
+    "last loss",
+)
 
 
 def render(result: dict) -> str:
@@ -127,6 +141,8 @@ def table(rows: Sequence[dict]) -> str:
         columns, cells = DECODING_COLUMNS, _decoding_cells
     elif "predicted_bytes" in rows[0]:
         columns, cells = MEMORY_COLUMNS, _memory_cells
+    elif "sent_bytes" in rows[0]:
+        columns, cells = DISTRIBUTED_COLUMNS, _distributed_cells
     lines = [[*columns], ["---", *("---:" for _ in columns[1:])]]
     lines += [cells(row) for row in rows]
     keep = [i for i in range(len(columns)) if i == 0 or any(line[i] for line in lines[2:])]
@@ -195,6 +211,23 @@ def _memory_cells(row: dict) -> list[str]:
         megabytes(row["measured_bytes"]),
         f"{row['predicted_bytes'] / row['measured_bytes']:.1%}",
         megabytes(row["kept_bytes"]),
+    ]
+
+
+def _distributed_cells(row: dict) -> list[str]:
+    sent = row["sent_bytes"]
+    kinds = ("all-reduce", "all-gather", "reduce-scatter")
+    return [
+        row["contender"],
+        f"{row['median_ms'] * 1e-3:.2f}",
+        *(megabytes(sent[kind]) if kind in sent else "" for kind in kinds),
+        megabytes(sum(sent.values())),
+        megabytes(row["block_bytes"]),
+        f"{row['block_share']:.3f}",
+        megabytes(row["rest_bytes"]),
+        megabytes(row["adapter_bytes"]),
+        megabytes(row["state_bytes"]),
+        f"{row['last_loss']:.4f}",
     ]
 
 

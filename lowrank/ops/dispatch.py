@@ -201,10 +201,15 @@ def _refuse_tangents(name: str, args: tuple) -> None:
             )
 
 
-def runner(op: str) -> Callable:
-    """The implementation of `op` that is registered with torch: choose a backend, run it."""
+def runner(op: str, own: Callable | None = None) -> Callable:
+    """The implementation of `op` that is registered with torch: choose a backend, run it.
+
+    `own` makes the arguments of a rank of those that are told for all of them.
+    """
 
     def run(*args):
+        if own is not None:
+            args = own(*args)
         device_type = _device_type(args)
         kernel = _choose(op, args, device_type)
         # A kernel picks its own precision; autocast would round its float32 products to bf16.

@@ -35,6 +35,7 @@ class Operator(NamedTuple):
     fake: Callable  # inputs -> empty outputs, for meta tensors and tracing
     setup: Callable | None = None  # (ctx, inputs, output): what the forward keeps
     backward: Callable | None = None  # (ctx, *grads) -> one gradient for each input
+    own: Callable | None = None  # inputs -> those of a rank that has a part of the weight's columns
 
 
 _WEIGHT = "Tensor packed, Tensor absmax, Tensor? absmax_scale, Tensor codebook"
@@ -56,6 +57,15 @@ def _quantize_fake(weight: Tensor, codebook: Tensor, block_size: int) -> tuple[T
 
 def _dequantize_fake(packed, absmax, absmax_scale, codebook, K, block_size, dtype) -> Tensor:
     return packed.new_empty(packed.shape[0], K, dtype=dtype)
+
+
+def _dequantize_own(packed, absmax, absmax_scale, codebook, K, block_size, dtype) -> tuple:
+    return packed, absmax, absmax_scale, codebook, _own_columns(packed, K), block_size, dtype
+
+
+def _own_columns(packed: Tensor, K: int) -> int:
+    """How many of the weight's K columns are in `packed`: a part ends where its bytes do."""
+    return min(K, 2 * packed.shape[1])
 
 
 def _mark_constant(ctx, inputs, output) -> None:
@@ -93,6 +103,10 @@ def _linear_backward(ctx, dy: Tensor):
 
 def _linear_dx_fake(dy, packed, absmax, absmax_scale, codebook, K, block_size) -> Tensor:
     return dy.new_empty(*dy.shape[:-1], K)
+
+
+def _linear_dx_own(dy, packed, absmax, absmax_scale, codebook, K, block_size) -> tuple:
+    return dy, packed, absmax, absmax_scale, codebook, _own_columns(packed, K), block_size
 
 
 def _linear_dx_setup(ctx, inputs, output) -> None:
@@ -249,6 +263,7 @@ OPERATORS = {
         _dequantize_fake,
         _mark_constant,
         _no_gradients(7),
+        _dequantize_own,
     ),
     "codebook_linear": Operator(
         f"(Tensor x, {_WEIGHT}, Tensor? bias, int block_size) -> Tensor",
@@ -261,6 +276,7 @@ OPERATORS = {
         _linear_dx_fake,
         _linear_dx_setup,
         _linear_dx_backward,
+        _linear_dx_own,
     ),
     "linear_cross_entropy": Operator(
         "(Tensor x, Tensor weight, Tensor labels, bool with_dx) -> (Tensor loss_sum, Tensor dx)",
@@ -331,7 +347,7 @@ _library = torch.library.Library("lowrank", "DEF")
 
 for _name, _op in OPERATORS.items():
     _library.define(_name + _op.schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, dispatch.runner(_name), "CompositeExplicitAutograd")
+    _library.impl(_name, dispatch.runner(_name, _op.own), "CompositeExplicitAutograd")
     torch.library.register_fake(f"lowrank::{_name}", _op.fake, lib=_library)
     if _op.backward is not None:
         autograd.register(_library, _name, _op.setup, _op.backward)
