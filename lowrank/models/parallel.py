@@ -24,6 +24,7 @@ def tensor_parallel(model: Decoder, mesh: DeviceMesh) -> Decoder:
     Every rank has the whole model, quantized and with its adapters; it keeps its part. Embedding,
     norms and head stay whole. A last projection whose blocks do not fall on the cuts is cut by rows
     instead: its input is gathered first. TargetError says what cannot be cut, and nothing then is.
+    What is cut is trained and evaluated; it does not generate.
 
     Shoeybi et al., arXiv:1909.08053.
     """
@@ -61,7 +62,16 @@ def tensor_parallel(model: Decoder, mesh: DeviceMesh) -> Decoder:
         if not isinstance(block, ParallelBlock):
             for norm in (block.attention_norm, block.mlp_norm):
                 norm.register_forward_hook(_one_for_all(mesh))
+    model.register_forward_pre_hook(_without_cache, with_kwargs=True)
     return model
+
+
+def _without_cache(model: Decoder, args: tuple, options: dict) -> None:
+    if options.get("cache") is not None:
+        raise TargetError(
+            "tensor_parallel: expected no cache, whose heads are those of a whole model; generate "
+            "with one that is not cut"
+        )
 
 
 def _one_for_all(mesh: DeviceMesh) -> Callable[..., DTensor]:

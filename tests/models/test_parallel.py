@@ -84,7 +84,7 @@ def test_training_is_that_of_one_process(found):
         torch.testing.assert_close(two["norms"], one["norms"], **CLOSE)
     assert numbers[0]["two"] == numbers[1]["two"]
     names = [name for name in tensors if name.startswith("one/")]
-    assert len(names) == 2 * 7 * 4
+    assert len(names) == 1 + 2 * 7 * 4
     for name in names:
         torch.testing.assert_close(
             tensors[name.replace("one/", "two/", 1)], tensors[name], rtol=1e-4, atol=1e-4
@@ -99,6 +99,11 @@ def test_what_is_held_and_sent(found):
         assert calls == adapters and largest <= largest_adapter  # nothing that is frozen
         # of four blocks two sums each; but where o_proj is cut by rows, x is gathered, and y
         assert of_rank["forward"] == 4 + 2 + 2 * 2
+
+
+def test_generating_is_refused(found):
+    for of_rank in found["stories"][1]:
+        assert "generate with one that is not cut" in of_rank["generating"]
 
 
 def test_checkpointing_changes_nothing(found):
