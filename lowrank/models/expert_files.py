@@ -13,10 +13,11 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor, nn
 
+from lowrank.errors import WeightError
 from lowrank.io.safetensors import Lazy
 from lowrank.models.families import Family
 from lowrank.nn.quant_experts import QuantExperts
-from lowrank.quant import Quantizer, Storage
+from lowrank.quant import Quantizer, Storage, quantizer_of
 
 Shape = tuple[int, ...]
 
@@ -64,15 +65,29 @@ class Gathered:
         self._dtype, self._compute_dtype = dtype, compute_dtype
         self._filled, self._parts, self._whole = 0, [], None
 
-    def add(self, rows: Tensor) -> nn.Parameter | QuantExperts | None:
-        """The weights, when the last rows are there; None before."""
+    def add(self, rows: Tensor | Storage) -> nn.Parameter | QuantExperts | None:
+        """The weights, when the last rows are there; None before.
+
+        All rows may be quantized already, and are alike then: WeightError.
+        """
         E, N, K = self._shape
-        rows = rows.view(-1, K)
         start = self._filled
-        self._filled += len(rows)
-        by_parts = getattr(self._quantizer, "row_local", False) and len(rows) > 1
+        if isinstance(rows, Storage):
+            by_parts, first = True, self._parts[0] if self._parts else rows
+            if (rows.scheme, rows.options) != (first.scheme, first.options):
+                raise WeightError(
+                    f"expected all experts in {first.scheme}, {dict(first.options)}; got "
+                    f"{rows.scheme}, {dict(rows.options)}"
+                )
+            self._quantizer = quantizer_of(first)
+        else:
+            rows = rows.view(-1, K)
+            by_parts = getattr(self._quantizer, "row_local", False) and len(rows) > 1
+            if by_parts:
+                rows = self._quantizer.quantize(rows)
+        self._filled += rows.shape[0]
         if by_parts:
-            self._parts.append(self._quantizer.quantize(rows))
+            self._parts.append(rows)
         else:
             if self._whole is None:
                 dtype = self._dtype if self._quantizer is None else rows.dtype

@@ -6,17 +6,23 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lowrank.errors import ConfigError, DtypeError, FileFormatError, WeightError
+from lowrank.errors import (
+    ConfigError,
+    DtypeError,
+    FileFormatError,
+    LowrankError,
+    ShapeError,
+    WeightError,
+)
 from lowrank.io.adapter import load_adapter
 from lowrank.io.ahead import read_ahead
 from lowrank.io.hub import fetch_model, is_repo_id
-from lowrank.io.names import check_shapes
-from lowrank.io.pages import Empty, Reused, empty_bytes
+from lowrank.io.pages import Reused, empty_bytes
 from lowrank.io.quantized import (
     QuantizedTensors,
     join,
@@ -25,33 +31,22 @@ from lowrank.io.quantized import (
     quantized_twin,
 )
 from lowrank.io.shards import Shards, Tensors
-from lowrank.models.config import DecoderConfig
 from lowrank.models.decoder import Decoder
 from lowrank.models.expert_files import Gathered, in_files
-from lowrank.models.experts import Experts
+from lowrank.models.experts import Experts, Router
 from lowrank.models.gguf import GGUFModel
 from lowrank.models.hf import HFDirectory, open_directory
+from lowrank.models.named import Weights, check_tensors
 from lowrank.models.origin import Origin, origin_of
-from lowrank.models.quantization_config import QuantizationConfig
 from lowrank.nn.quant_embedding import QuantEmbedding
 from lowrank.nn.quant_experts import QuantExperts, replace_parameter
 from lowrank.nn.quant_linear import QuantLinear
 from lowrank.nn.quant_weight import QuantWeight, resolve
 from lowrank.ops.checks import check_float
 from lowrank.progress import bar
-from lowrank.quant import Quantizer, familiar
+from lowrank.quant import Quantizer, Storage, bitsandbytes, familiar, quantizer_of
 from lowrank.surgery.quantize import names_to_skip
 from lowrank.surgery.targets import check_each_matches, matches
-
-
-class Weights(Protocol):
-    """Where tensors come from, one at a time, under Hugging Face's names."""
-
-    config: DecoderConfig
-    quantization: QuantizationConfig | None
-    shapes: dict[str, tuple[int, ...]]
-
-    def read(self, name: str, empty: Empty = empty_bytes) -> Tensor: ...
 
 
 def load_model(
@@ -112,7 +107,7 @@ def load_model(
         model = Decoder(weights.config)
     quantized = quantized_modules(weights.shapes)
     _check_quantized(model, weights, quantized, quantizer, source)
-    _check_names(model, weights, quantized, source)
+    check_tensors(model, weights, quantized, source)
     holders = _holders(model, {*weights.shapes, *quantized})
     own = {holder.name for holder in holders}
     unknown = [s for s in skip if s != "lm_head" and not any(matches(name, [s]) for name in own)]
@@ -132,14 +127,20 @@ def load_model(
     def put(holder: Holder, tensors: dict[str, Tensor]) -> None:
         name, module = holder.name, holder.module
         tensors = {leaf: tensor.to(device) for leaf, tensor in tensors.items()}
-        if name in quantized:
+        part, rows = holder.packed(quantized), None
+        if part is not None and (part != name or isinstance(module, Router)):
+            rows = _stored(holder, tensors, part, source)
+        if isinstance(module, Router) and rows is not None:
+            tensors = {"weight": quantizer_of(rows).dequantize(rows, dtype)}
+        if name in quantized and rows is None:
             layer = _prequantized(holder, tensors, dtype, compute_dtype, source)
         elif isinstance(module, Experts):
             if name not in gathered:
-                shape = tuple(module.get_parameter(*tensors).shape)
+                shape = tuple(module.get_parameter(*holder.files).shape)
                 by = quantizer if name in to_quantize else None
                 gathered[name] = Gathered(shape, by, dtype, compute_dtype)
-            layer = _with_rows(gathered[name], *tensors.values(), name)
+            rows = next(iter(tensors.values())) if rows is None else rows
+            layer = _with_rows(gathered[name], rows, name)
             if layer is None:
                 return
             del gathered[name]
@@ -217,13 +218,21 @@ class Holder(NamedTuple):
     """What is read together: the parameters of a module, or rows of the weights of experts.
 
     `name` is that of the module, or of the weights. `files` are the names of tensors in files by
-    those in the module.
+    those in the module; `shape` is that of the first.
     """
 
     name: str
     module_name: str
     module: nn.Module
     files: Mapping[str, str]
+    shape: tuple[int, ...]
+
+    def packed(self, quantized: Collection[str]) -> str | None:
+        """Which of the `quantized` modules of files is this one, or has its weight."""
+        if self.name in quantized:
+            return self.name
+        part = next(iter(self.files.values())).removesuffix(".weight")
+        return part if part in quantized else None
 
 
 def _holders(model: Decoder, found: Collection[str]) -> list[Holder]:
@@ -231,21 +240,36 @@ def _holders(model: Decoder, found: Collection[str]) -> list[Holder]:
     holders = []
     for name, module in model.named_modules():
         files = {
-            leaf: list(in_files(model.config.family, join(name, leaf), tuple(p.shape), found))
+            leaf: in_files(model.config.family, join(name, leaf), tuple(p.shape), found)
             for leaf, p in module.named_parameters(recurse=False)
         }
         if isinstance(module, Experts):
             for leaf, parts in files.items():
-                holders += [Holder(join(name, leaf), name, module, {leaf: p}) for p in parts]
+                weights = join(name, leaf)
+                holders += [Holder(weights, name, module, {leaf: p}, s) for p, s in parts.items()]
         elif files and not (name == "lm_head" and model.config.tie_word_embeddings):
-            holders.append(Holder(name, name, module, {leaf: p for leaf, (p,) in files.items()}))
+            shape = next(iter(next(iter(files.values())).values()))
+            own = {leaf: p for leaf, (p,) in files.items()}
+            holders.append(Holder(name, name, module, own, shape))
     return holders
 
 
-def _with_rows(experts: Gathered, rows: Tensor, name: str) -> nn.Parameter | QuantExperts | None:
+def _stored(
+    holder: Holder, tensors: Mapping[str, Tensor], part: str, source: str | Path
+) -> Storage:
+    """What a layer of bitsandbytes is that is a part of one of ours."""
+    try:
+        return bitsandbytes.read(tensors, f"{part}.", holder.shape)
+    except LowrankError as error:
+        raise type(error)(f"{source}: {error}") from error
+
+
+def _with_rows(
+    experts: Gathered, rows: Tensor | Storage, name: str
+) -> nn.Parameter | QuantExperts | None:
     try:
         return experts.add(rows)
-    except (WeightError, DtypeError) as error:
+    except (WeightError, DtypeError, ShapeError) as error:
         raise type(error)(f"{name}: {error}") from error
 
 
@@ -299,9 +323,8 @@ def _read(
     holder: Holder,
 ) -> dict[str, Tensor]:
     """The tensors of a holder by leaf; a weight that will be quantized in `reused` memory."""
-    if holder.name in quantized:
-        names = quantized[holder.name].names
-        return {leaf: weights.read(join(holder.name, leaf)) for leaf in names}
+    if (part := holder.packed(quantized)) is not None:
+        return {leaf: weights.read(join(part, leaf)) for leaf in quantized[part].names}
     tensors = {}
     for leaf, name in holder.files.items():
         # a bias stays, and so does what is dense, but for rows that are copied
@@ -351,45 +374,3 @@ def _check_quantized(
         config.check(linears, quantized)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
-
-
-def _check_names(
-    model: Decoder, weights: Weights, quantized: Mapping[str, QuantizedTensors], source: str | Path
-) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
-    found = dict(weights.shapes)
-    for module, tensors in quantized.items():
-        own = [name for name in (module, f"{module}.weight") if name in expected]
-        if own:  # the layer itself checks its own
-            for name in (*own, f"{module}.bias"):
-                expected.pop(name, None)
-            for name in tensors.names:
-                del found[join(module, name)]
-    family, parts = model.config.family, {}
-    for name, shape in expected.items():
-        parts |= in_files(family, name, shape, found)
-    if model.config.tie_word_embeddings:
-        found.pop("lm_head.weight", None)
-    try:
-        check_shapes(parts, found, source)
-    except FileFormatError as error:
-        if "lm_head.weight" in parts.keys() - found.keys():
-            raise FileFormatError(
-                f"{error}; is the head the embedding? config.json then says tie_word_embeddings"
-            ) from error
-        raise
-    _check_tied(model, weights, source)
-
-
-def _check_tied(model: Decoder, weights: Weights, source: str | Path) -> None:
-    """A tied model may store its head again, which then has to be the embedding."""
-    head, embedding = "lm_head.weight", model.config.family.path("body", "embedding") + ".weight"
-    if not model.config.tie_word_embeddings or not {head, embedding} <= weights.shapes.keys():
-        return
-    if weights.shapes[head] != weights.shapes[embedding] or not torch.equal(
-        weights.read(head), weights.read(embedding)
-    ):
-        raise FileFormatError(
-            f"{source}: {head}: expected the embedding again, as config.json says "
-            "tie_word_embeddings; got another; set that to false if the head is its own"
-        )

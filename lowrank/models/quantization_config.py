@@ -103,12 +103,12 @@ class QuantizationConfig:
 
 
 def _four_bit(given: Mapping[str, Any]) -> Quantizer:
-    """nf4 or fp4, as a quantization_config has it; what it leaves out is as in bitsandbytes."""
-    kind, double = given.get("bnb_4bit_quant_type"), given.get("bnb_4bit_use_double_quant")
+    """nf4 or fp4 by a quantization_config; nested scales are read as what they stand for."""
+    kind = given.get("bnb_4bit_quant_type")
     kind = "fp4" if kind is None else kind
     if kind not in ("nf4", "fp4"):
         raise ConfigError(f"bnb_4bit_quant_type: expected nf4 or fp4; got {kind!r}")
-    return quant.get(kind, double_quant=bool(double))
+    return quant.get(kind, double_quant=False)
 
 
 def lowrank_config() -> dict[str, Any]:

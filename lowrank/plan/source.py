@@ -15,6 +15,7 @@ from lowrank.io.json_files import read_json
 from lowrank.io.quantized import LOWRANK, join, quantized_modules
 from lowrank.models.config import DecoderConfig
 from lowrank.models.decoder import Decoder
+from lowrank.models.expert_files import in_files
 from lowrank.models.experts import Experts
 from lowrank.models.gguf import GGUFModel
 from lowrank.models.hf import open_directory
@@ -84,22 +85,28 @@ def _of_files(directory: Path, config: DecoderConfig, scheme: Quantizer | None) 
     files = open_directory(directory)
     quantized, weights = quantized_modules(files.shapes), _weights(config)
     first = next((name for name in weights if name in quantized), None)
+    there = {
+        name
+        for name, shape in weights.items()
+        for part in in_files(config.family, name, shape, quantized)
+        if part.removesuffix(".weight") in quantized
+    }
     if scheme is None and first is not None:
         own = {name: files.read(join(first, name)) for name in quantized[first].names}
         described = read_description(own.pop("_extra_state"), first)
         scheme = quantizer_of(described.storage(own, f"{first}."))
-    skip = tuple(name for name in weights if name not in quantized)
+    skip = tuple(name for name in weights if name not in there)
     return Stored(scheme, skip, config.family.path("body", "embedding") in quantized)
 
 
-def _weights(config: DecoderConfig) -> list[str]:
-    """The names of linear layers, and of weights of experts."""
+def _weights(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """The linear layers, and the weights of experts, with their shapes."""
     with torch.device("meta"):
         model = Decoder(config)
-    found = []
+    found: dict[str, tuple[int, ...]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            found.append(name)
+            found[name] = tuple(module.weight.shape)
         elif isinstance(module, Experts):
-            found += [join(name, leaf) for leaf, _ in module.named_parameters()]
+            found |= {join(name, leaf): tuple(p.shape) for leaf, p in module.named_parameters()}
     return found

@@ -11,9 +11,11 @@ from torch.testing import assert_close
 
 import lowrank
 from lowrank import QuantLinear, quant
-from lowrank.errors import ConfigError, FileFormatError, LowrankError
+from lowrank.errors import ConfigError, FileFormatError, LowrankError, ShapeError
+from lowrank.nn.quant_experts import QuantExperts
+from tests.models.families import make
 from tests.models.helpers import llama, tokens
-from tests.quant.bnb_layers import bnb, dequantized
+from tests.quant.bnb_layers import bnb, dequantized, layer_tensors
 
 transformers = pytest.importorskip("transformers", reason="the oracle; pip install transformers")
 
@@ -320,3 +322,69 @@ def test_a_bad_directory_is_refused_in_one_line(good, tmp_path, damage):
 def test_a_quantizer_beside_a_quantized_directory_is_refused(good):
     with pytest.raises(ConfigError, match="quantizer: expected None for .*bitsandbytes 4-bit"):
         lowrank.load_model(good, quantizer="nf4")
+
+
+def quantized_by_layer(directory, kind, nested) -> dict:
+    """The model of a directory as transformers 4 wrote it: experts and routers are linear layers,
+    each quantized by bitsandbytes. Returns the weights that these stand for.
+    """
+    tensors, found, dense = load_file(directory / SINGLE), {}, {}
+    for name, tensor in tensors.items():
+        if tensor.ndim != 2 or "embed_tokens" in name or "lm_head" in name:
+            found[name] = dense[name] = tensor
+            continue
+        made, weight = layer_tensors(tensor, kind, nested)
+        found |= {name.removesuffix("weight") + key: value for key, value in made.items()}
+        dense[name] = weight
+    save_file(found, directory / SINGLE)
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": kind,
+        "bnb_4bit_use_double_quant": nested,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    return dense
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_experts_that_are_layers_of_bitsandbytes(name, nested, tmp_path):
+    sizes = dict(hidden_size=64, num_key_value_heads=4, head_dim=16)
+    sizes |= dict(num_local_experts=5) if name == "mixtral" else dict(num_experts=5)
+    width = "intermediate_size" if name == "mixtral" else "moe_intermediate_size"
+    oracle = make(name, **sizes, **{width: 128}, num_experts_per_tok=2)
+    directory = tmp_path / name
+    oracle.save_pretrained(directory)
+    dense = quantized_by_layer(directory, "nf4", nested)
+    model = lowrank.load_model(directory)
+    experts = model.model.layers[1].mlp.experts
+    assert isinstance(experts.gate_up_proj, QuantExperts)
+    assert isinstance(experts.down_proj, QuantExperts)
+    (tmp_path / "dense").mkdir()
+    save_file(dense, tmp_path / "dense" / SINGLE)
+    oracle.config.save_pretrained(tmp_path / "dense")
+    ids = tokens(2, 20)
+    theirs = from_pretrained(tmp_path / "dense", attn_implementation="eager")
+    assert_close(model(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
+    planned = lowrank.plan_memory(directory, lowrank.LoRAConfig(r=2), max_length=16)
+    held = sum(p.nbytes for p in model.parameters())
+    kinds = ("packed weights", "scales", "dense weights", "embeddings")
+    assert sum(planned.components[kind] for kind in kinds) == held
+
+    packed = load_file(directory / SINGLE)
+    part = next(n for n in packed if "experts.3" in n and n.endswith("weight"))
+    for key in [key for key in packed if key.startswith(part)]:
+        del packed[key]
+    save_file({**packed, part: dense[part]}, directory / SINGLE)
+    with pytest.raises(FileFormatError, match=r"expected all of its tensors quantized, or none"):
+        lowrank.load_model(directory)
+    save_file(packed, directory / SINGLE)
+    with pytest.raises(FileFormatError, match=r"missing|expected all of its tensors quantized"):
+        lowrank.load_model(directory)
+    wrong, _ = layer_tensors(torch.randn(64, 64), "nf4", nested)
+    start = part.removesuffix("weight")
+    save_file({**packed, **{start + k: v for k, v in wrong.items()}}, directory / SINGLE)
+    with pytest.raises(ShapeError, match=r"experts\.3\..*: expected a weight of \["):
+        lowrank.load_model(directory)

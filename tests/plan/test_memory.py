@@ -167,6 +167,7 @@ def test_a_directory_that_is_quantized_is_planned_as_it_is(quantizer, format, em
     plan = plan_memory(tmp_path / "quantized", QLORA, max_length=32)
     model = ("packed weights", "scales", "dense weights", "embeddings")
     kept = sum(plan.components[name] for name in model)
+    # a config.json of bitsandbytes has no block size
     assert held == kept if format == "lowrank" else abs(held - kept) < 0.03 * held
     with pytest.raises(ConfigError, match="quantizer: expected that of the model, .*; got none"):
         hub = json.loads((tmp_path / "quantized" / "config.json").read_text())
