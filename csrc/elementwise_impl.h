@@ -13,22 +13,6 @@ constexpr int64_t WORTH_ELEMENT_THREADS = 1 << 14;  // elements; below, waking t
 constexpr int NORM_SUMS = 4;    // chains of additions of a row's sum
 constexpr int64_t PART_M = 64;  // rows whose sum is one addend of a weight's gradient
 
-// The first `count` of W elements, the others 0; and back.
-template <class T>
-inline Vec load_part(const T* p, int64_t count) {
-  if (count >= W) return load(p);
-  T rest[W] = {};
-  memcpy(rest, p, size_t(count) * sizeof(T));
-  return load(rest);
-}
-template <class T>
-inline void store_part(T* p, int64_t count, Vec v) {
-  if (count >= W) return store(p, v);
-  T rest[W];
-  store(rest, v);
-  memcpy(p, rest, size_t(count) * sizeof(T));
-}
-
 // The sum of term(h, the elements that are left) over h in steps of W.
 template <class Term>
 inline float sum_over(int64_t H, Term term) {

@@ -18,6 +18,7 @@ constexpr int DEPTH = 256;       // of K, decoded at once
 constexpr int WIDE_M = 512;      // rows of x in one pass over the weight
 constexpr int WIDE_BLOCKS = 24;  // of BLOCK_N rows, decoded at once
 constexpr int DOWN_N = W == 16 ? 8 : 4;  // rows of A that are multiplied together
+static_assert(WIDE_BLOCKS * BLOCK_N % W == 0 && 16 % W == 0, "tiles of W x W are transposed");
 
 // Elements k0 <= k < k0 + length of row n, k0 a multiple of 256; `ahead` bytes on is read next.
 inline void decode_stretch(const CodebookWeight& w, int64_t n, int64_t k0, int64_t length,
@@ -37,13 +38,16 @@ inline void decode_stretch(const CodebookWeight& w, int64_t n, int64_t k0, int64
 // Elements k0 <= k < k0 + 16 of a stripe's `count` rows of x -> [16, STRIPE], zeros beyond x.
 template <class T>
 void lay_stripe(const T* x, int64_t count, int64_t K, int64_t k0, float* to) {
-  float room[STRIPE][16];  // by whole lines: rows of x may be a power of two apart
-  const int64_t length = smaller(16, K - k0);
-  for (int64_t m = 0; m < STRIPE; ++m)
-    for (int64_t k = 0; k < 16; ++k)
-      room[m][k] = m < count && k < length ? to_float(x[m * K + k0 + k]) : 0;
-  for (int64_t k = 0; k < 16; ++k)
-    for (int m = 0; m < STRIPE; ++m) to[k * STRIPE + m] = room[m][k];
+  for (int64_t m = 0; m < STRIPE; m += W) {
+    for (int64_t k = 0; k < 16; k += W) {
+      const int64_t left = K - k0 - k;
+      Vec rows[W];
+      for (int i = 0; i < W; ++i)
+        rows[i] = m + i < count && left > 0 ? load_part(x + (m + i) * K + k0 + k, left) : set1(0);
+      transpose(rows);
+      for (int i = 0; i < W; ++i) store(to + (k + i) * STRIPE + m, rows[i]);
+    }
+  }
 }
 
 // The same of 64 elements after dropout; m is the number of the first row.
@@ -179,12 +183,17 @@ void wide_rows(const WideProduct<T>& p, const Table& shared, int64_t n0, int64_t
       copy_stretch(p.lora->B, p.rank(), n, r0, length, to);
     });
   }
-  for (int64_t m = 0; m < p.M; ++m) {
-    for (int64_t b = 0, n = n0; b < blocks; ++b) {
-      const float* sum = sums_of(m / STRIPE, b) + m % STRIPE;
-      const int64_t end = smaller(n + BLOCK_N, n1);
-      for (; n < end; ++n, sum += STRIPE)
-        from_float(p.bias ? *sum + p.bias[n] : *sum, p.y + m * w.N + n);
+  for (int64_t m0 = 0; m0 < p.M; m0 += W) {
+    for (int64_t n = n0; n < n1; n += W) {
+      const float* sums = sums_of(m0 / STRIPE, 0) + (n - n0) * STRIPE + m0 % STRIPE;
+      Vec rows[W];
+      for (int i = 0; i < W; ++i) rows[i] = load(sums + i * STRIPE);
+      transpose(rows);
+      const int64_t count = smaller(W, p.M - m0);
+      for (int64_t i = 0; i < count; ++i) {
+        const Vec y = p.bias ? add(rows[i], load_part(p.bias + n, n1 - n)) : rows[i];
+        store_part(p.y + (m0 + i) * w.N + n, n1 - n, y);
+      }
     }
   }
 }

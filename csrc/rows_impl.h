@@ -94,6 +94,22 @@ void scatter_row(const float* values, int64_t m, int64_t K, const lowrank_dropou
   }
 }
 
+// The first `count` of W elements, the others 0; and back.
+template <class T>
+inline Vec load_part(const T* p, int64_t count) {
+  if (count >= W) return load(p);
+  T rest[W] = {};
+  memcpy(rest, p, size_t(count) * sizeof(T));
+  return load(rest);
+}
+template <class T>
+inline void store_part(T* p, int64_t count, Vec v) {
+  if (count >= W) return store(p, v);
+  T rest[W];
+  store(rest, v);
+  memcpy(p, rest, size_t(count) * sizeof(T));
+}
+
 // Calls run(a null pointer of the type that `dtype` names).
 template <class Run>
 void with_type(int32_t dtype, Run run) {

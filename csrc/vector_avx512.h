@@ -53,6 +53,38 @@ inline Vec scale_by_power(Vec v, Vec t) {
   return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(v), n));
 }
 inline Vec round_to_even(Vec v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT); }
+// v[i] becomes the elements i of all of v: pairs, fours, then quarters change places.
+inline void transpose(Vec (&v)[W]) {
+  Vec pairs[W], fours[W], halves[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i += 2) {
+    pairs[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      fours[i + 2 * j] = _mm512_shuffle_ps(pairs[i + j], pairs[i + 2 + j], 0x44);
+      fours[i + 2 * j + 1] = _mm512_shuffle_ps(pairs[i + j], pairs[i + 2 + j], 0xEE);
+    }
+  }
+  // fours[4 g + c] is, in its quarter q, elements 4 q + c of rows 4 g to 4 g + 3
+#pragma GCC unroll 16
+  for (int c = 0; c < 4; ++c) {
+    for (int g = 0; g < 2; ++g) {
+      halves[8 * g + c] = _mm512_shuffle_f32x4(fours[8 * g + c], fours[8 * g + 4 + c], 0x88);
+      halves[8 * g + 4 + c] = _mm512_shuffle_f32x4(fours[8 * g + c], fours[8 * g + 4 + c], 0xDD);
+    }
+  }
+#pragma GCC unroll 16
+  for (int c = 0; c < 4; ++c) {
+    v[c] = _mm512_shuffle_f32x4(halves[c], halves[8 + c], 0x88);
+    v[8 + c] = _mm512_shuffle_f32x4(halves[c], halves[8 + c], 0xDD);
+    v[4 + c] = _mm512_shuffle_f32x4(halves[4 + c], halves[12 + c], 0x88);
+    v[12 + c] = _mm512_shuffle_f32x4(halves[4 + c], halves[12 + c], 0xDD);
+  }
+}
+
 inline Vec zero_below(Vec v, Vec x, Vec bound) {
   return _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(x, bound, _CMP_LT_OQ), _mm512_setzero_ps());
 }

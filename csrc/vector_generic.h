@@ -115,6 +115,17 @@ inline void store_codes(uint8_t* to, Bits codes) {
   for (int i = 0; i < W; ++i) to[i] = uint8_t(codes[i]);
 }
 
+// v[i] becomes the elements i of all of v.
+inline void transpose(Vec (&v)[W]) {
+  for (int i = 0; i < W; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float upper = v[j][i];
+      v[j][i] = v[i][j];
+      v[i][j] = upper;
+    }
+  }
+}
+
 inline Vec zero_below(Vec v, Vec x, Vec bound) { return x < bound ? set1(0.0f) : v; }
 
 struct Table {

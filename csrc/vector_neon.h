@@ -49,6 +49,15 @@ struct AbsMax {
 inline Vec scale_by_power(Vec v, Vec t) {
   return vreinterpretq_f32_s32(vaddq_s32(bits_of(v), vshlq_n_s32(vcvtnq_s32_f32(t), 23)));
 }
+// v[i] becomes the elements i of all of v.
+inline void transpose(Vec (&v)[W]) {
+  const float32x4x2_t a = vtrnq_f32(v[0], v[1]), b = vtrnq_f32(v[2], v[3]);
+  v[0] = vcombine_f32(vget_low_f32(a.val[0]), vget_low_f32(b.val[0]));
+  v[1] = vcombine_f32(vget_low_f32(a.val[1]), vget_low_f32(b.val[1]));
+  v[2] = vcombine_f32(vget_high_f32(a.val[0]), vget_high_f32(b.val[0]));
+  v[3] = vcombine_f32(vget_high_f32(a.val[1]), vget_high_f32(b.val[1]));
+}
+
 inline Vec zero_below(Vec v, Vec x, Vec bound) {
   return vbslq_f32(vcltq_f32(x, bound), vdupq_n_f32(0), v);
 }
