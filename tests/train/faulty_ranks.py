@@ -1,6 +1,6 @@
 """One of several processes of a run in which something goes wrong; test_rank_faults.py starts them.
 
-python -m tests.train.faulty_ranks FOLDER SEED RANK SIZE STORE FAULT
+python -m tests.train.faulty_ranks FOLDER SEED RANK SIZE STORE PARALLEL FAULT
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def room() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
-def main(folder: str, seed: str, rank: str, ranks: str, store: str, fault: str) -> None:
+def main(
+    folder: str, seed: str, rank: str, ranks: str, store: str, parallel: str, fault: str
+) -> None:
     out, first, last = Path(folder) / "run", rank == "0", int(rank) == int(ranks) - 1
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(ranks),
@@ -80,7 +82,7 @@ def main(folder: str, seed: str, rank: str, ranks: str, store: str, fault: str) 
         callbacks = [AtStep(7, lambda loop: hooked.__enter__())]
     config = settings(
         out, int(ranks), max_steps=STEPS, save_strategy="steps", save_steps=SAVES, eval_steps=6,
-        resume="auto", **{"ddp_timeout": 60.0, **more},
+        resume="auto", parallel=parallel, **{"ddp_timeout": 60.0, **more},
     )  # fmt: skip
     data = rows(int(seed))
     trainer = Trainer(model, config, data, data[:5], callbacks=callbacks)

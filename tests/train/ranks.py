@@ -167,15 +167,46 @@ def best(case: Case) -> dict:
     return train(model, config, rows(case.seed), rows(case.seed + 1, 5), compute_metrics=metric)
 
 
-def stories(case: Case) -> dict:
-    """stories260K in NF4 on Shakespeare, a letter a token, as its vocabulary has them."""
+def spoken() -> list[dict]:
+    """Shakespeare, a letter a token, as the vocabulary of stories260K has them."""
     data = Path(os.environ["LOWRANK_TEST_DATA"])
     parts = (data / "tinyshakespeare.txt").read_text()[:20_000].split("\n\n")
-    spoken = [{"input_ids": [1, *(3 + byte for byte in part[:100].encode())]} for part in parts]
-    model = lowrank.load_model(data / "stories260K", quantizer="nf4")
+    return [{"input_ids": [1, *(3 + byte for byte in part[:100].encode())]} for part in parts]
+
+
+def real(case: Case, model: nn.Module, data: list[dict], **more) -> dict:
+    """A real model in NF4 on real text, of as many lengths as there are."""
     torch.manual_seed(case.seed)
     lowrank.inject(model, lowrank.LoRAConfig(r=8, target_modules="all-linear"))
-    return train(model, case.settings(learning_rate=1e-3), spoken, spoken[:9])
+    return train(model, case.settings(**{"learning_rate": 1e-3, **more}), data, data[:9])
+
+
+def stories(case: Case, **more) -> dict:
+    """stories260K, by default for 20 steps of the usual kind."""
+    data = Path(os.environ["LOWRANK_TEST_DATA"])
+    model = lowrank.load_model(data / "stories260K", quantizer="nf4")
+    return real(case, model, spoken(), **more)
+
+
+def stories_checkpointed(case: Case) -> dict:
+    return stories(case, gradient_checkpointing=True)
+
+
+def stories_selective(case: Case) -> dict:
+    return stories(case, gradient_checkpointing="selective")
+
+
+def stories_bf16(case: Case) -> dict:
+    """One step of plain gradient descent: what is computed from its result is rounded anew."""
+    more = {"optim": "sgd", "learning_rate": 1.0, "max_steps": 1, "warmup_ratio": 0.0}
+    return {**stories(case, bf16=True, **more), "eval_losses": []}
+
+
+def smollm2(case: Case) -> dict:
+    """SmolLM2-135M, for a few steps; the letters are numbers of tokens like others."""
+    model = lowrank.load_model(os.environ["LOWRANK_SMOLLM2"], quantizer="nf4")
+    data = [{"input_ids": row["input_ids"][:20]} for row in spoken()]
+    return real(case, model, data, max_steps=3)
 
 
 class AtStep(Callback):
@@ -315,11 +346,12 @@ def refused(case: Case) -> dict:
     return {"said": said, "wrote": [path.name for path in case.folder.glob("wrong-*")]}
 
 
-# of a module's fixture; `stories` is by itself
+# of a module's fixture; those of real models are by themselves
 CASES = (
     equal, gradient, frozen_a, best, terminated, stopped, resumed, half, other_half, not_finite,
     short_of_memory, refused, left,
 )  # fmt: skip
+REAL = (stories, stories_checkpointed, stories_selective, stories_bf16, smollm2)
 
 
 def main(
@@ -346,4 +378,4 @@ def write(at: Path, rank: str, found: dict) -> None:
 
 
 if __name__ == "__main__":
-    main((*CASES, stories), None, *sys.argv[1:])
+    main((*CASES, *REAL), None, *sys.argv[1:])

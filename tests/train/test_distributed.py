@@ -34,9 +34,14 @@ def run(folder, seed: int, *names: str, module: str = "tests.train.ranks") -> No
         subprocess.Popen([*words, str(rank), "2", *names], stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
-    for process in processes:
-        _, errors = process.communicate(timeout=600)
-        assert process.returncode == 0, errors
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=600)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            process.kill()  # does nothing to one that has ended
+            process.wait()
 
 
 def outcome(folder, rank: int) -> SimpleNamespace:
@@ -204,13 +209,17 @@ def test_left(two):
 
 
 @pytest.mark.slow
-def test_stories(tmp_path, monkeypatch, data_dir, seed):
-    """Twenty steps of a real model on real text."""
+@pytest.mark.parametrize("name", [case.__name__ for case in ranks.REAL])
+def test_real(name, tmp_path, monkeypatch, data_dir, seed, request):
+    """Twenty steps of a real model on real text, and a few of a larger one."""
     monkeypatch.setenv("LOWRANK_TEST_DATA", str(data_dir))
-    run(tmp_path, seed, "stories")
-    one = SimpleNamespace(**ranks.stories(ranks.Case(tmp_path / "alone", seed)))
-    assert_same([outcome(tmp_path / "stories", rank) for rank in range(2)], one)
-    assert one.losses[-1] < one.losses[0]
+    if name == "smollm2":
+        monkeypatch.setenv("LOWRANK_SMOLLM2", str(request.getfixturevalue("smollm2")))
+    run(tmp_path, seed, name)
+    one = SimpleNamespace(**getattr(ranks, name)(ranks.Case(tmp_path / "alone", seed)))
+    assert_same([outcome(tmp_path / name, rank) for rank in range(2)], one)
+    for _, after in one.eval_losses[1:]:
+        assert after < one.eval_losses[0][1]
 
 
 def test_a_port_that_is_taken(tmp_path, monkeypatch, capsys):

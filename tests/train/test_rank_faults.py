@@ -18,7 +18,9 @@ from .support import metrics_lines
 LOST = "lost the others: one has ended, or has not answered for "
 
 
-def launch(folder, seed: int, fault: str = "none", timeout: float = 120) -> list[tuple[int, str]]:
+def launch(
+    folder, seed: int, parallel: str, fault: str = "none", timeout: float = 120
+) -> list[tuple[int, str]]:
     """Status and words of two processes; whichever has not ended when one has is given that long.
 
     One that has been stopped is killed then.
@@ -29,7 +31,7 @@ def launch(folder, seed: int, fault: str = "none", timeout: float = 120) -> list
     processes, files = [], []
     for rank in range(2):
         files.append((folder / f"{rank}.txt").open("w+"))
-        more = [str(rank), "2", str(store), fault]
+        more = [str(rank), "2", str(store), parallel, fault]
         processes.append(subprocess.Popen([*words, *more], stderr=files[-1], stdout=files[-1]))
     first = processes[0] if fault == "silent" else None
     try:
@@ -61,18 +63,26 @@ def seed_of_all() -> int:
     return int(os.environ.get("LOWRANK_TEST_SEED", 0)) or time.monotonic_ns() % (1 << 31)
 
 
+slow = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", params=["ddp", pytest.param("fsdp", marks=slow)])
+def parallel(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, seed_of_all):
+def whole(tmp_path_factory, seed_of_all, parallel):
     """A run in which nothing goes wrong."""
     folder = tmp_path_factory.mktemp("whole")
-    for status, said in launch(folder, seed_of_all):
+    for status, said in launch(folder, seed_of_all, parallel):
         assert status == 0, said
     return folder
 
 
-def assert_goes_on(folder, whole, seed: int) -> None:
+def assert_goes_on(folder, whole, seed: int, parallel: str) -> None:
     """Started again, the run ends as `whole` did, to the last bit."""
-    for status, said in launch(folder, seed):
+    for status, said in launch(folder, seed, parallel):
         assert status == 0, said
     assert outcome(folder) == outcome(whole)
     first, second = (
@@ -80,9 +90,6 @@ def assert_goes_on(folder, whole, seed: int) -> None:
     )
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], tensor) for name, tensor in second.items())
-
-
-slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
@@ -94,28 +101,28 @@ slow = pytest.mark.slow
         pytest.param("killed while evaluating", 1, marks=slow),
     ],
 )
-def test_killed(fault, killed, tmp_path, whole, seed_of_all):
+def test_killed(fault, killed, tmp_path, whole, seed_of_all, parallel):
     begin = time.monotonic()
-    found = launch(tmp_path, seed_of_all, fault)
+    found = launch(tmp_path, seed_of_all, parallel, fault)
     assert found[killed][0] == -signal.SIGKILL, found[killed][1]
     status, said = found[1 - killed]
     assert status == 1 and f"rank {1 - killed} of 2 has {LOST}60 seconds (ddp_timeout)" in said
     assert time.monotonic() - begin < 60  # its connection has closed
-    assert_goes_on(tmp_path, whole, seed_of_all)
+    assert_goes_on(tmp_path, whole, seed_of_all, parallel)
 
 
-def test_disk_full(tmp_path, whole, seed_of_all):
+def test_disk_full(tmp_path, whole, seed_of_all, parallel):
     """On the rank that writes: it names the file, and both end."""
-    first, second = launch(tmp_path, seed_of_all, "disk full")
+    first, second = launch(tmp_path, seed_of_all, parallel, "disk full")
     assert first[0] == second[0] == 1
     assert "OSError: [Errno 27] File too large: '" in first[1]
     assert f"rank 1 of 2 has {LOST}" in second[1]
-    assert_goes_on(tmp_path, whole, seed_of_all)
+    assert_goes_on(tmp_path, whole, seed_of_all, parallel)
 
 
 @slow
-def test_silent(tmp_path, whole, seed_of_all):
+def test_silent(tmp_path, whole, seed_of_all, parallel):
     """One that neither goes on nor ends is waited for as long as was said."""
-    (status, said), _ = launch(tmp_path, seed_of_all, "silent", timeout=60)
+    (status, said), _ = launch(tmp_path, seed_of_all, parallel, "silent", timeout=60)
     assert status == 1 and f"rank 0 of 2 has {LOST}5 seconds" in said
-    assert_goes_on(tmp_path, whole, seed_of_all)
+    assert_goes_on(tmp_path, whole, seed_of_all, parallel)
