@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lowrank import ops
-from lowrank.ops import reference
+from lowrank.ops import few_rows, reference
+
+_FEW = 1 << 15  # elements; up to there asking for an operator takes longer than two calls
 
 # What `ops.gated` calls the activations of config.json. Three names are GELU by the hyperbolic
 # tangent, written down by three people.   Hendrycks & Gimpel, arXiv:1606.08415.
@@ -36,6 +38,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            y = few_rows.rms_norm(x, self.weight, self.eps, self.plus_one)
+            if y is not None:
+                return y
         return ops.rms_norm(x, self.weight, self.eps, self.plus_one)
 
     def extra_repr(self) -> str:
@@ -59,4 +65,8 @@ def activate(activation: str, x: Tensor) -> Tensor:
 
 def gated(activation: str, gate: Tensor, up: Tensor) -> Tensor:
     """act(gate) * up.   Shazeer, arXiv:2002.05202, eq. 6."""
+    few = gate.dtype == torch.float32 and gate.numel() < _FEW
+    # not without gradients alone: what is computed again for one has to have the same bits
+    if few and not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        return activate(activation, gate).mul_(up)
     return ops.gated(gate, up, ACTIVATIONS[activation])

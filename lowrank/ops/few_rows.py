@@ -1,4 +1,4 @@
-"""codebook_linear of a few rows of x on a CPU, over a weight that was looked at once.
+"""codebook_linear of a few rows of x on a CPU, over a weight that was looked at once; and norms.
 
 A row of x and a layer of a small model take 20 us, and asking whether the kernel can have them
 takes as long again: a model asks 200 times for each token that it writes. What there is to ask of a
@@ -96,6 +96,30 @@ class FewRows:
         )  # fmt: skip
         native.check(status, "codebook_linear")
         return y
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor | None:
+    """`ops.rms_norm` of a few rows of x [..., H], in half of the time that asking takes there.
+
+    None where x has more rows, a gradient may be asked for, or somebody has to see the call.
+    """
+    H, code, of_weight = weight.numel(), *map(native.DTYPES.get, (x.dtype, weight.dtype))
+    if torch.is_grad_enabled() or code is None or of_weight is None:
+        return None
+    if weight.dim() != 1 or x.shape[-1:] != weight.shape or not 0 < x.numel() <= MOST_ROWS * H:
+        return None
+    if has_to_be_seen(x, weight):
+        return None
+    library, M = native.load_cpu(), x.numel() // H
+    if isinstance(library, str):
+        return None
+    y, rstd = torch.empty_like(x), x.new_empty(M, dtype=torch.float32)
+    status = library.lowrank_rms_norm(
+        x.data_ptr(), code, M, H, weight.data_ptr(), of_weight, plus_one, eps, y.data_ptr(),
+        rstd.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    native.check(status, "rms_norm")
+    return y
 
 
 def has_to_be_seen(*tensors: Tensor) -> bool:

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowrank
 from lowrank import ops
+from lowrank.ops import few_rows
 from lowrank.ops.few_rows import FewRows
 
 pytestmark = pytest.mark.skipif(
@@ -52,6 +53,37 @@ def test_the_same_bits_as_the_operator(scheme, dtype):
         x = torch.randn(2, K).to(dtype)
         assert torch.equal(few(made).product(x, bias), slow(made, x, bias))
         assert torch.equal(made(x), slow(made, x, made.bias.to(dtype)))
+
+
+@pytest.mark.parametrize("plus_one", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_a_norm_of_the_same_bits_as_the_operators(dtype, plus_one):
+    for H, shape in ((1, (1,)), (63, (1, 1)), (576, (2, 8)), (20, (16,))):
+        x, weight = torch.randn(*shape, H).to(dtype), torch.randn(H)
+        for w in (weight, weight.to(dtype)):
+            y = few_rows.rms_norm(x, w, 1e-5, plus_one)
+            assert y.dtype == dtype
+            assert torch.equal(y, torch.ops.lowrank.rms_norm(x, w, 1e-5, plus_one)[0])
+
+
+@torch.no_grad()
+def test_no_norm_where_somebody_has_to_see_it_or_refuse_it():
+    x, weight = torch.randn(2, 63), torch.ones(63)
+    assert few_rows.rms_norm(x, weight, 1e-5, False) is not None
+    for other in (
+        torch.randn(17, 63), torch.randn(0, 63), torch.randn(2, 62), torch.tensor(1.0),
+        torch.randn(63, 2).T, x.double(), x.to("meta"), x.int(),
+    ):  # fmt: skip
+        assert few_rows.rms_norm(other, weight, 1e-5, False) is None
+    for other in (torch.ones(1, 63), torch.ones(126)[::2], weight.double(), weight.to("meta")):
+        assert few_rows.rms_norm(x, other, 1e-5, False) is None
+    with torch.enable_grad():
+        assert few_rows.rms_norm(x, weight, 1e-5, False) is None
+    with ops.use_backend("reference"):
+        assert few_rows.rms_norm(x, weight, 1e-5, False) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert few_rows.rms_norm(x, weight, 1e-5, False) is None
 
 
 class Seen(TorchDispatchMode):
