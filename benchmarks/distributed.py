@@ -15,13 +15,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.distributed_worker import LENGTH, ROWS, SIDES, SIZES
+import lowrank
+from benchmarks.distributed_worker import LENGTH, RANK, ROWS, SIDES, SIZES, VOCABULARY
 from benchmarks.harness import spread
+from benchmarks.memory import random_model
 from benchmarks.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 RANKS = 2
 WARM_UP = 1
+HELD = ("packed weights", "scales", "dense weights", "embeddings", "adapters", "optimizer")
+PLANNED = {"lowrank, one process": 1, "lowrank, FSDP2": RANKS}  # how many devices share
 CLOSE = 1e-5
 
 
@@ -35,7 +39,21 @@ def run(settings: Settings) -> list[dict]:
         if package == "lowrank" or package in settings.against:
             answers[side] = train(side, max(settings.steps, WARM_UP + 2))
             settings.tell(f"distributed: {side}: {answers[side]['seconds'][-1]:.1f} s a step")
-    return rows_of(case, answers)
+    rows = rows_of(case, answers)
+    for row in rows:
+        if row["contender"] in PLANNED:
+            row["planned_bytes"] = planned(PLANNED[row["contender"]])
+    return rows
+
+
+def planned(devices: int) -> int:
+    """Bytes that `lowrank.plan_memory` has each of so many devices hold between steps."""
+    lora = lowrank.LoRAConfig(r=RANK, target_modules="all-linear")
+    config = random_model(*SIZES, VOCABULARY, tied=False)
+    plan = lowrank.plan_memory(
+        config, lora, quantizer="nf4", max_length=LENGTH, device="cpu", devices=devices
+    )
+    return sum(plan.components[name] for name in HELD)
 
 
 def train(side: str, steps: int) -> dict:
@@ -77,6 +95,7 @@ def rows_of(case: str, answers: dict[str, dict]) -> list[dict]:
             "rest_bytes": held["rest"],
             "adapter_bytes": held["adapters"],
             "state_bytes": answer["state"],
+            "held_bytes": sum(held.values()) + answer["state"],
             "block_share": held["blocks"] / baseline["held"]["blocks"],
             "last_loss": answer["losses"][-1],
         }

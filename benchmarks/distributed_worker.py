@@ -15,8 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,6 +24,7 @@ from benchmarks.memory import random_model
 from lowrank.models.decoder import Decoder
 from lowrank.models.parallel import tensor_parallel
 from lowrank.train.distributed import Ranks
+from lowrank.train.sharding import shard
 
 ROWS, LENGTH, VOCABULARY, RANK, LR = 4, 128, 8000, 16, 1e-3
 SIZES = (1024, 4)  # hidden size, layers: torchao's tensor is cut in halves at these
@@ -144,12 +144,6 @@ def torchao() -> Decoder:
     return with_peer(Linear)
 
 
-def shard(model: Decoder, mesh: DeviceMesh) -> None:
-    for block in model.body.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-
-
 SIDES: dict[str, tuple[Callable[[], Decoder], str]] = {
     "lowrank, one process": (ours, "one"),
     "lowrank, DDP": (ours, "ddp"),
@@ -210,12 +204,11 @@ def main(side: str, rank: str, ranks: str, folder: str, steps: str) -> None:
         "gloo", init_method=f"file://{folder}/store", rank=int(rank), world_size=size,
         timeout=timedelta(seconds=300),
     )  # fmt: skip
-    mesh = init_device_mesh("cpu", (size,))
     model = made()
     if way == "fsdp":
-        shard(model, mesh)
+        shard(model)
     elif way == "tp":
-        tensor_parallel(model, mesh)
+        tensor_parallel(model, init_device_mesh("cpu", (size,)))
     held = held_bytes(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LR)
@@ -224,18 +217,17 @@ def main(side: str, rank: str, ranks: str, folder: str, steps: str) -> None:
     seconds, losses, sent = [], [], Sent(size)
     for _ in range(int(steps)):
         ids = torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=generator)
-        labels, share = ids[:, 1:], 1.0
+        labels = ids[:, 1:]
         if way in ("ddp", "fsdp"):
             rows = slice(int(rank) * ROWS // size, (int(rank) + 1) * ROWS // size)
             ids, labels = ids[rows], labels[rows]
-            share = 1.0 if way == "ddp" else size  # FSDP takes the mean over the ranks
         begin = time.perf_counter()
         sent = Sent(size)
         with sent:
             logits = model(ids)[:, :-1].flatten(0, 1)
             loss = nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum")
             loss = loss / (ROWS * (LENGTH - 1))
-            (loss * share).backward()
+            loss.backward()
             if together is not None:
                 together.sum_gradients(trained)
             optimizer.step()

@@ -59,6 +59,8 @@ DISTRIBUTED_COLUMNS = (
     "table and head MB",
     "adapters MB",
     "optimizer MB",
+    "held MB",
+    "planned MB",
     "last loss",
 )
 
@@ -227,6 +229,8 @@ def _distributed_cells(row: dict) -> list[str]:
         megabytes(row["rest_bytes"]),
         megabytes(row["adapter_bytes"]),
         megabytes(row["state_bytes"]),
+        megabytes(row["held_bytes"]),
+        megabytes(row["planned_bytes"]) if "planned_bytes" in row else "",
         f"{row['last_loss']:.4f}",
     ]
 

@@ -258,9 +258,11 @@ def _named(quantizer: Quantizer | None) -> str:
 
 
 def _gathered(model: nn.Module, layers: int) -> int:
-    """Bytes of the two blocks, or the embedding, that are whole on every device at a time."""
-    blocks = [sum(p.nbytes for p in b.parameters()) for b in models.blocks(model, layers)]
-    return 2 * max(blocks)
+    """Bytes that are whole on every device at a time: two blocks, and what is outside of blocks."""
+    blocks = [list(block.parameters()) for block in models.blocks(model, layers)]
+    inside = {id(p) for block in blocks for p in block}
+    outside = sum(p.nbytes for p in model.parameters() if id(p) not in inside)
+    return outside + 2 * max(sum(p.nbytes for p in block) for block in blocks)
 
 
 def _largest(model: nn.Module, dtype: torch.dtype) -> int:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -231,7 +232,33 @@ def refused(seed: int, mesh: DeviceMesh) -> tuple[dict, dict]:
     return {}, {"said": said, "changed": changed}
 
 
+def both_ways(seed: int, _: DeviceMesh) -> tuple[dict, dict]:
+    """Two pairs of four processes: each pair shares every weight, and its halves by FSDP2."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "weights"))
+    torch.manual_seed(seed)
+    layers = (nn.Linear(64, 192), nn.SiLU(), nn.Linear(192, 66), nn.SiLU())
+    alone: nn.Module = nn.Sequential(*layers)
+    lowrank.quantize(alone, lowrank.quant.get("nf4", block_size=32))
+    lowrank.inject(alone, lowrank.LoRAConfig(r=4, target_modules="all-linear"))
+    for name, p in alone.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.1)
+    cut, x = copy.deepcopy(alone), torch.randn(4, 64)
+    held = local_bytes(cut)
+    parallelize_module(cut, mesh["weights"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    fully_shard(cut, mesh=mesh["data"])
+    rows = x.chunk(2)[mesh["data"].get_local_rank()]
+    tensors = {}
+    for way, model, some in (("one", alone, x), ("two", cut, rows)):
+        model(some).square().mean().backward()
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                tensors[f"{way}/{name}"] = whole(p.grad).contiguous()
+    return tensors, {"bytes": [held, local_bytes(cut)]}
+
+
 CASES = {case.__name__: case for case in (layers, stories, refused)}
+CASES_OF_FOUR = {both_ways.__name__: both_ways}
 
 
 def main(folder: str, seed: str, rank: str, ranks: str, *names: str) -> None:
@@ -241,7 +268,7 @@ def main(folder: str, seed: str, rank: str, ranks: str, *names: str) -> None:
     )  # fmt: skip
     mesh = init_device_mesh("cpu", (int(ranks),))
     for name in names:
-        tensors, numbers = CASES[name](int(seed), mesh)
+        tensors, numbers = (CASES | CASES_OF_FOUR)[name](int(seed), mesh)
         at = Path(folder) / name
         if tensors:
             write_safetensors(at.with_suffix(f".{rank}.safetensors"), tensors)

@@ -20,31 +20,38 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """{case: (the first rank's tensors, each rank's numbers)}"""
-    folder = tmp_path_factory.mktemp("parallel")
+    """{case: (the first rank's tensors, each rank's numbers)} of two processes."""
+    return run(tmp_path_factory.mktemp("parallel"), 2, ranks.CASES)
+
+
+def run(folder, count: int, cases) -> dict:
     seed = int(os.environ.get("LOWRANK_TEST_SEED", 0)) or random.SystemRandom().randrange(1, 2**31)
     words = [sys.executable, "-W", "error", "-m", "tests.models.parallel_ranks", str(folder)]
     processes = [
         subprocess.Popen(
-            [*words, str(seed), str(rank), "2", *ranks.CASES], stderr=subprocess.PIPE, text=True
+            [*words, str(seed), str(rank), str(count), *cases], stderr=subprocess.PIPE, text=True
         )
-        for rank in range(2)
+        for rank in range(count)
     ]
     errors = [process.communicate(timeout=600)[1] for process in processes]
     codes = [process.returncode for process in processes]
-    assert codes == [0, 0], f"LOWRANK_TEST_SEED={seed}: {errors[0]} {errors[1]}"
+    assert codes == [0] * count, f"LOWRANK_TEST_SEED={seed}: {' '.join(errors)}"
 
     def read(case: str) -> tuple[dict, list]:
-        numbers = [json.loads((folder / f"{case}.{rank}.json").read_text()) for rank in range(2)]
-        tensors = [folder / f"{case}.{rank}.safetensors" for rank in range(2)]
+        paths = [folder / f"{case}.{rank}.json" for rank in range(count)]
+        numbers = [json.loads(path.read_text()) for path in paths]
+        tensors = [folder / f"{case}.{rank}.safetensors" for rank in range(count)]
         if not tensors[0].exists():
             return {}, numbers
-        both = [load_safetensors(path) for path in tensors]
-        cut = [{k: t for k, t in one.items() if "two" in k.split("/")} for one in both]
-        torch.testing.assert_close(cut[0], cut[1], rtol=0, atol=0)  # whole on either rank
-        return both[0], numbers
+        first, *others = [load_safetensors(path) for path in tensors]
+        for other in others:  # whole on each rank
+            cut = [
+                {k: t for k, t in one.items() if "two" in k.split("/")} for one in (first, other)
+            ]
+            torch.testing.assert_close(cut[0], cut[1], rtol=0, atol=0)
+        return first, numbers
 
-    return {case: read(case) for case in ranks.CASES}
+    return {case: read(case) for case in cases}
 
 
 @pytest.mark.parametrize("style", ranks.STYLES)
@@ -133,3 +140,18 @@ def test_what_cannot_be_cut_is_refused(found):
             assert said[name] is not None and words in said[name], name
             assert "\n" not in said[name]
         assert numbers["changed"] == []
+
+
+@pytest.mark.slow
+def test_with_fsdp2_over_another_dimension(tmp_path):
+    tensors, numbers = run(tmp_path, 4, ranks.CASES_OF_FOUR)["both_ways"]
+    names = [name for name in tensors if name.startswith("one/")]
+    assert len(names) == 4
+    for name in names:
+        expected = tensors[name]
+        scale = expected.abs().max().item()
+        close = {"rtol": 1e-5, "atol": 1e-6 * max(1.0, scale)}
+        torch.testing.assert_close(tensors[name.replace("one/", "two/")], expected, **close)
+    for of_rank in numbers:
+        whole, held = of_rank["bytes"]
+        assert held < 0.45 * whole  # what is whole in one dimension halves in the other

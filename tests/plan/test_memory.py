@@ -91,7 +91,9 @@ def test_devices_share_all_but_activations():
     for name in ("packed weights", "scales", "embeddings", "adapters", "optimizer"):
         assert four.components[name] == pytest.approx(one.components[name] / 4, abs=1)
     assert four.components["activations"] == one.components["activations"]
-    assert four.components["workspace"] > one.components["workspace"]
+    # whole on each are two blocks, and what is outside of blocks: the table and the head
+    more = four.components["workspace"] - one.components["workspace"]
+    assert more > one.components["embeddings"] + one.components["packed weights"] / 32
 
 
 def test_more_of_anything_takes_more():

@@ -42,3 +42,30 @@ def test_the_table_is_what_is_computed():
                 gradient_checkpointing=True,
             )
             assert round(plan.peak / 2**30, 1) == found, (method, length, sizes)
+
+
+@pytest.mark.slow
+def test_two_cards_of_24_gb():
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| (.*) \|$", PAGE.read_text("utf-8"), re.MULTILINE)
+    assert len(rows) == 4
+    config = {"vocab_size": 32000, **dict(zip(NAMES, SIZES["70B"], strict=True))}
+    parts = (
+        ("packed weights", "scales"), ("dense weights", "embeddings"),
+        ("adapters", "gradients", "optimizer"), ("activations", "logits"), ("workspace",),
+        ("runtime",),
+    )  # fmt: skip
+    for rank, length, cells in rows:
+        plan = plan_memory(
+            {**config, "max_position_embeddings": 4096},
+            lowrank.LoRAConfig(r=int(rank), target_modules="all-linear"),
+            quantizer="nf4",
+            dtype=torch.bfloat16,
+            per_device_train_batch_size=1,
+            max_length=int(length),
+            gradient_checkpointing=True,
+            optim="adamw_8bit",
+            devices=2,
+        )
+        sums = [sum(plan.components[name] for name in part) for part in parts]
+        expected = [round(count / 2**30, 1) for count in (*sums, plan.peak)]
+        assert [float(cell) for cell in cells.split(" | ")] == expected, (rank, length)
