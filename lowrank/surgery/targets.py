@@ -25,6 +25,7 @@ from .presets import default_targets, strategy_targets
 ADAPTED = (AdaptedLayer, AdaptedModule)
 _WHOLE = (nn.Linear, QuantLinear, *ADAPTED)  # walk does not look into these
 CONDENSE_FROM = 20  # names, from which PEFT shortens the list
+_MOST = 400  # characters of a list that a message shows
 
 
 def check_model(model: nn.Module) -> None:
@@ -153,6 +154,8 @@ def _find_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
         chosen = [(n, m) for m, n in modules.items() if matches(n, wanted)]
     if not chosen:
         what = f"target_modules={config.target_modules!r}"
+        if len(what) > _MOST:  # an adapter's file may name every layer of a large model
+            what = f"{what[:_MOST]}…, {len(config.target_modules)} of them,"
         raise TargetError(nothing(what, [] if strategy else wanted, _linears(modules)))
     chosen = [(n, m) for n, m in chosen if _in_layers(n, config)]
     if not chosen:

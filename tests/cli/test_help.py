@@ -65,7 +65,8 @@ def test_examples_work_as_pasted(run, folder, monkeypatch, name):
             monkeypatch.setattr(sys, "stdin", io.StringIO(text))
             del words[at : at + 2]
         # one step tells; and the tiny model's rows are no multiple of 64, as bitsandbytes asks
-        words += {"train": ["--max-steps", "1"], "sweep": ["--max-steps", "1"]}.get(name, [])
+        words += ["--max-steps", "1"] if name in ("train", "sweep") else []
+        words += ["--no-refine", "--longer", "1"] if name == "sweep" else []
         words += ["--block-size", "32"] if "bitsandbytes" in words else []
         outcome = run(*words)
         answers = (0, 1) if "--card" in words else (0,)

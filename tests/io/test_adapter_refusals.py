@@ -216,3 +216,17 @@ lowrank.save_adapter(model, {str(directory)!r})
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9
     assert all((directory / f).read_bytes() == content for f, content in before.items())
     lowrank.load_adapter(base, directory)
+
+
+def test_a_long_list_of_names_is_shown_short(tmp_path):
+    """As the file of an adapter of another, larger model has it."""
+    names = [f"projection_{i}_of_queries" for i in range(96)]
+    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in names})
+    config = lowrank.LoRAConfig(r=1, target_modules=names)
+    lowrank.save_adapter(lowrank.inject(model, config), tmp_path)
+    place = tmp_path / "adapter_config.json"  # which may also have a shorter list
+    place.write_text(json.dumps({**json.loads(place.read_text()), "target_modules": names}))
+    with pytest.raises(FileFormatError) as caught:
+        lowrank.load_adapter(nn.Sequential(nn.Linear(4, 4)), tmp_path)
+    assert "matches nothing in the model" in str(caught.value)
+    assert len(str(caught.value)) < 700 + len(str(tmp_path))
