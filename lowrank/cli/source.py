@@ -71,8 +71,8 @@ class Source:
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
 
-    def load(self) -> nn.Module:
-        """The model, its linear weights quantized as they stream in."""
+    def load(self, sharded: bool = False) -> nn.Module:
+        """The model, its linear weights quantized as they stream in, or as ranks read their own."""
         return lowrank.load_model(
             self.model,
             quantizer=self.make_quantizer(),
@@ -80,6 +80,7 @@ class Source:
             dtype=self.torch_dtype,
             device=self.device,
             weights_budget=self.weights_budget,
+            sharded=sharded,
             revision=self.model_revision,
         )
 

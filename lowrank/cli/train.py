@@ -84,7 +84,10 @@ def prepared(
     train_data: Any = load_examples(source.data, field)
     eval_data = None if source.eval_data is None else load_examples(source.eval_data, field)
 
-    model, tokenizer = source.load(), source.load_tokenizer()
+    # adapters that begin with what the weights are need them
+    begin_alone = not (lora.starts_from_weight or lora.use_dora or lora.init_lora_weights == "eva")
+    model = source.load(sharded=config.parallel == "fsdp" and begin_alone)
+    tokenizer = source.load_tokenizer()
     torch.manual_seed(config.seed)  # of the adapter's first values; the Trainer seeds the rest
     weights = source.open_weights() if lora.starts_from_weight else None
     lowrank.inject(model, lora, weights=weights)

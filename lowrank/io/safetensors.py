@@ -91,18 +91,25 @@ class SafetensorsFile:
         if end != size:
             raise FileFormatError(f"{self.path}: expected {end} bytes; got {size}; fetch it again")
 
-    def read(self, name: str, empty: Empty = empty_bytes) -> Tensor:
-        """The tensor, in the dtype of the file and memory from `empty`."""
-        entry = self.entries[name]
-        raw = empty(entry.end - entry.start)
+    def read(
+        self, name: str, empty: Empty = empty_bytes, rows: tuple[int, int] | None = None
+    ) -> Tensor:
+        """The tensor, or those rows [first, last) of it, in the dtype of the file and memory from
+        `empty`.
+        """
+        entry, start, shape = self.entries[name], 0, self.entries[name].shape
+        if rows is not None:
+            start, shape = rows[0], (rows[1] - rows[0], *shape[1:])
+        row = math.prod(shape[1:]) * entry.dtype.itemsize
+        raw = empty(math.prod(shape) * entry.dtype.itemsize)
         with open(self.path, "rb", buffering=0) as file:
-            file.seek(entry.start)
+            file.seek(entry.start + start * row)
             view, filled = memoryview(raw.numpy()), 0
             while filled < len(view) and (n := file.readinto(view[filled:])):
                 filled += n
         if filled != len(view):
             raise FileFormatError(f"{self.path}: {name} ends early; the file has changed")
-        return raw.view(entry.dtype).view(entry.shape)
+        return raw.view(entry.dtype).view(shape)
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,10 @@ class Shards:
         """The tensor, in the dtype of the file and memory from `empty`."""
         return self._file_of[name].read(name, empty)
 
+    def read_rows(self, name: str, first: int, last: int) -> Tensor:
+        """Those rows of it, and nothing else of the file."""
+        return self._file_of[name].read(name, rows=(first, last))
+
     def blank(self, name: str) -> Tensor:
         """A tensor of that dtype and shape on the meta device."""
         entry = self._file_of[name].entries[name]

@@ -26,6 +26,7 @@ from lowrank.ops import linear_cross_entropy
 
 if TYPE_CHECKING:
     from lowrank.models.placement import Placement
+    from lowrank.models.sharded import Unread
 
 IGNORE = -100  # a label that asks for nothing
 _CHUNK_ROWS = 256  # rows of logits alive at once where the head is not a frozen nn.Linear
@@ -66,6 +67,7 @@ class Decoder(Part):
         self.name_or_path: str | None = None
         self.gradient_checkpointing: bool | str = False
         self.placement: Placement | None = None
+        self.unread: Unread | None = None  # of a model whose weights are still to be read
         self.have(body=Body(config))
         H, V = config.hidden_size, config.vocab_size
         self.lm_head = nn.Linear(H, V, bias=config.family.head_bias)

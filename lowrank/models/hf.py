@@ -40,6 +40,12 @@ class FamilyShards(Shards):
         tensor = super().read(self._stored[name], empty)
         return tensor.T.contiguous() if name in self._turned else tensor
 
+    def read_rows(self, name: str, first: int, last: int) -> Tensor:
+        """Those rows of it; of one that is transposed all is read."""
+        if name in self._turned:
+            return self.read(name)[first:last].contiguous()
+        return super().read_rows(self._stored[name], first, last)
+
     def blank(self, name: str) -> Tensor:
         """A tensor of that dtype and shape on the meta device."""
         tensor = super().blank(self._stored[name])

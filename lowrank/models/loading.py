@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from dataclasses import replace
 from functools import partial
@@ -36,7 +37,7 @@ from lowrank.models.expert_files import Gathered, in_files
 from lowrank.models.experts import Experts, Router
 from lowrank.models.gguf import GGUFModel
 from lowrank.models.hf import HFDirectory, open_directory
-from lowrank.models.named import Weights, check_tensors
+from lowrank.models.named import Weights, check_layers, check_tensors
 from lowrank.models.origin import Origin, origin_of
 from lowrank.nn.quant_embedding import QuantEmbedding
 from lowrank.nn.quant_experts import QuantExperts, replace_parameter
@@ -47,6 +48,8 @@ from lowrank.progress import bar
 from lowrank.quant import Quantizer, Storage, bitsandbytes, familiar, quantizer_of
 from lowrank.surgery.quantize import names_to_skip
 from lowrank.surgery.targets import check_each_matches, matches
+
+logger = logging.getLogger("lowrank.models")
 
 
 def load_model(
@@ -59,6 +62,7 @@ def load_model(
     embeddings: bool = False,
     compute_dtype: torch.dtype | None = None,
     weights_budget: int | None = None,
+    sharded: bool = False,
     revision: str | None = None,
     token: str | None = None,
     load_in_4bit: bool = False,
@@ -80,8 +84,10 @@ def load_model(
     model and twice the largest tensor. `compute_dtype` is that of QuantLinear.
 
     With a `weights_budget`, bytes of weights that may lie on the device, the blocks beyond it wait
-    in host memory, frozen, and each comes while the one before it computes. From `load_in_4bit`
-    on, the arguments are the tutorials' words for a quantizer and compute_dtype. Raises ConfigError
+    in host memory, frozen, and each comes while the one before it computes. A `sharded` model has
+    no weights yet: a Trainer of parallel="fsdp", or `lowrank.train.shard`, has each process read
+    and quantize rows of its own, where the quantizer is row_local. From `load_in_4bit` on, the
+    arguments are the tutorials' words for a quantizer and compute_dtype. Raises ConfigError
     for what is no known model, FileFormatError for damaged files and for tensors that
     are missing, unexpected or misshaped, WeightError for a NaN in what is to be quantized.
     """
@@ -102,7 +108,7 @@ def load_model(
     origin = origin_of(source, revision, token)
     weights: Weights = _open(origin, HFDirectory, token)
     source = origin.model
-    _check_layers(weights, source)
+    check_layers(weights, source)
     with torch.device("meta"):
         model = Decoder(weights.config)
     quantized = quantized_modules(weights.shapes)
@@ -124,31 +130,39 @@ def load_model(
 
     gathered: dict[str, Gathered] = {}  # experts that are not all there yet
 
-    def put(holder: Holder, tensors: dict[str, Tensor]) -> None:
+    def make(
+        holder: Holder, tensors: dict[str, Tensor]
+    ) -> QuantWeight | nn.Parameter | dict[str, Tensor] | None:
         name, module = holder.name, holder.module
-        tensors = {leaf: tensor.to(device) for leaf, tensor in tensors.items()}
         part, rows = holder.packed(quantized), None
         if part is not None and (part != name or isinstance(module, Router)):
             rows = _stored(holder, tensors, part, source)
         if isinstance(module, Router) and rows is not None:
             tensors = {"weight": quantizer_of(rows).dequantize(rows, dtype)}
         if name in quantized and rows is None:
-            layer = _prequantized(holder, tensors, dtype, compute_dtype, source)
-        elif isinstance(module, Experts):
+            return _prequantized(holder, tensors, dtype, compute_dtype, source)
+        if isinstance(module, Experts):
             if name not in gathered:
                 shape = tuple(module.get_parameter(*holder.files).shape)
                 by = quantizer if name in to_quantize else None
                 gathered[name] = Gathered(shape, by, dtype, compute_dtype)
             rows = next(iter(tensors.values())) if rows is None else rows
             layer = _with_rows(gathered[name], rows, name)
-            if layer is None:
-                return
-            del gathered[name]
-        elif name in to_quantize:
-            layer = _quantized(holder, tensors, quantizer, dtype, compute_dtype)
-        else:
-            for leaf, tensor in tensors.items():
-                setattr(module, leaf, nn.Parameter(tensor.to(home, dtype)))
+            if layer is not None:
+                del gathered[name]
+            return layer
+        if name in to_quantize:
+            return _quantized(holder, tensors, quantizer, dtype, compute_dtype)
+        return {leaf: tensor.to(dtype) for leaf, tensor in tensors.items()}
+
+    def put(holder: Holder, tensors: dict[str, Tensor]) -> None:
+        name, module = holder.name, holder.module
+        layer = make(holder, {leaf: tensor.to(where) for leaf, tensor in tensors.items()})
+        if isinstance(layer, dict):
+            for leaf, tensor in layer.items():
+                setattr(module, leaf, nn.Parameter(tensor.to(home)))
+            return
+        if layer is None:
             return
         for tensor in [layer] if isinstance(layer, nn.Parameter) else layer.parameters():
             tensor.data = tensor.data.to(home)
@@ -158,9 +172,30 @@ def load_model(
         else:
             setattr(model.get_submodule(parent), child, layer)
 
-    home = device if weights_budget is None else "cpu"  # and what is quantized is so on the device
+    if sharded and weights_budget is not None:
+        raise ConfigError("sharded: expected no weights_budget beside it; leave one out")
+    mixed = quantized or weights.config.mixture is not None
+    if sharded and (mixed or isinstance(weights, GGUFModel)):
+        logger.warning("%s: has no dense safetensors, or experts: every process reads all", source)
+        sharded = False
+    where = "meta" if sharded else device
+    home = where if weights_budget is None else "cpu"  # and what is quantized is so on the device
     read = partial(_read, weights, quantized, to_quantize, Reused(), source)
-    read_ahead(bar(f"loading {Path(source).name}", holders), read, put)
+    if sharded:
+        from lowrank.models.sharded import Unread
+
+        assert isinstance(weights, HFDirectory)
+        for holder in holders:
+            put(holder, {leaf: weights.blank(name) for leaf, name in holder.files.items()})
+        parts = {h.name for h in holders if h.name not in to_quantize}
+        parts |= to_quantize if getattr(quantizer, "row_local", False) else set()
+        if together := len(to_quantize - parts):
+            logger.warning("%d weights are read whole: rows are quantized together", together)
+        model.tie_weights(compute_dtype)
+        rows = weights.read_rows
+        model.unread = Unread(model, holders, make, read, rows, parts, torch.device(device))
+    else:
+        read_ahead(bar(f"loading {Path(source).name}", holders), read, put)
     model.tie_weights(compute_dtype)
     model.name_or_path = str(source)
     if weights_budget is not None:
@@ -335,16 +370,6 @@ def _read(
         if not tensor.is_floating_point():
             raise FileFormatError(f"{source}: {name}: expected floats; got {tensor.dtype}")
     return tensors
-
-
-def _check_layers(weights: Weights, source: str | Path) -> None:
-    # before a decoder is made: a damaged number of layers would take for ever
-    config = weights.config
-    last = f"{config.family.path('body', 'blocks')}.{config.num_hidden_layers - 1}."
-    if not any(name.startswith(last) for name in weights.shapes):
-        raise FileFormatError(
-            f"{source}: missing tensors: {last}*, of the last layer by the config"
-        )
 
 
 def _check_quantized(

@@ -81,3 +81,14 @@ def _check_tied(model: Decoder, weights: Weights, source: str | Path) -> None:
             f"{source}: {head}: expected the embedding again, as config.json says "
             "tie_word_embeddings; got another; set that to false if the head is its own"
         )
+
+
+def check_layers(weights: Weights, source: str | Path) -> None:
+    """FileFormatError unless the last layer of the config is there."""
+    # before a decoder is made: a damaged number of layers would take for ever
+    config = weights.config
+    last = f"{config.family.path('body', 'blocks')}.{config.num_hidden_layers - 1}."
+    if not any(name.startswith(last) for name in weights.shapes):
+        raise FileFormatError(
+            f"{source}: missing tensors: {last}*, of the last layer by the config"
+        )

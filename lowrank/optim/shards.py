@@ -39,6 +39,16 @@ def share(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor
 
 
+def bounds(rows: int, like: Tensor) -> tuple[int, int]:
+    """Which of so many rows this process has of what is cut as `like` is: from, and up to."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sizes, starts = compute_local_shape_and_global_offset(
+        (rows,), like.device_mesh, like.placements
+    )
+    return min(starts[0], rows), min(starts[0] + sizes[0], rows)
+
+
 def sharded(local: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
     """The tensor of that `shape`, cut as `like` is, of which this process has `local`."""
     if not is_sharded(like):

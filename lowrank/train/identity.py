@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lowrank.data import TokenizedExamples
 from lowrank.io.adapter_config import config_of
+from lowrank.optim.shards import is_sharded, local, sharded, whole
 from lowrank.surgery.targets import adapted_layers
 from lowrank.train.config import TrainConfig
 from lowrank.train.weights import trained_adapters
@@ -101,7 +102,7 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
 
 
 def frozen_hash(model: nn.Module) -> str:
-    """SHA-256 of the parameters that no training touches, of any name, dtype and device.
+    """A hash of the parameters that no training touches, of any name, dtype and device.
 
     Without those of adapters that are trained in part, and without weights that an adapter has
     changed when it started (LoftQ, PiSSA, OLoRA): its file says itself which base it belongs to.
@@ -114,7 +115,7 @@ def frozen_hash(model: nn.Module) -> str:
 
 
 def untrained_hash(model: nn.Module, skipped: Collection[int] = ()) -> str:
-    """SHA-256 of the parameters that are neither trained, nor of an adapter that is in part, nor
+    """A hash of the parameters that are neither trained, nor of an adapter that is in part, nor
     those with the ids `skipped`.
     """
     of_adapters = set().union(*trained_adapters(model).values())
@@ -122,8 +123,7 @@ def untrained_hash(model: nn.Module, skipped: Collection[int] = ()) -> str:
     for name, p in model.named_parameters():
         if not p.requires_grad and id(p) not in of_adapters and id(p) not in skipped:
             digest.update(f"{name} {p.dtype} {list(p.shape)}\n".encode())
-            for part in _bytes(p):
-                digest.update(part)
+            digest.update(_row_hashes(p))
     return digest.hexdigest()
 
 
@@ -133,10 +133,27 @@ def _adapter(model: nn.Module, adapter: str) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in _FREE_OF_ADAPTERS}
 
 
-def _bytes(tensor: Tensor) -> Iterator[Any]:
-    flat = tensor.detach().reshape(-1)
-    for part in flat.split(1 << 24) if len(flat) else ():  # not all of a GPU's at once
-        yield part.cpu().view(torch.uint8).numpy()
+def _row_hashes(tensor: Tensor) -> bytes:
+    """64 bits of each row of a tensor, of which this rank may have some: all of them, in order.
+
+    Σ c_j w_j mod 2^64 over the row's words w of 64 bits, c odd and random: whoever has a row has
+    its hash, and how a tensor is cut makes no difference.
+    """
+    own = local(tensor.detach())
+    rows = own.flatten(1) if own.ndim > 1 else own.reshape(-1, 1)
+    n_bytes = rows.shape[1] * rows.element_size()
+    words = -(-n_bytes // 8)
+    drawn = torch.Generator().manual_seed(0)
+    factors = torch.randint(-(2**62), 2**62, (words,), generator=drawn) * 2 + 1
+    found = []
+    for some in rows.split(max(1, (1 << 22) // max(1, words))):  # not all of a GPU's at once
+        raw = some.cpu().contiguous().view(torch.uint8)
+        raw = torch.nn.functional.pad(raw, (0, 8 * words - n_bytes))
+        found.append((raw.view(torch.int64) * factors).sum(1))
+    hashes = torch.cat(found)
+    if is_sharded(tensor):
+        hashes = whole(sharded(hashes.to(own.device), (len(tensor),), tensor)).cpu()
+    return hashes.numpy().tobytes()
 
 
 def _in_words(kind: str, name: str, old: Any, new: Any) -> str:

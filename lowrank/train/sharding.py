@@ -31,7 +31,8 @@ def shard(
     lie in host memory. `options` are fully_shard's own, such as mp_policy. Gradients are summed
     over the processes, not averaged. Returns the model.
 
-    Adapters have to be there before, and torch.distributed initialised. ConfigError if not.
+    Adapters have to be there before, and torch.distributed initialised. ConfigError if not. Of a
+    model that was loaded `sharded`, each process then reads its part.
     """
     if not dist.is_initialized():
         raise ConfigError(
@@ -57,6 +58,10 @@ def shard(
         fully_shard(module, mesh=mesh, **options)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+    unread = getattr(model, "unread", None)
+    if unread is not None:
+        unread.fill(model)
+        model.unread = None
     if hasattr(model, "loss"):
         register_fsdp_forward_method(model, "loss")
     return model
@@ -130,7 +135,7 @@ def wholes(tensors: Mapping[str, Any], first: bool) -> dict[str, Any]:
 
 
 def _device_of(model: nn.Module) -> torch.device:
-    devices = {p.device for p in model.parameters()}
+    devices = {getattr(p, "computes_on", p.device) for p in model.parameters()}
     if len(devices) > 1:
         raise ConfigError(
             f"shard: expected a model on one device; got {', '.join(sorted(map(str, devices)))}"

@@ -17,6 +17,7 @@ from lowrank.data.examples import Formatting
 from lowrank.data.segments import Tokenizer
 from lowrank.errors import ConfigError, TrainingError
 from lowrank.io.versions import processor, versions
+from lowrank.optim.shards import is_sharded
 from lowrank.optim.tiers import check_page_dir
 from lowrank.train.best import Best
 from lowrank.train.callbacks import Callback, Callbacks
@@ -133,12 +134,13 @@ class Trainer:
                     self.ranks,
                 )
             self._check_evaluated()
+            if self._sharded and getattr(model, "unread", None) is not None:
+                self._cut(compiles)
             self._check_ranks()
             if self._sharded:
-                shard(model, config.cpu_offload, self.ranks.group)
-                if compiles:
-                    compile_blocks(model, backend_of(config.torch_compile_backend))
-                self.parameters = trainable_parameters(model)
+                self._cut(compiles)
+            else:
+                self.ranks.send(shared_tensors(model))
             self._find_resumed()
 
     def train(self) -> TrainResult:
@@ -251,6 +253,16 @@ class Trainer:
         """Whether every rank has a part of the model only."""
         return self.config.parallel == "fsdp"
 
+    def _cut(self, compiles: bool) -> None:
+        """Leave each rank its part of the model, if it has all; adapters are the first rank's."""
+        if any(map(is_sharded, self.model.parameters())):
+            return
+        self.ranks.send(shared_tensors(self.model))
+        shard(self.model, self.config.cpu_offload, self.ranks.group)
+        if compiles:
+            compile_blocks(self.model, backend_of(self.config.torch_compile_backend))
+        self.parameters = trainable_parameters(self.model)
+
     @property
     def _judges(self) -> bool:
         """Whether evaluations are compared with one another."""
@@ -274,9 +286,7 @@ class Trainer:
         return identity(self.model, self.config, *data, self.ranks.size)
 
     def _check_ranks(self) -> None:
-        """ConfigError if there are more ranks than rows, or if not all are to do the same; then all
-        begin with the weights of the first.
-        """
+        """ConfigError if there are more ranks than rows, or if not all are to do the same."""
         ranks, rows = self.ranks, self.feed.sampler.rows_per_epoch
         if ranks.size == 1 and not self._sharded:
             return
@@ -294,7 +304,6 @@ class Trainer:
         adapters = {kind: found[kind] for kind in found if kind.startswith("adapter ")}
         settings = {name: v for name, v in self.config.to_dict().items() if name not in OF_A_RANK}
         ranks.check_same({**settings, **adapters, **found["trained tensors"]}, contents)
-        ranks.send(shared_tensors(self.model))
 
     def _find_resumed(self) -> Resumed | None:
         """The run to go on with, if there is one; ConfigError if it is not this one."""

@@ -9,8 +9,10 @@ import sys
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowrank
+from lowrank.cli.demo import TINY
 from lowrank.models.config import DecoderConfig
 from lowrank.models.decoder import Decoder
 from lowrank.optim import AdamW8bit, Lion8bit, PagedAdamW8bit
@@ -75,6 +77,49 @@ def options(case: Case) -> dict:
         found[name] = one["losses"]
         values |= {f"{name} {key}": p for key, p in one["trained"].items()}
     return {"losses": found, "trained": values}
+
+
+class Largest(TorchDispatchMode):
+    """The most bytes that any tensor which is made has."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, list | tuple) else [made]:
+            if type(tensor) is torch.Tensor and not tensor.is_meta:
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return made
+
+
+LOADED = [("nf4", False), ("nf4", True), ("int8", False), (None, False), ("fitted", False)]
+
+
+def loaded(case: Case) -> dict:
+    """Each process reads its own rows: the same bits as those of the whole."""
+    found = []
+    for scheme, embeddings in LOADED:
+        options = {"quantizer": scheme, "embeddings": embeddings, "skip": ()}
+        model = lowrank.load_model(TINY, sharded=True, **options)
+        lowrank.inject(model, lowrank.LoRAConfig(r=3, target_modules="all-linear"))
+        largest = Largest()
+        sent = ranks.Sent()
+        with largest, sent:
+            shard(model)
+        rows_of = {n.replace("base_layer.", ""): p for n, p in model.named_parameters()}
+        plain = lowrank.load_model(TINY, **options)
+        same = [
+            torch.equal(p, whole(rows_of[name])) and p.dtype == rows_of[name].dtype
+            for name, p in plain.named_parameters()
+        ]
+        ids = torch.arange(12).view(1, 12)
+        same.append(torch.equal(model(ids), plain(ids)))
+        found.append([all(same), largest.bytes, sum(sent.bytes.values())])
+    model = lowrank.load_model(TINY, quantizer="nf4", sharded=True)
+    torch.manual_seed(case.seed + case.rank)
+    lowrank.inject(model, lowrank.LoRAConfig(r=3, target_modules="all-linear"))
+    trained = train(model, case.settings(max_steps=2, save_strategy="steps"), rows(case.seed))
+    return {"found": found, **trained}
 
 
 def compiled(case: Case) -> dict:
@@ -175,7 +220,7 @@ def optimizers(case: Case) -> dict:
     return {"same": found}
 
 
-CASES = equal, full, options, half_precision, resumed, half, other_half, optimizers
+CASES = equal, full, options, half_precision, resumed, half, other_half, optimizers, loaded
 
 if __name__ == "__main__":
     ranks.main(

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import lowrank
+from lowrank.cli.demo import TINY
 from lowrank.errors import ConfigError
 from lowrank.io.safetensors import load_safetensors
 from lowrank.train import TrainConfig, Trainer, shard
@@ -124,6 +126,28 @@ def test_other_half(two, folder, seed_of_all, tmp_path):  # noqa: F811
 def test_optimizers(two):
     for found in two:
         assert all(all(same) for same in found.same.values()), found.same
+
+
+def test_loaded(two, folder, seed_of_all, tmp_path):  # noqa: F811
+    """By rows of each rank's own: equal to the bit, nothing sent, and never a whole matrix here."""
+    table = 512 * 64 * 4  # bytes of the largest, the embedding
+    for found in two:
+        for (scheme, _), (same, largest, sent) in zip(
+            sharded_ranks.LOADED, found.found, strict=True
+        ):
+            assert same and not sent, scheme
+            if scheme in ("nf4", "int8", None):
+                assert largest <= table / 2, scheme
+    torch.manual_seed(seed_of_all)
+    model = lowrank.load_model(TINY, quantizer="nf4")
+    lowrank.inject(model, lowrank.LoRAConfig(r=3, target_modules="all-linear"))
+    config = ranks.Case(tmp_path, seed_of_all).settings(max_steps=2)
+    one = ranks.train(model, config, ranks.rows(seed_of_all))
+    assert_same(two, SimpleNamespace(**one))
+    # what a run must agree in does not tell how many had the weights
+    checkpoint = folder / "loaded" / "run" / "checkpoint-2"
+    config = ranks.Case(tmp_path, seed_of_all).settings("more", max_steps=3, resume=checkpoint)
+    assert len(Trainer(model, config, ranks.rows(seed_of_all)).train().losses) == 3
 
 
 @pytest.mark.slow
