@@ -192,8 +192,7 @@ def load_model(
         if together := len(to_quantize - parts):
             logger.warning("%d weights are read whole: rows are quantized together", together)
         model.tie_weights(compute_dtype)
-        rows = weights.read_rows
-        model.unread = Unread(model, holders, make, read, rows, parts, torch.device(device))
+        model.unread = Unread(model, holders, make, read, weights.read_rows, parts, device)
     else:
         read_ahead(bar(f"loading {Path(source).name}", holders), read, put)
     model.tie_weights(compute_dtype)

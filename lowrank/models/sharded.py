@@ -32,14 +32,14 @@ class Unread:
         read: Callable[[Holder], dict[str, Tensor]],
         read_rows: Callable[[str, int, int], Tensor],
         by_rows: set[str],
-        device: torch.device,
+        device: torch.device | str,
     ) -> None:
         # adapters go around these modules, which stay what they are
         self._modules = {holder.name: model.get_submodule(holder.name) for holder in holders}
         self._holders, self._make, self._by_rows = holders, make, by_rows
-        self._read, self._read_rows, self.device = read, read_rows, device
+        self._read, self._read_rows, self.device = read, read_rows, torch.device(device)
         for parameter in model.parameters():
-            parameter.computes_on = device  # for what is put beside it
+            parameter.computes_on = self.device  # for what is put beside it
 
     @torch.no_grad()
     def fill(self, model: nn.Module) -> None:
