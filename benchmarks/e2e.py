@@ -93,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m benchmarks.e2e", description=__doc__)
     made.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    made.add_argument("--steps", type=int, default=300, help="of each run (%(default)s)")
+    made.add_argument("--steps", type=int, default=150, help="of each run (%(default)s)")
     made.add_argument("--batch", type=int, default=8, help="pairs in a step (%(default)s)")
     made.add_argument(
         "--meanings", type=int, default=100, help="written out for BLEU (%(default)s)"
