@@ -21,9 +21,11 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 class Together:
     """Calls layers with the same x, at once where that is quicker and the same.
 
-    That is for 1 to 16 rows on a CPU without gradients, and QuantLinear whose codes the kernel
-    multiplies, or LoRALinear around it with one adapter of plain LoRA. A token takes 200 products:
-    what there is to ask of the layers is asked once, and then whether anything of it has changed.
+    That is for 1 to 16 rows on a CPU in inference mode, and QuantLinear whose codes the kernel
+    multiplies, or LoRALinear around it with one adapter of plain LoRA; not for `no_grad` alone, in
+    which a block runs that is computed again, to the same bits, for its gradients. A token takes
+    200 products: what there is to ask of the layers is asked once, and then whether anything of it
+    has changed.
     A copy, pickled or not, has asked nothing yet.
     """
 
@@ -35,7 +37,7 @@ class Together:
 
     def products(self, x: Tensor, *layers: nn.Module) -> list[Tensor]:
         """layer(x) of each layer."""
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.is_inference_mode_enabled() and not torch.compiler.is_compiling():
             found = self._found
             if found is None or not found.is_of(layers):
                 found = self._found = _Found(layers)

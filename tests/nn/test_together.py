@@ -41,7 +41,7 @@ def exact(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return y
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def assert_right(together: Together, x: torch.Tensor, *layers: nn.Module) -> None:
     for layer, y in zip(layers, together.products(x, *layers), strict=True):
         torch.testing.assert_close(y, exact(layer, x).to(x.dtype), rtol=1e-4, atol=1e-4)
@@ -86,7 +86,7 @@ def test_layers_of_every_kind(generator, layers):
 
 
 @needs_library
-@torch.no_grad()
+@torch.inference_mode()
 def test_one_call_of_the_kernel_that_nobody_on_the_way_to_it_sees(generator):
     together, layers = Together(), (adapted(5), quantized(9))
     x = torch.randn(2, K, generator=generator)
@@ -182,7 +182,7 @@ def test_what_the_layers_are_may_change_between_calls(generator):
     assert_current()
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def test_hooks_and_patches_are_called(generator):
     together, layers = Together(), (adapted(5), quantized(9))
     x = torch.randn(2, K, generator=generator)
@@ -217,7 +217,7 @@ def test_dropout_is_the_layers(generator):
     x = torch.randn(16, K, generator=generator)
     assert_right(together, x, lora)
     lora.train()
-    with torch.no_grad():
+    with torch.inference_mode():
         assert not torch.equal(*(together.products(x, lora)[0] for _ in range(2)))
     lora.eval()
     assert_right(together, x, lora)
@@ -237,8 +237,8 @@ def test_a_copy_looks_at_its_own_layers(generator):
 def test_another_device_and_x_of_another_width(generator):
     together, layer = Together(), quantized(9)
     assert_right(together, torch.randn(2, K, generator=generator), layer)
-    with torch.no_grad(), pytest.raises(lowrank.errors.LowrankError, match="K=63"):
+    with torch.inference_mode(), pytest.raises(lowrank.errors.LowrankError, match="K=63"):
         together.products(torch.randn(2, K + 32, generator=generator), layer)
     layer.to("meta")
-    with torch.no_grad():
+    with torch.inference_mode():
         assert together.products(torch.empty(2, K, device="meta"), layer)[0].is_meta
