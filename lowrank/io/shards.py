@@ -127,7 +127,7 @@ def files_of(index: Mapping[str, Any], path: Path | str) -> dict[str, list[str]]
     files: dict[str, list[str]] = {}
     for name, filename in weight_map.items():
         if not isinstance(filename, str) or Path(filename).name != filename:
-            raise FileFormatError(f"{path}: {name}: expected a file name; got {filename!r}")
+            raise FileFormatError(f"{path}: {name!r}: expected a file name; got {filename!r}")
         files.setdefault(filename, []).append(name)
     return files
 
