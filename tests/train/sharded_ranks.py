@@ -223,6 +223,5 @@ def optimizers(case: Case) -> dict:
 CASES = equal, full, options, half_precision, resumed, half, other_half, optimizers, loaded
 
 if __name__ == "__main__":
-    ranks.main(
-        (*CASES, compiled, ranks.not_finite, ranks.best, ranks.stories), "fsdp", *sys.argv[1:]
-    )
+    others = compiled, ranks.not_finite, ranks.best, ranks.stories, ranks.smollm2
+    ranks.main((*CASES, *others), "fsdp", *sys.argv[1:])

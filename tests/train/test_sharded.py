@@ -158,12 +158,14 @@ def test_compiled(tmp_path, seed):
 
 
 @pytest.mark.slow
-def test_stories(tmp_path, monkeypatch, data_dir, seed):
-    """Twenty steps of a real model on real text."""
+@pytest.mark.parametrize("name", ["stories", "smollm2"])
+def test_real(name, tmp_path, monkeypatch, data_dir, smollm2, seed):
+    """Twenty steps of a real model on real text, and a few of a larger one."""
     monkeypatch.setenv("LOWRANK_TEST_DATA", str(data_dir))
-    run(tmp_path, seed, "stories", module=MODULE)
-    one = SimpleNamespace(**ranks.stories(ranks.Case(tmp_path / "alone", seed)))
-    assert_same([outcome(tmp_path / "stories", rank) for rank in range(2)], one)
+    monkeypatch.setenv("LOWRANK_SMOLLM2", str(smollm2))
+    run(tmp_path, seed, name, module=MODULE)
+    one = SimpleNamespace(**getattr(ranks, name)(ranks.Case(tmp_path / "alone", seed)))
+    assert_same([outcome(tmp_path / name, rank) for rank in range(2)], one)
 
 
 def test_what_cannot_be(tmp_path):
