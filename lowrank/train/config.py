@@ -83,6 +83,8 @@ class TrainConfig:
     early_stopping_threshold: what the metric must gain to count.
     assistant_only_loss: the same for conversations alone; None: as completion_only_loss. If true, a
         chat template that does not show the assistant's turns is refused.
+    chat_template_path: a Jinja file, or a directory with a chat_template.jinja, that becomes the
+        tokenizer's chat template. None: as the tokenizer has it.
     dataset_text_field: the field that holds the text of an example, where it is not "text".
     token_cache: a directory that keeps tokenized data for the next run; auto: the user's own, if
         tokenizing took over two seconds; none: nowhere.
@@ -148,6 +150,7 @@ class TrainConfig:
     early_stopping_patience: int | None = None
     early_stopping_threshold: float = 0.0
     assistant_only_loss: bool | None = None
+    chat_template_path: str | Path | None = None
     dataset_text_field: str | None = None
     token_cache: str | Path | None = "auto"
     save_strategy: str = "steps"

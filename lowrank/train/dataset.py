@@ -13,6 +13,7 @@ from torch import nn
 from lowrank.data import Examples, TokenizedExamples, load_examples, tokenize_all
 from lowrank.data.examples import Formatting
 from lowrank.data.segments import Tokenizer
+from lowrank.errors import ConfigError
 from lowrank.io.token_cache import (
     load_tokens,
     save_tokens,
@@ -26,6 +27,23 @@ logger = logging.getLogger("lowrank.train")
 Data = str | Path | Sequence[Mapping[str, Any]] | TokenizedExamples
 
 _WORTH_KEEPING = 2.0  # seconds: what is tokenized faster is not written to the user's cache
+
+
+def take_template(tokenizer: Tokenizer | None, path: str | Path) -> None:
+    """Make the Jinja template in the file, or in the directory, the tokenizer's own."""
+    if tokenizer is None:
+        raise ConfigError("chat_template_path is for a tokenizer; got none: pass tokenizer=")
+    path = Path(path)
+    file = path / "chat_template.jinja" if path.is_dir() else path
+    try:
+        tokenizer.chat_template = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"chat_template_path: {file} is not UTF-8: {error}") from error
+    except OSError as error:
+        raise ConfigError(
+            "chat_template_path: expected a Jinja file, or a directory with a "
+            f"chat_template.jinja; got {file}: {error.strerror}"
+        ) from error
 
 
 def tokenized(

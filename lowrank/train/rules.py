@@ -51,12 +51,13 @@ STEPS_OR_SHARE = Rule(
     lambda v: 0 <= v < math.inf and (v < 1 or v == int(v)),
 )
 BYTES = Rule("a number of bytes, at least two chunks of 65536", (int,), lambda v: v >= 2 << 16)
+PATH = Rule("a path", (str, Path), lambda v: bool(str(v)))
 TEXT = Rule("a text that is not empty", (str,), bool)
 SEED = Rule("a whole number from 0 to below 2**63", (int,), lambda v: 0 <= v < 2**63)
 
 # a field that is not here is a SWITCH
 RULES: dict[str, Rule] = {
-    "output_dir": Rule("a path", (str, Path), lambda v: bool(str(v))),
+    "output_dir": PATH,
     "learning_rate": NOT_NEGATIVE,
     "lr_scheduler_type": one_of(SCHEDULES),
     "lr_scheduler_kwargs": optional(Rule("a dict of names", (dict,))),
@@ -72,7 +73,7 @@ RULES: dict[str, Rule] = {
     "optim": one_of(OPTIMIZERS),
     "device_budget": optional(BYTES),
     "host_budget": optional(BYTES),
-    "page_dir": optional(Rule("a path", (str, Path), lambda v: bool(str(v)))),
+    "page_dir": optional(PATH),
     "weight_decay": NOT_NEGATIVE,
     "adam_beta1": BELOW_ONE,
     "adam_beta2": BELOW_ONE,
@@ -100,8 +101,9 @@ RULES: dict[str, Rule] = {
     "early_stopping_patience": optional(WHOLE),
     "early_stopping_threshold": NOT_NEGATIVE,
     "assistant_only_loss": optional(SWITCH),
+    "chat_template_path": optional(PATH),
     "dataset_text_field": optional(TEXT),
-    "token_cache": optional(Rule("a path", (str, Path), lambda v: bool(str(v)))),
+    "token_cache": optional(PATH),
     "save_strategy": one_of(("no", "steps", "epoch")),
     "save_steps": WHOLE,
     "save_total_limit": optional(WHOLE),

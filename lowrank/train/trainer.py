@@ -22,7 +22,7 @@ from lowrank.optim.tiers import check_page_dir
 from lowrank.train.best import Best
 from lowrank.train.callbacks import Callback, Callbacks
 from lowrank.train.config import TrainConfig
-from lowrank.train.dataset import Data, model_number, tokenized
+from lowrank.train.dataset import Data, model_number, take_template, tokenized
 from lowrank.train.distributed import Ranks
 from lowrank.train.evaluation import ComputeMetrics, Evaluation
 from lowrank.train.feed import Feed
@@ -93,6 +93,8 @@ class Trainer:
                 check_page_dir(config.page_dir)
             self.model, self.config = model, config
             self.tokenizer = processing_class if tokenizer is None else tokenizer
+            if config.chat_template_path is not None:
+                take_template(self.tokenizer, config.chat_template_path)
             self.callbacks = list(callbacks)
             self.parameters = trainable_parameters(model)
             if config.fp16:

@@ -10,8 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lowrank.cli.demo import TINY
 from lowrank.data import Sampler
 from lowrank.errors import ConfigError, DataError
+from lowrank.models.loading import load_model
+from lowrank.models.tokenizer import load_tokenizer
 from lowrank.train import TrainConfig, Trainer
 from lowrank.train.dataset import tokenized
 
@@ -258,6 +261,43 @@ def test_a_template_that_writes_the_date_is_named(tmp_path, caplog):
     caplog.clear()
     made(tmp_path, ROWS, tokenizer)
     assert "date" not in caplog.text
+
+
+def test_a_template_from_a_file_is_the_tokenizers(tmp_path):
+    text = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(text)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for path in (tmp_path, str(tmp_path / "chat_template.jinja")):
+        tokenizer = load_tokenizer(TINY)
+        assert tokenizer.chat_template != text
+        config = TrainConfig(tmp_path / "out", max_steps=1, chat_template_path=path)
+        model = load_model(TINY).requires_grad_()
+        trainer = Trainer(model, config, [{"messages": turns}], tokenizer=tokenizer)
+        assert tokenizer.chat_template == text
+        ids = trainer.train_data.ids.tolist()
+        assert tokenizer.decode(ids) == "u:a;a:b;"
+
+
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (None, "expected a Jinja file, or a directory .* got .*t.jinja: No such file"),
+        (b"\xff", "t.jinja is not UTF-8"),
+        ("directory", "got .*chat_template.jinja: No such file"),
+        ("without", "is for a tokenizer; got none: pass tokenizer="),
+    ],
+)
+def test_a_template_that_cannot_be_taken(tmp_path, write, words):
+    path = tmp_path / "t.jinja"
+    if isinstance(write, bytes):
+        path.write_bytes(write)
+    elif write == "directory":
+        path.mkdir()
+    tokenizer = None if write == "without" else Printed()
+    config = TrainConfig(tmp_path / "out", max_steps=1, chat_template_path=path)
+    with pytest.raises(ConfigError, match=f"^chat_template_path.*{words}"):
+        Trainer(Small(), config, ROWS, tokenizer=tokenizer)
+    assert not hasattr(tokenizer, "chat_template") and not (tmp_path / "out").exists()
 
 
 def test_formatting_func_and_text_field_reach_the_data(tmp_path):
