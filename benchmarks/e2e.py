@@ -196,8 +196,8 @@ def _read(path: Path, run: Run) -> dict | None:
     if not path.exists():
         return None
     found = json.loads(path.read_text())
-    wanted = {name: value for name, value in asdict(run).items() if name not in ("gguf", "data")}
-    return found if all(found.get(name) == value for name, value in wanted.items()) else None
+    same = all(found.get(name) == value for name, value in run.settings().items())
+    return found if same else None
 
 
 def _run(run: Run) -> dict:

@@ -42,6 +42,10 @@ class Run:
     gguf: str
     data: str
 
+    def settings(self) -> dict:
+        """All but where the inputs lie."""
+        return {k: v for k, v in asdict(self).items() if k not in ("gguf", "data")}
+
 
 def main(run: Run) -> dict:
     """Train, evaluate, write; what it came to."""
@@ -78,7 +82,7 @@ def main(run: Run) -> dict:
     begin = time.perf_counter()
     written = write(model, tokenizer, list(meanings))
     return {
-        **asdict(run),
+        **run.settings(),
         "losses": result.losses,
         "loss_before": result.metrics["eval_loss_before"],
         "loss_after": result.metrics["eval_loss_after"],
