@@ -207,6 +207,7 @@ struct Scratch {
 
   float* of(size_t floats) {
     if (floats > size) {
+      floats = (floats + 15) / 16 * 16;  // whole lines of 64 bytes, as aligned_alloc asks
       free(at);
       at = static_cast<float*>(aligned_alloc(64, floats * sizeof(float)));
       size = at ? floats : 0;

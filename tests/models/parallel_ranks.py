@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -125,6 +126,46 @@ def layers(seed: int, mesh: DeviceMesh) -> tuple[dict, dict]:
     return tensors, numbers
 
 
+def trained(one: nn.Module, two: nn.Module, batches: torch.Tensor) -> tuple[dict, dict]:
+    """Both after a step of AdamW for each of the batches: what they then are, losses and norms."""
+    tensors, numbers = {}, {}
+    for way, model in (("one", one), ("two", two)):
+        params = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(params, lr=1e-2, eps=1e-4)
+        found = numbers[way] = {"losses": [], "norms": []}
+        for ids in batches:
+            loss = F.cross_entropy(model(ids)[0, :-1], ids[0, 1:])
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(params, 0.5)
+            found["losses"].append(loss.item())
+            found["norms"].append(whole(norm).item())
+            optimizer.step()
+            optimizer.zero_grad()
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                tensors[f"{way}/{name}"] = whole(p).contiguous()
+    return tensors, numbers
+
+
+def real(seed: int, mesh: DeviceMesh, path: str | Path, steps: int) -> tuple[dict, dict]:
+    """A real model on Shakespeare, a token a letter."""
+    torch.manual_seed(seed)
+    model = lowrank.load_model(path, quantizer=lowrank.quant.get("nf4", block_size=32))
+    lowrank.inject(model, lowrank.LoRAConfig(r=4, target_modules="all-linear"))
+    text = (Path(os.environ["LOWRANK_TEST_DATA"]) / "tinyshakespeare.txt").read_bytes()
+    batches = torch.tensor([3 + byte for byte in text[: steps * 32]]).view(steps, 1, 32)
+    cut = tensor_parallel(copy.deepcopy(model), mesh)
+    return trained(model, cut, batches)
+
+
+def stories260k(seed: int, mesh: DeviceMesh) -> tuple[dict, dict]:
+    return real(seed, mesh, Path(os.environ["LOWRANK_TEST_DATA"]) / "stories260K", STEPS)
+
+
+def smollm2(seed: int, mesh: DeviceMesh) -> tuple[dict, dict]:
+    return real(seed, mesh, os.environ["LOWRANK_SMOLLM2"], 3)
+
+
 def stories(seed: int, mesh: DeviceMesh) -> tuple[dict, dict]:
     """Steps of AdamW over real text: one process, and the two."""
     torch.manual_seed(seed)
@@ -138,20 +179,6 @@ def stories(seed: int, mesh: DeviceMesh) -> tuple[dict, dict]:
     tokens = lowrank.load_tokenizer(TINY).encode(text)
     batches = torch.tensor(tokens[: STEPS * 32]).view(STEPS, 1, 32)
 
-    def train(model: nn.Module) -> dict:
-        params = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(params, lr=1e-2, eps=1e-4)
-        found = {"losses": [], "norms": []}
-        for ids in batches:
-            loss = F.cross_entropy(model(ids)[0, :-1], ids[0, 1:])
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(params, 0.5)
-            found["losses"].append(loss.item())
-            found["norms"].append(whole(norm).item())
-            optimizer.step()
-            optimizer.zero_grad()
-        return found
-
     cut = copy.deepcopy(start)
     held = local_bytes(cut.model.layers)
     with Sent() as starting:
@@ -162,18 +189,16 @@ def stories(seed: int, mesh: DeviceMesh) -> tuple[dict, dict]:
     with Sent() as sent:
         cut(batches[0])
     numbers["forward"] = sent.calls
-    with torch.no_grad():
+    with torch.inference_mode():
         few = batches[0][:, :5]  # where products of several layers are one call, in one process
         tensors = {"one/logits": start(few), "two/logits": cut(few)}
     try:
         lowrank.generate(cut, lowrank.load_tokenizer(TINY), "Once", max_new_tokens=2)
     except TargetError as error:
         numbers["generating"] = str(error)
-    numbers |= {"one": train(model), "two": train(cut)}
-    for way, trained in (("one", model), ("two", cut)):
-        for name, p in trained.named_parameters():
-            if p.requires_grad:
-                tensors[f"{way}/{name}"] = whole(p).contiguous()
+    more, both = trained(model, cut, batches)
+    tensors |= more
+    numbers |= both
     losses = []
     for kind in (False, True, "selective"):
         cut.gradient_checkpointing = kind
@@ -258,7 +283,7 @@ def both_ways(seed: int, _: DeviceMesh) -> tuple[dict, dict]:
 
 
 CASES = {case.__name__: case for case in (layers, stories, refused)}
-CASES_OF_FOUR = {both_ways.__name__: both_ways}
+MORE = {case.__name__: case for case in (both_ways, stories260k, smollm2)}
 
 
 def main(folder: str, seed: str, rank: str, ranks: str, *names: str) -> None:
@@ -268,7 +293,7 @@ def main(folder: str, seed: str, rank: str, ranks: str, *names: str) -> None:
     )  # fmt: skip
     mesh = init_device_mesh("cpu", (int(ranks),))
     for name in names:
-        tensors, numbers = (CASES | CASES_OF_FOUR)[name](int(seed), mesh)
+        tensors, numbers = (CASES | MORE)[name](int(seed), mesh)
         at = Path(folder) / name
         if tensors:
             write_safetensors(at.with_suffix(f".{rank}.safetensors"), tensors)

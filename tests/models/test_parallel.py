@@ -84,18 +84,34 @@ def test_a_rank_holds_its_part(found, kind):
 def test_training_is_that_of_one_process(found):
     """20 steps on the model that is shipped: losses, norms, adapters."""
     tensors, numbers = found["stories"]
+    assert len(numbers[0]["one"]["losses"]) == ranks.STEPS
+    assert min(numbers[0]["one"]["norms"]) > 0.5  # clipped
+    assert_one(tensors, numbers)
+    assert len([name for name in tensors if name.startswith("one/")]) == 1 + 2 * 7 * 4
+
+
+def assert_one(tensors, numbers) -> None:
+    """The same was trained by one process and by all of them."""
     for of_rank in numbers:
         one, two = of_rank["one"], of_rank["two"]
-        assert len(one["losses"]) == ranks.STEPS and min(one["norms"]) > 0.5  # clipped
         torch.testing.assert_close(two["losses"], one["losses"], **CLOSE)
         torch.testing.assert_close(two["norms"], one["norms"], **CLOSE)
-    assert numbers[0]["two"] == numbers[1]["two"]
-    names = [name for name in tensors if name.startswith("one/")]
-    assert len(names) == 1 + 2 * 7 * 4
-    for name in names:
-        torch.testing.assert_close(
-            tensors[name.replace("one/", "two/", 1)], tensors[name], rtol=1e-4, atol=1e-4
-        )
+        assert of_rank["two"] == numbers[0]["two"]
+    for name in tensors:
+        if name.startswith("one/"):
+            of_all = tensors[name.replace("one/", "two/", 1)]
+            torch.testing.assert_close(of_all, tensors[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "count"), [("stories260k", 2), ("smollm2", 3)])
+def test_a_real_model(name, count, tmp_path, monkeypatch, data_dir, smollm2):
+    """20 steps, and a few of a larger one, whose nine heads three share."""
+    monkeypatch.setenv("LOWRANK_TEST_DATA", str(data_dir))
+    monkeypatch.setenv("LOWRANK_SMOLLM2", str(smollm2))
+    tensors, numbers = run(tmp_path, count, [name])[name]
+    assert len(numbers[0]["one"]["losses"]) == (ranks.STEPS if name == "stories260k" else 3)
+    assert_one(tensors, numbers)
 
 
 def test_what_is_held_and_sent(found):
@@ -144,7 +160,7 @@ def test_what_cannot_be_cut_is_refused(found):
 
 @pytest.mark.slow
 def test_with_fsdp2_over_another_dimension(tmp_path):
-    tensors, numbers = run(tmp_path, 4, ranks.CASES_OF_FOUR)["both_ways"]
+    tensors, numbers = run(tmp_path, 4, ["both_ways"])["both_ways"]
     names = [name for name in tensors if name.startswith("one/")]
     assert len(names) == 4
     for name in names:
