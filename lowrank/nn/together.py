@@ -37,7 +37,7 @@ class Together:
 
     def products(self, x: Tensor, *layers: nn.Module) -> list[Tensor]:
         """layer(x) of each layer."""
-        if torch.is_inference_mode_enabled() and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
             found = self._found
             if found is None or not found.is_of(layers):
                 found = self._found = _Found(layers)
