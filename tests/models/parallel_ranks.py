@@ -126,12 +126,14 @@ def layers(seed: int, mesh: DeviceMesh) -> tuple[dict, dict]:
     return tensors, numbers
 
 
-def trained(one: nn.Module, two: nn.Module, batches: torch.Tensor) -> tuple[dict, dict]:
+def trained(
+    one: nn.Module, two: nn.Module, batches: torch.Tensor, lr: float = 1e-2
+) -> tuple[dict, dict]:
     """Both after a step of AdamW for each of the batches: what they then are, losses and norms."""
     tensors, numbers = {}, {}
     for way, model in (("one", one), ("two", two)):
         params = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(params, lr=1e-2, eps=1e-4)
+        optimizer = torch.optim.AdamW(params, lr=lr, eps=1e-4)
         found = numbers[way] = {"losses": [], "norms": []}
         for ids in batches:
             loss = F.cross_entropy(model(ids)[0, :-1], ids[0, 1:])
@@ -155,7 +157,7 @@ def real(seed: int, mesh: DeviceMesh, path: str | Path, steps: int) -> tuple[dic
     text = (Path(os.environ["LOWRANK_TEST_DATA"]) / "tinyshakespeare.txt").read_bytes()
     batches = torch.tensor([3 + byte for byte in text[: steps * 32]]).view(steps, 1, 32)
     cut = tensor_parallel(copy.deepcopy(model), mesh)
-    return trained(model, cut, batches)
+    return trained(model, cut, batches, lr=1e-4)  # of steps that are larger rounding grows
 
 
 def stories260k(seed: int, mesh: DeviceMesh) -> tuple[dict, dict]:

@@ -5,6 +5,7 @@ python -m tests.train.faulty_ranks FOLDER SEED RANK SIZE STORE PARALLEL FAULT
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import signal
@@ -90,6 +91,8 @@ def main(
         trainer.train()
     finally:
         room()
+    del trainer, model  # whose groups have threads, which have to end before the process does
+    gc.collect()
     dist.destroy_process_group()
 
 
