@@ -6,7 +6,8 @@
 // multiplied in registers, and their sums added to those of what came before of K.
 //
 // An adapter is more of the same: h^T = A z^T is a product of the stripes just laid, and lies behind
-// them, R after K; there rows of B stand in for decoded ones.
+// them, R after K; there rows of B stand in for decoded ones, beside the last of them: the sums are
+// then not fetched once more for a product as short as R.
 #pragma once
 
 #include "rows_impl.h"
@@ -15,6 +16,7 @@ namespace {
 
 constexpr int STRIPE = BLOCK_V * W;
 constexpr int DEPTH = 256;       // of K, decoded at once
+constexpr int ROOM = DEPTH + 64;  // and of R, beside the last of K
 constexpr int WIDE_M = 512;      // rows of x in one pass over the weight
 constexpr int WIDE_BLOCKS = 24;  // of BLOCK_N rows, decoded at once
 constexpr int DOWN_N = W == 16 ? 8 : 4;  // rows of A that are multiplied together
@@ -64,29 +66,39 @@ void lay_dropped(const T* x, int64_t count, int64_t K, int64_t k0, int64_t m0,
     for (int m = 0; m < STRIPE; ++m) to[k * STRIPE + m] = room[m][k];
 }
 
-// sums[n, m] += w[n] . x[m] over `length` of K, for ROWS rows of w and a stripe of x.
-template <int ROWS>
-inline void multiply_stripe(const float (*w)[DEPTH], const float* x, int64_t length, float* sums) {
-  Vec s[ROWS][BLOCK_V];
+// sums[n, m] += w[n] . x[m] over `length` of K, for ROWS rows of w and V vectors of a stripe of x.
+template <int ROWS, int V>
+inline void multiply_vectors(const float (*w)[ROOM], const float* x, int64_t length, float* sums) {
+  Vec s[ROWS][V];
 #pragma GCC unroll 32
   for (int n = 0; n < ROWS; ++n)
-    for (int v = 0; v < BLOCK_V; ++v) s[n][v] = set1(0);
+    for (int v = 0; v < V; ++v) s[n][v] = set1(0);
   for (int64_t k = 0; k < length; ++k, x += STRIPE) {
-    Vec xs[BLOCK_V];
-    for (int v = 0; v < BLOCK_V; ++v) xs[v] = load(x + v * W);
+    Vec xs[V];
+    for (int v = 0; v < V; ++v) xs[v] = load(x + v * W);
 #pragma GCC unroll 32
     for (int n = 0; n < ROWS; ++n) {
       const Vec wn = set1(w[n][k]);
-      for (int v = 0; v < BLOCK_V; ++v) s[n][v] = fma(wn, xs[v], s[n][v]);
+      for (int v = 0; v < V; ++v) s[n][v] = fma(wn, xs[v], s[n][v]);
     }
   }
 #pragma GCC unroll 32
   for (int n = 0; n < ROWS; ++n) {
-    for (int v = 0; v < BLOCK_V; ++v) {
+    for (int v = 0; v < V; ++v) {
       float* to = sums + n * STRIPE + v * W;
       store(to, add(load(to), s[n][v]));
     }
   }
+}
+
+// The same of a stripe's `count` rows of x: the last stripe is seldom full.
+template <int ROWS, int V = BLOCK_V>
+inline void multiply_stripe(const float (*w)[ROOM], const float* x, int64_t count, int64_t length,
+                            float* sums) {
+  if constexpr (V > 1) {
+    if (count <= (V - 1) * W) return multiply_stripe<ROWS, V - 1>(w, x, count, length, sums);
+  }
+  multiply_vectors<ROWS, V>(w, x, length, sums);
 }
 
 // Some rows of x, M <= WIDE_M, and what is to be multiplied with them.
@@ -110,7 +122,7 @@ struct WideProduct {
 
 // A thread's: decoded rows of the weight, and their sums with every stripe of x.
 struct WideRoom {
-  float (*decoded)[BLOCK_N][DEPTH];  // [WIDE_BLOCKS]
+  float (*decoded)[BLOCK_N][ROOM];   // [WIDE_BLOCKS]
   float* sums;                       // [stripes, WIDE_BLOCKS, BLOCK_N, STRIPE]
   float* dropped;                    // [SPAN, STRIPE]
 };
@@ -121,34 +133,41 @@ inline void copy_stretch(const float* matrix, int64_t C, int64_t n, int64_t c, i
   memcpy(to, matrix + n * C + c, size_t(length) * sizeof(float));
 }
 
-// DOWN_N elements of h for each row of a stripe: written to h, and scaled to where wide_rows looks.
+// DOWN_N elements of h for each row of stripes s0 <= i < s1: written to h, and scaled to where
+// wide_rows looks.
 template <class T>
-void wide_down(const WideProduct<T>& p, int64_t i, int64_t part, const WideRoom& room) {
+void wide_down(const WideProduct<T>& p, int64_t part, int64_t s0, int64_t s1,
+               const WideRoom& room) {
   const lowrank_lora& lora = *p.lora;
-  const int64_t K = p.w.K, r0 = part * DOWN_N, count = p.rows_in(i);
-  float* sums = p.stripe(i) + (padded(K) + r0) * STRIPE;
-  memset(sums, 0, DOWN_N * STRIPE * sizeof(float));
-  float (*rows)[DEPTH] = room.decoded[0];  // of A
+  const int64_t K = p.w.K, r0 = part * DOWN_N;
+  const auto sums_of = [&](int64_t i) { return p.stripe(i) + (padded(K) + r0) * STRIPE; };
+  for (int64_t i = s0; i < s1; ++i) memset(sums_of(i), 0, DOWN_N * STRIPE * sizeof(float));
+  float (*rows)[ROOM] = room.decoded[0];  // of A
   for (int64_t k0 = 0; k0 < K; k0 += DEPTH) {
     const int64_t length = smaller(DEPTH, K - k0);
     for (int64_t r = 0; r < DOWN_N; ++r)  // past the last row it is multiplied again
       copy_stretch(lora.A, K, smaller(r0 + r, lora.R - 1), k0, length, rows[r]);
-    if (!lora.dropout) {
-      multiply_stripe<DOWN_N>(rows, p.stripe(i) + k0 * STRIPE, length, sums);
-      continue;
-    }
-    for (int64_t k = 0; k < length; k += SPAN) {
-      const int64_t m = i * STRIPE;
-      lay_dropped(p.x + m * K, count, K, k0 + k, p.first + m, lora.dropout, room.dropped);
-      multiply_stripe<DOWN_N>(reinterpret_cast<float (*)[DEPTH]>(rows[0] + k), room.dropped,
-                              smaller(SPAN, length - k), sums);
+    for (int64_t i = s0; i < s1; ++i) {
+      const int64_t m = i * STRIPE, count = p.rows_in(i);
+      if (!lora.dropout) {
+        multiply_stripe<DOWN_N>(rows, p.stripe(i) + k0 * STRIPE, count, length, sums_of(i));
+        continue;
+      }
+      for (int64_t k = 0; k < length; k += SPAN) {
+        lay_dropped(p.x + m * K, count, K, k0 + k, p.first + m, lora.dropout, room.dropped);
+        multiply_stripe<DOWN_N>(reinterpret_cast<float (*)[ROOM]>(rows[0] + k), room.dropped,
+                                count, smaller(SPAN, length - k), sums_of(i));
+      }
     }
   }
-  for (int64_t m = 0; m < count; ++m)
-    for (int64_t r = r0; r < smaller(r0 + DOWN_N, lora.R); ++r)
-      lora.h[(p.first + i * STRIPE + m) * lora.R + r] = sums[(r - r0) * STRIPE + m];
-  for (int64_t j = 0; j < DOWN_N * STRIPE; j += W)
-    store(sums + j, mul(load(sums + j), set1(lora.scale)));
+  for (int64_t i = s0; i < s1; ++i) {
+    float* sums = sums_of(i);
+    for (int64_t m = 0; m < p.rows_in(i); ++m)
+      for (int64_t r = r0; r < smaller(r0 + DOWN_N, lora.R); ++r)
+        lora.h[(p.first + i * STRIPE + m) * lora.R + r] = sums[(r - r0) * STRIPE + m];
+    for (int64_t j = 0; j < DOWN_N * STRIPE; j += W)
+      store(sums + j, mul(load(sums + j), set1(lora.scale)));
+  }
 }
 
 // Rows n0 <= n < n1 of y^T, WIDE_BLOCKS blocks or fewer.
@@ -161,27 +180,26 @@ void wide_rows(const WideProduct<T>& p, const Table& shared, int64_t n0, int64_t
   const auto sums_of = [&](int64_t stripe, int64_t b) {
     return room.sums + (stripe * WIDE_BLOCKS + b) * BLOCK_N * STRIPE;
   };
-  // `fill` puts a stretch of row n into its place.
-  const auto multiply_stretch = [&](int64_t at, int64_t length, auto fill) {
-    for (int64_t i = 0; i < blocks * BLOCK_N; ++i)  // past the last row it is filled in again
-      fill(smaller(n0 + i, n1 - 1), room.decoded[i / BLOCK_N][i % BLOCK_N]);
+  memset(room.sums, 0, size_t(stripes * WIDE_BLOCKS * BLOCK_N * STRIPE) * sizeof(float));
+  const int64_t width = Kp + p.rank();
+  for (int64_t k0 = 0, length; k0 < width; k0 += length) {
+    const int64_t of_w = k0 < Kp ? smaller(DEPTH, Kp - k0) : 0;  // of them decoded
+    const bool last = k0 + of_w >= Kp;
+    const int64_t of_B = last ? smaller((of_w ? ROOM : DEPTH) - of_w, width - k0 - of_w) : 0;
+    length = of_w + of_B;
+    for (int64_t i = 0; i < blocks * BLOCK_N; ++i) {  // past the last row it is filled in again
+      const int64_t n = smaller(n0 + i, n1 - 1);
+      float* to = room.decoded[i / BLOCK_N][i % BLOCK_N];
+      if (of_w) {
+        const Table own = w.codebook_rows == 1 ? shared : Table(codebook_of(w, n));
+        decode_stretch(w, n, k0, of_w, own, DEPTH / 2, to);
+      }
+      if (of_B) copy_stretch(p.lora->B, p.rank(), n, k0 + of_w - Kp, of_B, to + of_w);
+    }
     for (int64_t i = 0; i < stripes; ++i)
       for (int64_t b = 0; b < blocks; ++b)
-        multiply_stripe<BLOCK_N>(room.decoded[b], p.stripe(i) + at * STRIPE, length, sums_of(i, b));
-  };
-  memset(room.sums, 0, size_t(stripes * WIDE_BLOCKS * BLOCK_N * STRIPE) * sizeof(float));
-  for (int64_t k0 = 0; k0 < Kp; k0 += DEPTH) {
-    const int64_t length = smaller(DEPTH, Kp - k0);
-    multiply_stretch(k0, length, [&](int64_t n, float* to) {
-      const Table own = w.codebook_rows == 1 ? shared : Table(codebook_of(w, n));
-      decode_stretch(w, n, k0, length, own, DEPTH / 2, to);
-    });
-  }
-  for (int64_t r0 = 0; r0 < p.rank(); r0 += DEPTH) {
-    const int64_t length = smaller(DEPTH, p.rank() - r0);
-    multiply_stretch(Kp + r0, length, [&](int64_t n, float* to) {
-      copy_stretch(p.lora->B, p.rank(), n, r0, length, to);
-    });
+        multiply_stripe<BLOCK_N>(room.decoded[b], p.stripe(i) + k0 * STRIPE, p.rows_in(i), length,
+                                 sums_of(i, b));
   }
   for (int64_t m0 = 0; m0 < p.M; m0 += W) {
     for (int64_t n = n0; n < n1; n += W) {
@@ -221,7 +239,7 @@ template <class T>
 bool wide_multiply(WideProduct<T> p, int32_t threads) {
   const CodebookWeight& w = p.w;
   const int64_t Kp = padded(w.K), stripes = p.stripes(), for_x = stripes * p.width() * STRIPE;
-  const int64_t for_decoded = WIDE_BLOCKS * BLOCK_N * DEPTH;  // of a thread, like the next two
+  const int64_t for_decoded = WIDE_BLOCKS * BLOCK_N * ROOM;  // of a thread, like the next two
   const int64_t for_sums = WIDE_BLOCKS * BLOCK_N * stripes * STRIPE;
   const int64_t for_rows = for_decoded + for_sums + SPAN * STRIPE;
   thread_local Scratch scratch;
@@ -231,7 +249,7 @@ bool wide_multiply(WideProduct<T> p, int32_t threads) {
   {
     const auto room_of = [&](int64_t t) {
       float* own = p.laid + for_x + t * for_rows;
-      return WideRoom{reinterpret_cast<float (*)[BLOCK_N][DEPTH]>(own), own + for_decoded,
+      return WideRoom{reinterpret_cast<float (*)[BLOCK_N][ROOM]>(own), own + for_decoded,
                       own + for_decoded + for_sums};
     };
 #pragma omp for schedule(static)
@@ -242,8 +260,10 @@ bool wide_multiply(WideProduct<T> p, int32_t threads) {
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < threads; ++t) {
       const int64_t last = stripes * p.parts() * (t + 1) / threads;
-      for (int64_t i = stripes * p.parts() * t / threads; i < last; ++i)
-        wide_down(p, i / p.parts(), i % p.parts(), room_of(t));
+      for (int64_t i = stripes * p.parts() * t / threads, count; i < last; i += count) {
+        count = smaller(stripes - i % stripes, last - i);
+        wide_down(p, i / stripes, i % stripes, i % stripes + count, room_of(t));
+      }
     }
     const Table shared(w.codebook);
 #pragma omp for schedule(static)

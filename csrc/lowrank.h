@@ -14,7 +14,7 @@
 
 #include <stdint.h>
 
-#define LOWRANK_ABI 5
+#define LOWRANK_ABI 6
 
 #if defined(__GNUC__)
 #define LOWRANK_EXPORT __attribute__((visibility("default")))
@@ -231,6 +231,32 @@ LOWRANK_EXPORT int32_t lowrank_gated(const struct lowrank_gate* gate, void* y, i
 // Its gradients of dy, all three [M, I] and contiguous.
 LOWRANK_EXPORT int32_t lowrank_gated_backward(
     const struct lowrank_gate* gate, const void* dy, void* dgate, void* dup, int32_t threads);
+
+// A norm of rows as lowrank_rms_norm has them; where `weight` is null, there is none.
+struct lowrank_norm {
+  const void* weight;
+  int32_t dtype, plus_one;
+  float eps;
+};
+
+// A decoder's block: its norms, of which the two before attention and MLP are there; its products,
+// `heads` being those of queries, keys and values, or one whose rows are all of them, and `inner`
+// those of gate and up, or one of both; and what is the attention's own of a lowrank_newest.
+struct lowrank_block {
+  struct lowrank_norm attention_norm, q_norm, k_norm, attention_out_norm, mlp_norm, mlp_out_norm;
+  struct lowrank_product heads[3], out, inner[2], down;
+  int32_t heads_count, inner_count;
+  int64_t query_heads;
+  float scale, softcap;
+  int32_t activation;
+};
+
+// x [B, H] of the newest positions through `count` blocks one after another, in place and contiguous:
+//   x += norm(out(attention(norm(x)))),  then x += norm(down(activation(gate(z)) * up(z))), z = norm(x)
+// each block over its own of `newest`, `keys` and `values`, as in lowrank_attend_newest; B <= 16.
+LOWRANK_EXPORT int32_t lowrank_blocks(
+    const struct lowrank_block* blocks, int64_t count, const struct lowrank_newest* const* newest,
+    void* const* keys, void* const* values, void* x, int32_t dtype, int64_t H, int32_t threads);
 
 // A parameter and its moments of 8 bits: p and g [rows, cols] of `dtype`, m and v codes of that
 // shape, and a float32 scale for each 256 elements of a row: [rows, ceil(cols / 256)]. m stands for

@@ -196,6 +196,8 @@ def _text(
     ]
     if plan.loading > plan.training:
         lines.append(f"loading takes {_size(plan.loading)}, more than training")
+    texts = f"{step.per_device_train_batch_size} texts of {plan.settings.max_length} tokens"
+    lines.append(f"writing {texts} takes {_size(plan.writing)}")
     if plan.elsewhere:
         lines.append(f"in host memory or a file: {_size(plan.elsewhere)} of the optimizer")
     if card is not None and advice is not None:
@@ -242,6 +244,7 @@ def _values(plan: MemoryPlan, card: Card | None, advice: Advice | None) -> dict[
         "loading": plan.loading,
         "peak": plan.peak,
         "elsewhere": plan.elsewhere,
+        "writing": plan.writing,
     }
     if card is not None and advice is not None:
         values |= {

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lowrank.errors import ShapeError
+from lowrank.models.at_once import AtOnce
 from lowrank.models.blocks import make_block
 from lowrank.models.cache import KVCache
 from lowrank.models.config import DecoderConfig
@@ -68,6 +69,7 @@ class Decoder(Part):
         self.gradient_checkpointing: bool | str = False
         self.placement: Placement | None = None
         self.unread: Unread | None = None  # of a model whose weights are still to be read
+        self.at_once = AtOnce()
         self.have(body=Body(config))
         H, V = config.hidden_size, config.vocab_size
         self.lm_head = nn.Linear(H, V, bias=config.family.head_bias)
@@ -212,8 +214,11 @@ class Decoder(Part):
             h = h.view(1, B * S, -1)
         if body.positions is not None:
             h = h + body.positions(plans[0].positions)
-        last = len(body.blocks) - 1
-        for i, block in enumerate(body.blocks):
+        blocks, last = body.blocks, len(body.blocks) - 1
+        if self.placement is None:
+            y = self.at_once.run(blocks, h, plans, cache)
+            h, blocks = (h, blocks) if y is None else (y, [])
+        for i, block in enumerate(blocks):
             plan, wanted = plans[block.kind], rows if i == last else None
             if self.placement is not None:
                 self.placement.enter(i)
@@ -225,7 +230,7 @@ class Decoder(Part):
             if self.placement is not None:
                 h = self.placement.leave(i, h)
         if cache is not None:
-            cache.length += S
+            cache.advance(S)
         return h
 
     def _check_length(self, S: int, position_ids: Tensor | None, cache: KVCache | None) -> None:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Generator, Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack, closing
 from typing import Any, overload
 
 import torch
+from torch import Tensor
 
 from lowrank.errors import ConfigError, DataError
 from lowrank.models.cache import KVCache
+from lowrank.models.config import DecoderConfig
 from lowrank.models.decoder import Decoder
 from lowrank.models.sampling import Sampler, Sampling
 from lowrank.models.tokenizer import Tokenizer
 from lowrank.models.writing import Writing
+from lowrank.surgery.rows import adapter_rows, rows_of
 
 Messages = Sequence[Mapping[str, Any]]
 GREEDY = Sampling()
+_PIECE = 1024  # positions of a prompt that are read at once, where layers see a window
 _END_OF_TURN = "<|im_end|>"  # ChatML's, in which messages are rendered where there is no template
 
 
@@ -100,14 +105,13 @@ def generate_ids(
     rooms = _rooms(model, prompts, max_new_tokens)
     written: list[list[int]] = [[] for _ in prompts]
     open_rows = set(range(len(prompts)))
-    for tokens in _steps(model, prompts, max(rooms), sampling):
-        for row in list(open_rows):
-            if tokens[row] not in ends:
-                written[row].append(tokens[row])
-            if tokens[row] in ends or len(written[row]) == rooms[row]:
-                open_rows.remove(row)
-        if not open_rows:
-            break
+    with closing(_steps(model, prompts, max(rooms), sampling, open_rows)) as steps:
+        for step in steps:
+            for row, token in step:
+                if token not in ends:
+                    written[row].append(token)
+                if token in ends or len(written[row]) == rooms[row]:
+                    open_rows.remove(row)
     return written
 
 
@@ -129,15 +133,17 @@ def _pieces(
     writings = [Writing(tokenizer, ends, stop, room) for room in rooms]
 
     def write() -> Iterator[tuple[int, str]]:
-        was_training = model.training
+        was_training, open_rows = model.training, set(range(len(ids)))
         model.eval()  # no dropout while writing
         try:
-            for tokens in _steps(model, ids, max(rooms), sampling):
-                for row, (writing, token) in enumerate(zip(writings, tokens, strict=True)):
-                    if not writing.ended and (piece := writing.add(token)):
-                        yield row, piece
-                if all(writing.ended for writing in writings):
-                    return
+            with closing(_steps(model, ids, max(rooms), sampling, open_rows)) as steps:
+                for step in steps:
+                    for row, token in step:
+                        piece = writings[row].add(token)
+                        if writings[row].ended:
+                            open_rows.remove(row)
+                        if piece:
+                            yield row, piece
         finally:
             model.train(was_training)
 
@@ -146,32 +152,65 @@ def _pieces(
 
 @torch.inference_mode()
 def _steps(
-    model: Decoder, prompts: Sequence[Sequence[int]], steps: int, sampling: Sampling
-) -> Iterator[list[int]]:
-    """The next token of each row, `steps` times; rows that have ended are the caller's to know."""
-    device, positions = next(model.parameters()).device, model.config.max_position_embeddings
-    B, S = len(prompts), max(len(prompt) for prompt in prompts)
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    most: int,
+    sampling: Sampling,
+    open_rows: Set[int],
+) -> Generator[list[tuple[int, int]]]:
+    """(row, its next token) of each of the `open_rows`, again and again.
+
+    Those that the caller takes out, after `most` tokens at the latest, leave the batch; where none
+    are left it ends.
+    """
+    device, B, S = next(model.parameters()).device, len(prompts), max(map(len, prompts))
     starts = torch.tensor([[S - len(prompt)] for prompt in prompts], device=device)
     # on the left, so that every row's tokens end where writing begins
     ids = torch.tensor([[0] * (S - len(p)) + list(p) for p in prompts], device=device)
-    columns, mask = torch.arange(S + steps - 1, device=device), None
+    columns, mask = torch.arange(S + most - 1, device=device), None
     if any(len(prompt) < S for prompt in prompts):
         mask = (columns >= starts).long()
     cache = KVCache(
-        model.config, B, S + steps - 1, dtype=model.body.norm.weight.dtype, device=device
+        model.config, B, S + most - 1, dtype=model.body.norm.weight.dtype, device=device
     )
     sampler = Sampler(sampling, prompts, model.config.vocab_size, device)
-    for _ in range(steps):
-        place = seen = None
-        if mask is not None:
-            end = cache.length + ids.shape[1]
-            # a short row may have ended where the model's positions do, and is still computed
-            place = (columns[cache.length : end] - starts).clamp_(0, positions - 1)
-            seen = mask[:, :end]
-        logits = model(ids, seen, place, logits_to_keep=1, cache=cache)[:, -1]
-        chosen = sampler.choose(logits)
-        yield chosen.tolist()
-        ids = chosen[:, None]
+    rows, adapters = list(range(B)), rows_of(model, B)
+    with ExitStack() as narrowed:
+        while True:
+            for piece in pieces(ids, model.config):
+                place = seen = None
+                if mask is not None:
+                    end = cache.length + piece.shape[1]
+                    place = (columns[cache.length : end] - starts).clamp_(min=0)
+                    seen = mask[:, :end]
+                logits = model(piece, seen, place, logits_to_keep=1, cache=cache)[:, -1]
+            chosen = sampler.choose(logits)
+            yield [one for one in zip(rows, chosen.tolist(), strict=True) if one[0] in open_rows]
+            ids = chosen[:, None]
+            if len(open_rows) == len(rows):
+                continue
+            if not open_rows:
+                return
+            places = _closed_up([row in open_rows for row in rows])
+            rows, ids, starts = [rows[i] for i in places], ids[places], starts[places]
+            mask = None if mask is None else mask[places]
+            cache.keep(places)
+            sampler.keep(places)
+            if adapters is not None:
+                narrowed.close()
+                narrowed.enter_context(adapter_rows(model, [adapters[row] for row in rows]))
+
+
+def pieces(ids: Tensor, config: DecoderConfig) -> Sequence[Tensor]:
+    """Of prompts [B, S], what is read at once: windows ask for a mask, [S, S] of all of them."""
+    return ids.split(_PIECE, dim=1) if any(kind.window for kind in config.kinds) else (ids,)
+
+
+def _closed_up(stays: list[bool]) -> list[int]:
+    """The places of those that stay, the last of them where others leave: the fewest to move."""
+    left = sum(stays)
+    last = [i for i in range(left, len(stays)) if stays[i]]
+    return [i if stays[i] else last.pop() for i in range(left)]
 
 
 def _rooms(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:

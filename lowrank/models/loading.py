@@ -3,49 +3,30 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Set
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lowrank.errors import (
-    ConfigError,
-    DtypeError,
-    FileFormatError,
-    LowrankError,
-    ShapeError,
-    WeightError,
-)
+from lowrank.errors import ConfigError
 from lowrank.io.adapter import load_adapter
 from lowrank.io.ahead import read_ahead
-from lowrank.io.hub import fetch_model, is_repo_id
-from lowrank.io.pages import Reused, empty_bytes
-from lowrank.io.quantized import (
-    QuantizedTensors,
-    join,
-    load_layer,
-    quantized_modules,
-    quantized_twin,
-)
-from lowrank.io.shards import Shards, Tensors
+from lowrank.io.quantized import QuantizedTensors, quantized_modules
 from lowrank.models.decoder import Decoder
-from lowrank.models.expert_files import Gathered, in_files
-from lowrank.models.experts import Experts, Router
+from lowrank.models.experts import Experts
 from lowrank.models.gguf import GGUFModel
-from lowrank.models.hf import HFDirectory, open_directory
+from lowrank.models.hf import HFDirectory
+from lowrank.models.holders import Holder, holders_of
+from lowrank.models.making import Maker
 from lowrank.models.named import Weights, check_layers, check_tensors
-from lowrank.models.origin import Origin, origin_of
-from lowrank.nn.quant_embedding import QuantEmbedding
+from lowrank.models.opening import open_origin, tensors_of
+from lowrank.models.origin import origin_of
 from lowrank.nn.quant_experts import QuantExperts, replace_parameter
-from lowrank.nn.quant_linear import QuantLinear
-from lowrank.nn.quant_weight import QuantWeight, resolve
+from lowrank.nn.quant_weight import resolve
 from lowrank.ops.checks import check_float
 from lowrank.progress import bar
-from lowrank.quant import Quantizer, Storage, bitsandbytes, familiar, quantizer_of
+from lowrank.quant import Quantizer, familiar
 from lowrank.surgery.quantize import names_to_skip
 from lowrank.surgery.targets import check_each_matches, matches
 
@@ -105,8 +86,10 @@ def load_model(
     quantizer = None if quantizer is None else resolve(quantizer)
     if embeddings and quantizer is None:
         raise ConfigError("embeddings: belongs to a quantizer; got True without one")
+    if sharded and weights_budget is not None:
+        raise ConfigError("sharded: expected no weights_budget beside it; leave one out")
     origin = origin_of(source, revision, token)
-    weights: Weights = _open(origin, HFDirectory, token)
+    weights: Weights = open_origin(origin, HFDirectory, token)
     source = origin.model
     check_layers(weights, source)
     with torch.device("meta"):
@@ -114,7 +97,7 @@ def load_model(
     quantized = quantized_modules(weights.shapes)
     _check_quantized(model, weights, quantized, quantizer, source)
     check_tensors(model, weights, quantized, source)
-    holders = _holders(model, {*weights.shapes, *quantized})
+    holders = holders_of(model, {*weights.shapes, *quantized})
     own = {holder.name for holder in holders}
     unknown = [s for s in skip if s != "lm_head" and not any(matches(name, [s]) for name in own)]
     check_each_matches(model, unknown, "skip")
@@ -127,37 +110,11 @@ def load_model(
         if quantizer is not None and isinstance(holder.module, kinds)
         if not matches(holder.name, skip) and not matches(holder.module_name, skip)
     }
-
-    gathered: dict[str, Gathered] = {}  # experts that are not all there yet
-
-    def make(
-        holder: Holder, tensors: dict[str, Tensor]
-    ) -> QuantWeight | nn.Parameter | dict[str, Tensor] | None:
-        name, module = holder.name, holder.module
-        part, rows = holder.packed(quantized), None
-        if part is not None and (part != name or isinstance(module, Router)):
-            rows = _stored(holder, tensors, part, source)
-        if isinstance(module, Router) and rows is not None:
-            tensors = {"weight": quantizer_of(rows).dequantize(rows, dtype)}
-        if name in quantized and rows is None:
-            return _prequantized(holder, tensors, dtype, compute_dtype, source)
-        if isinstance(module, Experts):
-            if name not in gathered:
-                shape = tuple(module.get_parameter(*holder.files).shape)
-                by = quantizer if name in to_quantize else None
-                gathered[name] = Gathered(shape, by, dtype, compute_dtype)
-            rows = next(iter(tensors.values())) if rows is None else rows
-            layer = _with_rows(gathered[name], rows, name)
-            if layer is not None:
-                del gathered[name]
-            return layer
-        if name in to_quantize:
-            return _quantized(holder, tensors, quantizer, dtype, compute_dtype)
-        return {leaf: tensor.to(dtype) for leaf, tensor in tensors.items()}
+    maker = Maker(weights, quantized, quantizer, to_quantize, dtype, compute_dtype, source)
 
     def put(holder: Holder, tensors: dict[str, Tensor]) -> None:
         name, module = holder.name, holder.module
-        layer = make(holder, {leaf: tensor.to(where) for leaf, tensor in tensors.items()})
+        layer = maker.make(holder, {leaf: tensor.to(where) for leaf, tensor in tensors.items()})
         if isinstance(layer, dict):
             for leaf, tensor in layer.items():
                 setattr(module, leaf, nn.Parameter(tensor.to(home)))
@@ -172,15 +129,12 @@ def load_model(
         else:
             setattr(model.get_submodule(parent), child, layer)
 
-    if sharded and weights_budget is not None:
-        raise ConfigError("sharded: expected no weights_budget beside it; leave one out")
     mixed = quantized or weights.config.mixture is not None
     if sharded and (mixed or isinstance(weights, GGUFModel)):
         logger.warning("%s: has no dense safetensors, or experts: every process reads all", source)
         sharded = False
     where = "meta" if sharded else device
     home = where if weights_budget is None else "cpu"  # and what is quantized is so on the device
-    read = partial(_read, weights, quantized, to_quantize, Reused(), source)
     if sharded:
         from lowrank.models.sharded import Unread
 
@@ -192,9 +146,9 @@ def load_model(
         if together := len(to_quantize - parts):
             logger.warning("%d weights are read whole: rows are quantized together", together)
         model.tie_weights(compute_dtype)
-        model.unread = Unread(model, holders, make, read, weights.read_rows, parts, device)
+        model.unread = Unread(model, holders, maker, weights.read_rows, parts, device)
     else:
-        read_ahead(bar(f"loading {Path(source).name}", holders), read, put)
+        read_ahead(bar(f"loading {Path(source).name}", holders), maker.read, put)
     model.tie_weights(compute_dtype)
     model.name_or_path = str(source)
     if weights_budget is not None:
@@ -202,173 +156,8 @@ def load_model(
 
         model.placement = place(model, model.body.blocks, torch.device(device), weights_budget)
     if origin.adapter is not None:
-        load_adapter(model, origin.adapter, weights=_tensors(origin, token))
+        load_adapter(model, origin.adapter, weights=tensors_of(origin, token))
     return model.eval()
-
-
-def open_weights(
-    source: str | Path, *, revision: str | None = None, token: str | None = None
-) -> Tensors:
-    """The tensors of a directory, a hub repository or a .gguf file by name, each read when taken.
-
-    Their shapes are `.shapes`, of which nothing is read. The directory may be of any model whose
-    weights are safetensors, or of an adapter, which stands for its base; see `load_model`. Names
-    and shapes are those of the model that `load_model` makes of it, where it makes one.
-    """
-    return _tensors(origin_of(source, revision, token), token)
-
-
-def _tensors(origin: Origin, token: str | None) -> Tensors:
-    opened = _open(origin, open_directory, token)
-    return Tensors(opened.shapes, opened.read)
-
-
-_Directory = TypeVar("_Directory", bound=Shards)
-
-
-def _open(
-    origin: Origin, directory: Callable[[str | Path], _Directory], token: str | None
-) -> _Directory | GGUFModel:
-    """Where tensors come from, nothing but headers read yet."""
-    source, path = origin.model, Path(origin.model)
-    if path.is_dir():
-        return directory(path)
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise ConfigError(f"{source}: expected a directory or a .gguf file; pass its directory")
-        return GGUFModel(path)
-    if isinstance(source, str) and path.suffix != ".gguf" and is_repo_id(source):
-        return directory(fetch_model(source, origin.revision, token))
-    error = f"{source}: no such directory or .gguf file, and no hub repository 'owner/name'"
-    if origin.adapter is not None:
-        error = (
-            f"{origin.adapter}: its base, {error}; load the base from where it is, and put the "
-            "adapter onto it with lowrank.load_adapter(model, path)"
-        )
-    raise ConfigError(error)
-
-
-class Holder(NamedTuple):
-    """What is read together: the parameters of a module, or rows of the weights of experts.
-
-    `name` is that of the module, or of the weights. `files` are the names of tensors in files by
-    those in the module; `shape` is that of the first.
-    """
-
-    name: str
-    module_name: str
-    module: nn.Module
-    files: Mapping[str, str]
-    shape: tuple[int, ...]
-
-    def packed(self, quantized: Collection[str]) -> str | None:
-        """Which of the `quantized` modules of files is this one, or has its weight."""
-        if self.name in quantized:
-            return self.name
-        part = next(iter(self.files.values())).removesuffix(".weight")
-        return part if part in quantized else None
-
-
-def _holders(model: Decoder, found: Collection[str]) -> list[Holder]:
-    """All that takes tensors, of which the files have those `found`; a tied head takes none."""
-    holders = []
-    for name, module in model.named_modules():
-        files = {
-            leaf: in_files(model.config.family, join(name, leaf), tuple(p.shape), found)
-            for leaf, p in module.named_parameters(recurse=False)
-        }
-        if isinstance(module, Experts):
-            for leaf, parts in files.items():
-                weights = join(name, leaf)
-                holders += [Holder(weights, name, module, {leaf: p}, s) for p, s in parts.items()]
-        elif files and not (name == "lm_head" and model.config.tie_word_embeddings):
-            shape = next(iter(next(iter(files.values())).values()))
-            own = {leaf: p for leaf, (p,) in files.items()}
-            holders.append(Holder(name, name, module, own, shape))
-    return holders
-
-
-def _stored(
-    holder: Holder, tensors: Mapping[str, Tensor], part: str, source: str | Path
-) -> Storage:
-    """What a layer of bitsandbytes is that is a part of one of ours."""
-    try:
-        return bitsandbytes.read(tensors, f"{part}.", holder.shape)
-    except LowrankError as error:
-        raise type(error)(f"{source}: {error}") from error
-
-
-def _with_rows(
-    experts: Gathered, rows: Tensor | Storage, name: str
-) -> nn.Parameter | QuantExperts | None:
-    try:
-        return experts.add(rows)
-    except (WeightError, DtypeError, ShapeError) as error:
-        raise type(error)(f"{name}: {error}") from error
-
-
-def _quantized(
-    holder: Holder,
-    fill: Mapping[str, Tensor],
-    quantizer: Quantizer,
-    dtype: torch.dtype,
-    compute_dtype: torch.dtype | None,
-) -> QuantWeight:
-    name, module = holder.name, holder.module
-    try:
-        # from the file's own precision; `dtype` is what the weight would be, were it dequantized
-        storage = replace(quantizer.quantize(fill["weight"]), dtype=dtype)
-    except (WeightError, DtypeError) as error:
-        raise type(error)(f"{name}.{error}") from error
-    if isinstance(module, nn.Embedding):
-        return QuantEmbedding.from_storage(storage, quantizer)
-    bias = nn.Parameter(fill["bias"].to(dtype)) if "bias" in fill else None
-    return QuantLinear.from_storage(storage, quantizer, bias, compute_dtype)
-
-
-def _prequantized(
-    holder: Holder,
-    own: dict[str, Tensor],
-    dtype: torch.dtype,
-    compute_dtype: torch.dtype | None,
-    source: str | Path,
-) -> QuantWeight:
-    """The layer that the files hold quantized, its codes and scales as they are."""
-    module = holder.module
-    if isinstance(module, Experts):
-        layer = QuantExperts(module.get_parameter(*holder.files))
-    else:
-        layer = quantized_twin(module, holder.name, source)
-    if "bias" in own:
-        own["bias"] = own["bias"].to(dtype)
-    load_layer(layer, own, source, holder.name)
-    layer.storage = replace(layer.storage, dtype=dtype)
-    if isinstance(layer, QuantLinear | QuantExperts):
-        layer.compute_dtype = compute_dtype
-    return layer
-
-
-def _read(
-    weights: Weights,
-    quantized: Mapping[str, QuantizedTensors],
-    to_quantize: Set[str],
-    reused: Reused,
-    source: str | Path,
-    holder: Holder,
-) -> dict[str, Tensor]:
-    """The tensors of a holder by leaf; a weight that will be quantized in `reused` memory."""
-    if (part := holder.packed(quantized)) is not None:
-        return {leaf: weights.read(join(part, leaf)) for leaf in quantized[part].names}
-    tensors = {}
-    for leaf, name in holder.files.items():
-        # a bias stays, and so does what is dense, but for rows that are copied
-        passes = isinstance(holder.module, Experts) or (
-            holder.name in to_quantize and leaf == "weight"
-        )
-        tensor = tensors[leaf] = weights.read(name, reused.empty if passes else empty_bytes)
-        if not tensor.is_floating_point():
-            raise FileFormatError(f"{source}: {name}: expected floats; got {tensor.dtype}")
-    return tensors
 
 
 def _check_quantized(

@@ -13,9 +13,11 @@ from lowrank.errors import TargetError
 from lowrank.models.attention import Attention
 from lowrank.models.blocks import MLP, ParallelBlock
 from lowrank.models.decoder import Decoder
+from lowrank.models.experts import Mixture
 from lowrank.nn.lora_linear import LoRALinear
 from lowrank.nn.parallel import ColwiseParallel, RowwiseParallel, colwise_refusal, rowwise_refusal
 from lowrank.nn.quant_linear import QuantLinear
+from lowrank.optim.shards import is_sharded
 
 
 def tensor_parallel(model: Decoder, mesh: DeviceMesh) -> Decoder:
@@ -28,6 +30,11 @@ def tensor_parallel(model: Decoder, mesh: DeviceMesh) -> Decoder:
 
     Shoeybi et al., arXiv:1909.08053.
     """
+    if any(map(is_sharded, model.parameters())) or model.unread or model.placement:
+        raise TargetError(
+            "tensor_parallel: expected a model that lies whole in one place; got one that is cut, "
+            "still to be read, or in part on the host; load it without sharded and weights_budget"
+        )
     ranks, styles = mesh.size(), {}
     heads = (model.config.num_attention_heads, model.config.num_key_value_heads)
     if any(count % ranks for count in heads):
@@ -49,7 +56,7 @@ def tensor_parallel(model: Decoder, mesh: DeviceMesh) -> Decoder:
             last = module.down
             if module.gate_up is not None:
                 raise TargetError(_joined(name, "gate and up"))
-        elif type(module).__name__ == "Mixture":
+        elif isinstance(module, Mixture):
             raise TargetError(f"tensor_parallel: {name}: mixtures of experts are not cut")
         else:
             continue
@@ -81,9 +88,7 @@ def _one_for_all(mesh: DeviceMesh) -> Callable[..., DTensor]:
 
 def _last(name: str, layer: nn.Module, ranks: int) -> ParallelStyle:
     """How a projection of what the others made of x is cut."""
-    if _is_plain(layer):
-        return RowwiseParallel()
-    if rowwise_refusal(layer, ranks) is None:
+    if _is_plain(layer) or rowwise_refusal(layer, ranks) is None:
         return RowwiseParallel()
     return _colwise(name, layer, ranks, Shard(-1))
 

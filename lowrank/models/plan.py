@@ -79,19 +79,23 @@ def make_plans(
         for kind in config.kinds
         if kind.rotated
     }
+    if cache is not None:
+        cache.make_room(S)
     plans = []
-    for kind in config.kinds:
+    for number, kind in enumerate(config.kinds):
         cos, sin = angles[kind.local] if kind.rotated else (None, None)
         plan = partial(Plan, position_ids, cos, sin, cache=cache)
         if lengths is not None:
             plans.append(plan(lengths, _bands(lengths, kind.window, device)))
             continue
-        mask, newest = _mask(attention_mask, past, S, kind.window, device)
+        held = cache.held(number) if cache is not None else 0
+        of_held = None if attention_mask is None else attention_mask[:, past - held :]
+        mask, newest = _mask(of_held, held, S, kind.window, device)
         at_once = None
         if cache is not None and S == 1:
-            first = past + 1 - newest if newest else 0
-            at_once = Newest.over(cos, sin, mask, cache.keys[0], past, first)
-        causal = mask is None and not past
+            first = held + 1 - newest if newest else 0
+            at_once = Newest.over(cos, sin, mask, cache.of_kind(number), held, first)
+        causal = mask is None and not held
         plans.append(plan(mask=mask, causal=causal, newest=newest, at_once=at_once))
     return plans
 

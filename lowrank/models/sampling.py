@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank.errors import ConfigError
+from lowrank.errors import ConfigError, WeightError
 
 _NUCLEUS = 1024  # of the likeliest tokens, in which top_p is looked for before all are sorted
 
@@ -55,7 +55,8 @@ class Sampler:
         self, sampling: Sampling, prompts: Sequence[Sequence[int]], vocab_size: int,
         device: torch.device,
     ) -> None:  # fmt: skip
-        self._sampling = sampling
+        self._sampling, self._size = sampling, len(prompts)
+        self._rows = list(range(len(prompts)))  # those that are left
         self._generator: torch.Generator | None = None
         if sampling.seed is not None:
             self._generator = torch.Generator(device).manual_seed(sampling.seed)
@@ -65,19 +66,40 @@ class Sampler:
             for row, prompt in zip(self._seen, prompts, strict=True):
                 row[torch.tensor(prompt, device=device)] = True
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """Of the rows that are left, go on with these; what they draw depends on no other."""
+        self._rows = [self._rows[row] for row in rows]
+        if self._seen is not None:
+            self._seen = self._seen[rows]
+
     def choose(self, logits: Tensor) -> Tensor:
-        """One token for each row of logits [B, V]: [B]."""
+        """One token for each row that is left, of logits [B, V]: [B].
+
+        Raises WeightError where the largest of a row is not finite.
+        """
         logits = logits.float()
         if self._seen is not None:
             logits = penalised(logits, self._seen, self._sampling.repetition_penalty)
-        if self._sampling.temperature < torch.finfo(torch.float32).tiny:
-            chosen = logits.argmax(-1)
-        else:
-            probs = distribution(logits, self._sampling)
-            chosen = torch.multinomial(probs, 1, generator=self._generator)[:, 0]
+        best, chosen = logits.max(-1)  # NaN where there is one
+        if not bool((finite := best.isfinite()).all()):
+            row = int(finite.long().argmin())
+            raise WeightError(
+                f"prompt {self._rows[row]}: expected finite logits; got {best[row].item()}: a "
+                "weight is not finite, or float16 has overflowed: use bfloat16 or float32"
+            )
+        if self._sampling.temperature >= torch.finfo(torch.float32).tiny:
+            chosen = self._drawn(distribution(logits, self._sampling))
         if self._seen is not None:
             self._seen.scatter_(1, chosen[:, None], True)
         return chosen
+
+    def _drawn(self, probs: Tensor) -> Tensor:
+        """A token for each row of probs [B, V]; for those that are gone another is drawn, too."""
+        every = probs
+        if len(probs) < self._size:
+            every = probs.new_ones(self._size, probs.shape[-1])
+            every[self._rows] = probs
+        return torch.multinomial(every, 1, generator=self._generator)[self._rows, 0]
 
 
 def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

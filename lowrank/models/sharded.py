@@ -3,41 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lowrank.errors import ConfigError
+from lowrank.models.holders import Holder
+from lowrank.models.making import Maker
 from lowrank.optim.shards import bounds, cut, local, sharded
 from lowrank.progress import bar
-
-if TYPE_CHECKING:
-    from lowrank.models.loading import Holder
 
 
 class Unread:
     """What fills a decoder on the meta device, once its parameters are cut into rows.
 
-    make(holder, tensors): the layer, or the parameters, of what the files have; read(holder) reads
-    all of that, read_rows(name, first, last) rows of a tensor. Of holders in `by_rows` some rows
-    are made as they are in the whole.
+    The `maker` makes the layer, or the parameters, of what it reads for a holder. Of holders in
+    `by_rows` some rows are made as they are in the whole; read_rows(name, first, last) reads them.
     """
 
     def __init__(
         self,
         model: nn.Module,
         holders: Sequence[Holder],
-        make: Callable[[Holder, dict[str, Tensor]], Any],
-        read: Callable[[Holder], dict[str, Tensor]],
+        maker: Maker,
         read_rows: Callable[[str, int, int], Tensor],
         by_rows: set[str],
         device: torch.device | str,
     ) -> None:
         # adapters go around these modules, which stay what they are
         self._modules = {holder.name: model.get_submodule(holder.name) for holder in holders}
-        self._holders, self._make, self._by_rows = holders, make, by_rows
-        self._read, self._read_rows, self.device = read, read_rows, torch.device(device)
+        self._holders, self._maker, self._by_rows = holders, maker, by_rows
+        self._read_rows, self.device = read_rows, torch.device(device)
         for parameter in model.parameters():
             parameter.computes_on = self.device  # for what is put beside it
 
@@ -64,7 +60,7 @@ class Unread:
         """This process's rows of each parameter of the module."""
         places = {leaf: p for leaf, p in module._parameters.items() if p is not None}
         if holder.name not in self._by_rows:
-            made = self._tensors(holder, self._read(holder))
+            made = self._tensors(holder, self._maker.read(holder))
             return {leaf: local(cut(made[leaf], p)) for leaf, p in places.items()}
         N = _rows_of(module)
         first, last = bounds(N, next(iter(places.values())))
@@ -81,7 +77,7 @@ class Unread:
         }
 
     def _tensors(self, holder: Holder, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        layer = self._make(holder, {n: t.to(self.device) for n, t in tensors.items()})
+        layer = self._maker.make(holder, {n: t.to(self.device) for n, t in tensors.items()})
         return dict(layer.named_parameters()) if isinstance(layer, nn.Module) else layer
 
 

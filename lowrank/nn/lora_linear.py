@@ -17,7 +17,7 @@ from lowrank.nn.fusible import NO_BASE, Base, fusible_base, is_patched, quick_dt
 from lowrank.nn.held import replaced
 from lowrank.nn.quant_linear import QuantLinear, dense_matrix, is_conv1d, is_dense_linear
 from lowrank.nn.rows import stacked
-from lowrank.nn.small import small_product
+from lowrank.nn.small import AtHand, at_hand_of, small_product
 from lowrank.nn.started import StartedLayer
 from lowrank.quant import Quantizer
 from lowrank.quant.blocks import panels
@@ -116,7 +116,12 @@ class LoRALinear(StartedLayer):
         return self.__dict__ | {"at_hand": None}
 
     def forward(self, x: Tensor) -> Tensor:
-        y = None if torch.compiler.is_compiling() else small_product(self, x)
+        at_hand = None if torch.compiler.is_compiling() else at_hand_of(self)
+        if at_hand is None:
+            return super().forward(x)
+        y = small_product(at_hand, x)
+        if y is None:
+            y = _product_at_hand(at_hand, x)
         return super().forward(x) if y is None else y
 
     def compute(self, x: Tensor, adapters: Sequence[str]) -> Tensor:
@@ -322,6 +327,18 @@ class LoRALinear(StartedLayer):
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{shape}, {super().extra_repr()}"
+
+
+def _product_at_hand(at_hand: AtHand, x: Tensor) -> Tensor | None:
+    """What `compute` gives, where the operator computes the base too, or None."""
+    name, fused = at_hand.adapter, fusible_base(at_hand.base, x)
+    A, B = (part[name]._parameters.get("weight") for part in (at_hand.As, at_hand.Bs))
+    if fused is None or A is None or B is None:
+        return None
+    dropout = at_hand.dropouts[name]
+    p = dropout.p if dropout.training and type(dropout) is not nn.Identity else 0.0
+    x = x.to(linear_dtype(x))
+    return _lora_linear(x, fused, p, A[None], B[None], at_hand.scaling[name])
 
 
 def _lora_linear(

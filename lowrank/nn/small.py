@@ -36,15 +36,12 @@ class AtHand(NamedTuple):
     most: int  # elements of x
 
 
-def small_product(layer: AdaptedLayer, x: Tensor) -> Tensor | None:
-    """y of a linear `layer` with one active adapter of plain LoRA, or None where it is not small.
+def small_product(at_hand: AtHand, x: Tensor) -> Tensor | None:
+    """y of a linear layer with one active adapter of plain LoRA, or None where it is not small.
 
     It is for float32 on a CPU, where the operator would do the same; over a quantized weight only
     without gradients, whose path is the operator's. Not for a compiler to trace.
     """
-    at_hand = at_hand_of(layer)
-    if at_hand is None:
-        return None
     base, base_parameters, As, Bs, dropouts, scaling, adapter, most = at_hand
     if x.numel() > most or is_patched(base) or is_named() or is_autocast_enabled("cpu"):
         return None

@@ -20,13 +20,14 @@ from torch.autograd import forward_ad
 
 from lowrank.errors import BackendError, ConfigError
 
-from . import autograd
+from . import autograd, reference
 from .checks import value_of
 
 BACKENDS = ("cpu", "cpu_int16", "triton", "cuda", "reference")
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 _ANY_DEVICE = ("reference",)
 _NATIVE = ("cpu", "cpu_int16")
+_TRACED = ("rms_norm", "rotate", "gated")  # no backend for GPUs has kernels of them
 _KINDS = {"i": int, "f": float, "b": bool, "s": str}
 
 # For the process, not a thread: autograd runs the backward of CUDA tensors in its own threads.
@@ -74,13 +75,21 @@ def call(name: str, *args):
         return kernel(*args)
     op = getattr(torch.ops.lowrank, name).default
     if torch.compiler.is_compiling():
-        return op(*args)
+        return getattr(reference, name)(*args) if _is_traced(name, args[0]) else op(*args)
     if forward_ad._current_level >= 0:
         _refuse_tangents(name, args)
     if _is_recorded(args):
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
+
+
+def _is_traced(name: str, x: torch.Tensor) -> bool:
+    """Whether the compiler is shown what the operator means: where nothing else than that runs.
+
+    Then it makes one kernel of it and what surrounds it, and the gradients of both.
+    """
+    return name in _TRACED and (x.device.type == "cuda" or _named == "reference")
 
 
 def straight(op: str, args: tuple, kinds: str) -> Callable | None:

@@ -1,8 +1,9 @@
 """codebook_linear of a few rows of x on a CPU, over a weight that was looked at once; and norms.
 
 A row of x and a layer of a small model take 20 us, and asking whether the kernel can have them
-takes as long again: a model asks 200 times for each token that it writes. What there is to ask of a
-weight stays as it is while its tensors are the same ones, in the same place.
+takes as long again: a model asks 200 times for each token that it writes, and for each prompt that
+it reads. What there is to ask of a weight stays as it is while its tensors are the same ones, in
+the same place.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from . import dispatch, native
 from .cpu import refuse
+from .cpu.codebook import is_decoded_once
 
 MOST_ROWS = 16  # rows of x: up to there every CPU multiplies straight from codes
 _NAMES = ("packed", "absmax", "absmax_scale", "codebook")
@@ -77,10 +79,13 @@ class FewRows:
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
         """y [..., N] in the dtype of x [..., K]; `bias` is float32.
 
-        None where x has more than 16 rows, and where anybody but the kernel has to see the call.
+        None where x has more rows than the kernel takes at once, and where anybody but the kernel
+        has to see the call.
         """
         K, code = self.K, native.DTYPES.get(x.dtype)
-        if code is None or x.shape[-1:] != (K,) or not 0 < x.numel() <= MOST_ROWS * K:
+        if code is None or x.shape[-1:] != (K,) or not x.numel():
+            return None
+        if x.numel() > MOST_ROWS * K and not is_decoded_once(x, self._N):
             return None
         if has_to_be_seen(x):
             return None
@@ -99,14 +104,14 @@ class FewRows:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor | None:
-    """`ops.rms_norm` of a few rows of x [..., H], in half of the time that asking takes there.
+    """`ops.rms_norm` of x [..., H], in half of the time that asking takes there.
 
-    None where x has more rows, a gradient may be asked for, or somebody has to see the call.
+    None where a gradient may be asked for, or somebody has to see the call.
     """
     H, code, of_weight = weight.numel(), *map(native.DTYPES.get, (x.dtype, weight.dtype))
     if torch.is_grad_enabled() or code is None or of_weight is None:
         return None
-    if weight.dim() != 1 or x.shape[-1:] != weight.shape or not 0 < x.numel() <= MOST_ROWS * H:
+    if weight.dim() != 1 or x.shape[-1:] != weight.shape or not x.numel():
         return None
     if has_to_be_seen(x, weight):
         return None

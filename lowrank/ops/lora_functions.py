@@ -56,6 +56,16 @@ def lora_linear(
     decides: an int64 scalar on the device of x, None iff p = 0; the same seed, the same mask.
     Differentiable once in x, bias, A and B; x is kept for the backward only if A is trained.
     """
+    if codebook is not None and groups is None and seed is None:
+        args = (
+            x, weight, absmax, absmax_scale, codebook, bias, block_size, A, B, scale, None, None,
+            p, None,
+        )  # fmt: skip
+        kernel = dispatch.straight("lora_linear", args, "dtt?t?iddf??f?")
+        # the refusals look at all that is checked below, but this
+        of_dtypes = A.dtype == B.dtype == torch.float32 and (bias is None or bias.dtype == x.dtype)
+        if kernel is not None and of_dtypes:
+            return kernel(*args)[0]
     check_tensors(x=x, A=A, B=B)
     if x.dim() == 0:
         raise ShapeError("x: expected [..., K]; got a scalar")

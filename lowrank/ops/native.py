@@ -23,7 +23,7 @@ from lowrank.errors import BackendError, ConfigError
 
 from .adamw8bit import rows_and_columns
 
-ABI = 5
+ABI = 6
 ISAS = ("generic", "avx2", "avx512", "neon")  # enum lowrank_isa
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum lowrank_dtype
 
@@ -211,6 +211,10 @@ FUNCTIONS = {
     "lowrank_gated": (c_void_p, c_void_p, c_int32),
     # gate, dy, dgate, dup, threads
     "lowrank_gated_backward": (c_void_p, c_void_p, c_void_p, c_void_p, c_int32),
+    # blocks, their number, newest, keys, values, x, dtype, H, threads
+    "lowrank_blocks": (
+        c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int32, c_int64, c_int32,
+    ),
     # tensors, their number, m_map, v_map, coefficients, threads
     "lowrank_adamw8bit_step": (c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int32),
     # tensors, their number, m_map, coefficients, threads

@@ -24,7 +24,7 @@ class Newest:
 
     def __init__(self, native_newest: native.Newest, tensors: Sequence[Tensor | None]) -> None:
         self._struct, self._tensors = native_newest, tensors  # whose pointers are in it
-        self._address = ctypes.addressof(native_newest)
+        self.address = ctypes.addressof(native_newest)
         s = native_newest
         self._of_keys, self._of_k = (s.B, s.capacity, s.kv_heads, s.D), (s.B, 1, s.kv_heads, s.D)
 
@@ -93,7 +93,7 @@ class Newest:
         struct.heads, struct.scale, struct.softcap = heads, scale, softcap or 0.0
         out = q.new_empty((B, 1, heads * D))
         status = native.load_cpu().lowrank_attend_newest(
-            self._address, q.data_ptr(), k.data_ptr(), v.data_ptr(),
+            self.address, q.data_ptr(), k.data_ptr(), v.data_ptr(),
             _Strides(q0, q1, k0, k1, v0, v1), native.DTYPES[dtype],
             keys.data_ptr(), values.data_ptr(), out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
@@ -107,10 +107,14 @@ class Newest:
             and q.shape == (B, 1, heads, k.shape[3])
             and k.shape[0] == B
             and heads % k.shape[2] == 0
-            and all(
-                t.shape == self._of_keys and t.dtype == keys.dtype and t.is_cpu
-                for t in (keys, values)
-            )
-            and keys.is_contiguous()
-            and values.is_contiguous()
+            and all(self.is_over(t, keys.dtype) for t in (keys, values))
+        )
+
+    def is_over(self, held: Tensor, dtype: torch.dtype) -> bool:
+        """Whether `held` can be a layer's keys or values."""
+        return (
+            held.shape == self._of_keys
+            and held.dtype == dtype
+            and held.is_cpu
+            and held.is_contiguous()
         )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lowrank.plan import model as models
 from lowrank.plan.cards import Card
 from lowrank.plan.optimizers import KINDS, optimizer_state
 from lowrank.plan.source import Stored, read_config
-from lowrank.plan.step import backward_peaks, scratch
+from lowrank.plan.step import backward_peaks, reading_peak, scratch
 from lowrank.plan.trace import ACTIVATIONS, GRADIENTS, LOGITS, WORKSPACE
 from lowrank.quant import Quantizer
 
@@ -32,6 +33,7 @@ COMPONENTS = (
 
 # Beside tensors: Python, torch and our library in host memory; a CUDA context and cuBLAS on a GPU
 _RUNTIME = {"cpu": 285 << 20, "cuda": 600 << 20}
+_WRITING = {"cpu": 240 << 20, "cuda": 600 << 20}  # the same where nothing trains
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +103,7 @@ class MemoryPlan:
     parameters: int
     trainable: int
     settings: Settings
+    count_writing: Callable[[], int] = field(repr=False, compare=False)
 
     @property
     def training(self) -> int:
@@ -111,6 +114,14 @@ class MemoryPlan:
     def peak(self) -> int:
         """Bytes on each device at most, of training and of loading."""
         return max(self.loading, self.training)
+
+    @cached_property
+    def writing(self) -> int:
+        """Bytes at most where nothing trains, and one device writes texts.
+
+        As many as are in a batch, each of `max_length` tokens with its prompt.
+        """
+        return self.count_writing()
 
     def fits(self, card: Card) -> bool:
         """Whether the run finds room on such a card."""
@@ -185,6 +196,12 @@ class Planner:
         bytes_of = shared + Counter(own) + Counter({RUNTIME: _RUNTIME[s.kind]})
         loading = -(-sum(held.values()) // s.devices) + _RUNTIME[s.kind]
         loading += 2 * _largest(model, s.dtype)
+
+        def writing() -> int:
+            batch = s.per_device_train_batch_size, s.max_length
+            reading = reading_peak(model, config.num_hidden_layers, *batch, s.dtype, s.kind)
+            return sum(held.values()) + reading + room + _WRITING[s.kind]
+
         return MemoryPlan(
             components={name: bytes_of[name] for name in COMPONENTS},
             loading=loading,
@@ -192,6 +209,7 @@ class Planner:
             parameters=_count(model),
             trainable=sum(p.numel() for p in parameters),
             settings=s,
+            count_writing=writing,
         )
 
     def _model(self, s: Settings) -> tuple[nn.Module, Counter[str]]:

@@ -1,4 +1,4 @@
-"""What one training step takes beside the model: activations, gradients, logits, workspace."""
+"""What a training step takes beside the model: activations, gradients, logits; and a prompt."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank.models.cache import KVCache
+from lowrank.models.generate import pieces
 from lowrank.nn.quant_linear import QuantLinear
 from lowrank.ops.cpu.codebook import goes_by_panels, panel_dtype
 from lowrank.plan.model import are_alike, blocks, trained
@@ -61,6 +63,29 @@ def backward_peaks(
     if len(found) == 1:
         return found[0]
     return [_extended(a, b, layers - _FEWEST) for a, b in zip(*found, strict=True)]
+
+
+def reading_peak(
+    model: nn.Module, layers: int, B: int, S: int, dtype: torch.dtype, device: str
+) -> int:
+    """Bytes at most beside the model while it reads B prompts of S tokens: their keys and values,
+    and what one block takes.
+    """
+    ids = torch.zeros(B, S, dtype=torch.int64, device="meta")
+    cache = KVCache(model.config, B, S, dtype=dtype, device="meta")
+    kept = [*cache.keys, *cache.values]
+    some = blocks(model, layers)
+    whole, training = list(some), model.training
+    trace = Trace([ids, *kept, *model.parameters(), *model.buffers()], 0, 0, S, _within(device))
+    del some[_FEWEST:]
+    try:
+        with torch.no_grad(), trace:
+            for piece in pieces(ids, model.eval().config):
+                model(piece, logits_to_keep=1, cache=cache)
+    finally:
+        some.extend(whole[len(some) :])
+        model.train(training)
+    return sum(t.nbytes for t in kept) + sum(trace.peaks([])[0].values())
 
 
 def _run(

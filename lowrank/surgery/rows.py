@@ -39,6 +39,16 @@ def adapter_copies(
     return _with_rows(model, adapters, Copies, "adapter_copies")
 
 
+def rows_of(model: nn.Module, B: int) -> list[str | None] | None:
+    """The adapter that each of B rows has by now, within a `with` of one of those; else None."""
+    layers = adapted_modules(model).values()
+    found = [layer.rows for layer in layers if getattr(layer, "takes_rows", False)]
+    rows = next(filter(None, found), None)
+    if rows is None or B % len(rows.adapters):
+        return None
+    return [adapter for adapter in rows.adapters for _ in range(B // len(rows.adapters))]
+
+
 @contextmanager
 def _with_rows(
     model: nn.Module, adapters: Sequence[str | None], kind: type[Rows], what: str

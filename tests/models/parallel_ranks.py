@@ -9,6 +9,7 @@ import copy
 import json
 import os
 import sys
+import tempfile
 from datetime import timedelta
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from lowrank.io.safetensors import write_safetensors
 from lowrank.models.config import DecoderConfig
 from lowrank.models.decoder import Decoder
 from lowrank.models.parallel import tensor_parallel
+from lowrank.models.placement import place
+from lowrank.models.saving import save_model
 from lowrank.nn.parallel import ColwiseParallel, RowwiseParallel
 
 from .helpers import TINY as SMALL
@@ -228,7 +231,19 @@ def refused(seed: int, mesh: DeviceMesh) -> tuple[dict, dict]:
             **small, "model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1
         },
     }  # fmt: skip
+    llama = DecoderConfig.from_hf({"model_type": "llama", **small})
+    placed = Decoder(
+        DecoderConfig.from_hf({"model_type": "llama", **SMALL, "num_hidden_layers": 4})
+    )
+    most = sum(p.nbytes for p in placed.parameters()) - 1
+    placed.placement = place(placed, placed.body.blocks, torch.device("cpu"), most)
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(Decoder(llama), folder)
+        unread = lowrank.load_model(folder, sharded=True)
     wrong = {
+        "cut": (None, tensor_parallel(Decoder(llama), mesh)),
+        "placed": (None, placed),
+        "unread": (None, unread),
         "block": (RowwiseParallel(), lowrank.QuantLinear(96, 8)),
         "columns": (RowwiseParallel(), lowrank.LoRALinear(7, 8, config=config)),
         "rows": (ColwiseParallel(), lowrank.QuantLinear(64, 1)),

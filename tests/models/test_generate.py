@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 import lowrank
-from lowrank.errors import ConfigError, DataError
+from lowrank.errors import ConfigError, DataError, WeightError
 from lowrank.models.generate import generate_ids
 from lowrank.models.sampling import Sampling
 from lowrank.models.tokenizer import Tokenizer, load_tokenizer
@@ -70,6 +70,39 @@ def test_token_for_token_as_transformers(saved, options):
         # rounding may decide between two, once: the texts then go apart
         tried += next((i for i in range(40) if row[i] != expected[i]), 40)
     assert tried > 100
+
+
+@pytest.mark.parametrize("options", [
+    {},
+    dict(repetition_penalty=1.4),
+    dict(temperature=1.0),
+    dict(temperature=1.2, top_k=300, top_p=0.7, repetition_penalty=1.2),
+])  # fmt: skip
+def test_rows_that_have_ended_leave_and_change_no_other(saved, options):
+    """transformers goes on with them: what the others draw is the same."""
+    model, oracle, _ = saved
+    prompts, ends = tokens(9, 6, 599), range(3, 599, 12)
+    sizes, drawn = [], {k: v for k, v in options.items() if k != "repetition_penalty"}
+    with model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0]))):
+        torch.manual_seed(1)
+        ours = generate_ids(
+            model, prompts.tolist(), 60, ends={*ends}, sampling=Sampling(**options)
+        )  # fmt: skip
+    left = [sum(n <= len(row) for row in ours) for n in range(max(map(len, ours)) + 1)]
+    assert sizes == left[: len(sizes)] and len(sizes) == min(60, len(left))
+    assert sizes[0] == 9 and len({*sizes}) > 3
+    torch.manual_seed(1)
+    found = oracle.generate(
+        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=60,
+        eos_token_id=[*ends], pad_token_id=3, do_sample=bool(drawn),
+        **({"top_k": 0} | drawn if drawn else {}),
+        repetition_penalty=options.get("repetition_penalty", 1.0),
+    )  # fmt: skip
+    alike = 0
+    for row, expected in zip(ours, found[:, 6:].tolist(), strict=True):
+        expected = expected[: next((i for i, t in enumerate(expected) if t in ends), None)]
+        alike += row == expected
+    assert alike >= 7  # rounding may decide between two, once
 
 
 def test_a_batch_of_different_lengths_equals_one_by_one(saved):
@@ -159,6 +192,19 @@ def test_rows_with_adapters_of_their_own(saved):
         lowrank.set_adapter(model, [name] if name else [])
         alone.append(lowrank.generate(model, tokenizer, prompt, max_new_tokens=20))
     assert together == alone
+    ids = [tokenizer.encode(prompt, add_special_tokens=True) for prompt in prompts]
+    with lowrank.adapter_rows(model, names):
+        whole = generate_ids(model, ids, 20)
+        ends = {whole[1][4], whole[3][9], whole[0][14]}  # rows end, and leave, one after another
+        written = [generate_ids(model, ids, 20, ends=ends) for _ in range(2)]
+    cut = [row[: next((i for i, t in enumerate(row) if t in ends), None)] for row in whole]
+    assert written == [cut, cut] and len({*map(len, cut)}) > 1
+    with lowrank.adapter_copies(model, ["b", "a"]):
+        expected = [generate_ids(model, [p, p], 20)[i] for i in (0, 1) for p in (ids[0], ids[3])]
+        ends = {expected[0][3], expected[2][9]}
+        found = generate_ids(model, [ids[0], ids[3]] * 2, 20, ends=ends)
+    cut = [row[: next((i for i, t in enumerate(row) if t in ends), None)] for row in expected]
+    assert found == cut
     lowrank.set_adapter(model, ["a"])
     assert lowrank.generate(model, tokenizer, prompts[0], max_new_tokens=20) != together[0]
 
@@ -314,6 +360,20 @@ def test_a_low_temperature_is_greedy(saved, temperature):
     (greedy,) = generate_ids(model, [prompt], 20)
     (drawn,) = generate_ids(model, [prompt], 20, sampling=Sampling(temperature))
     assert_same_greedy(model, prompt, greedy, drawn)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_gives_no_numbers_writes_nothing(saved, temperature, value):
+    model, _, tokenizer = saved
+    with torch.no_grad():
+        model.body.norm.weight[3] = value
+    for call in (lowrank.generate, lowrank.stream):
+        with pytest.raises(WeightError, match="prompt 0: expected finite logits; got (nan|inf): "):
+            list(call(model, tokenizer, "def", temperature=temperature))
+    free = tokens(2, 5, 599).tolist()
+    with pytest.raises(WeightError, match="prompt 0: "):
+        generate_ids(model, free, 3, sampling=Sampling(temperature))
 
 
 def test_ids_of_another_models_tokenizer_are_refused(saved):

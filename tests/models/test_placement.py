@@ -129,6 +129,8 @@ def test_what_cannot_be_is_refused(directory):
         lowrank.load_model(directory, weights_budget=least - 1)
     everything = sum(p.nbytes for p in whole.parameters())
     assert lowrank.load_model(directory, weights_budget=everything).placement is None
+    with pytest.raises(ConfigError, match="sharded: expected no weights_budget beside it"):
+        lowrank.load_model("nobody/fetches-this", weights_budget=least, sharded=True)
     model = lowrank.load_model(directory, weights_budget=least)
     model.requires_grad_(True)
     with pytest.raises(TrainingError, match="weights that train have to stay on the device"):

@@ -1,10 +1,14 @@
 """The CPU kernels of 8-bit AdamW, of every instruction set, against the reference."""
 
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from lowrank import ops
-from lowrank.ops import cpu
+from lowrank.ops import adamw8bit, cpu
 from tests.ops.isas import ISAS, needs_library, running_on, using_threads
 
 SHAPES = [(5, 700), (3, 256), (40, 16), (7,), (), (3, 5, 3, 3), (1, 1000), (2, 33), (9, 48)]
@@ -92,3 +96,30 @@ def test_a_parameter_that_is_not_contiguous_runs_on_the_reference():
     for p in (strided, dense):
         take([[p, *ops.adamw8bit_state(p)]], [grad], 1)
     torch.testing.assert_close(strided, dense, rtol=1e-6, atol=1e-8)
+
+
+@needs_library
+def test_threads_that_are_the_first_together():
+    """Whoever comes before the maps are made makes his own, and needs it until he is done."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    states = [[p, *ops.adamw8bit_state(p)] for p in torch.randn(4, 3, 300).unbind()]
+    theirs, grad = copied(states), torch.randn(3, 300)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for step in range(1, 21):
+                take(theirs, [grad] * 4, step)
+                adamw8bit.dynamic_map.cache_clear()
+                meeting = threading.Barrier(4)
+
+                def one(state, step=step, meeting=meeting):
+                    meeting.wait()
+                    with torch.no_grad():
+                        take([state], [grad], step)
+
+                list(pool.map(one, states))
+    finally:
+        sys.setswitchinterval(interval)
+    for got, expected in zip(states, theirs, strict=True):
+        for a, b in zip(got, expected, strict=True):
+            assert torch.equal(a, b)

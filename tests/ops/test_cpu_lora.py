@@ -99,7 +99,16 @@ def test_offsets_of_other_rows_are_refused(offsets):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("M", "N", "K", "R"),
-    [(17, 13, 63, 1), (33, 345, 300, 8), (400, 65, 130, 13), (530, 29, 1056, 16), (40, 9, 40, 300)],
+    [
+        (17, 13, 63, 1),
+        (33, 345, 300, 8),
+        (400, 65, 130, 13),
+        (530, 29, 1056, 16),
+        (40, 9, 40, 300),
+        (49, 20, 256, 64),
+        (65, 12, 576, 65),
+        (97, 9, 560, 330),
+    ],
 )
 def test_every_gradient_of_many_rows(M, N, K, R, dtype, p, seed):
     """y, h, dx, dA and dB against float64: ends of stripes, of passes, of blocks, of the rank."""

@@ -20,7 +20,7 @@ GATES = {
 @pytest.fixture(autouse=True, params=["reference", None], ids=["reference", "best"])
 def backend(request):
     with ops.use_backend(request.param):
-        yield
+        yield request.param
 
 
 def leaves(*tensors):
@@ -118,6 +118,37 @@ def test_gates_that_are_large_infinite_or_not_a_number():
         finite = slice(1, 7)
         torch.testing.assert_close(got[finite], expected[finite], rtol=1e-6, atol=1e-36)
         assert got[7] == torch.inf and got[8].isnan()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_compiler_sees_their_meaning_where_no_backend_has_kernels(backend, dtype):
+    """As on a GPU, where it makes one kernel of them; of the CPU's it sees a call."""
+    x, weight, up = (torch.randn(s).to(dtype) for s in ((2, 5, 4, 8), (8,), (2, 5, 4, 8)))
+    angle = torch.randn(2, 5, 1, 3, dtype=torch.float64)
+    cos, sin = torch.cat([angle.cos()] * 2, -1).to(dtype), angle.sin().to(dtype)
+    called = []
+
+    def block(x, weight, up):
+        q, k = ops.rotate(ops.rms_norm(x, weight, 1e-5, True), up, cos, sin)
+        return ops.gated(q, k, "gelu_tanh")
+
+    def record(graph, inputs):
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return aot_eager(graph, inputs)
+
+    aot_eager = torch._dynamo.lookup_backend("aot_eager")
+    eager, ours = leaves(x, weight, up), leaves(x, weight, up)
+    torch.compiler.reset()
+    y = torch.compile(block, fullgraph=True, backend=record)(*ours)
+    expected, dy = block(*eager), torch.randn_like(y)
+    opaque = [name for name in called if "lowrank" in name]
+    assert opaque == [] if backend == "reference" else len(opaque) == 3
+    torch.testing.assert_close(y, expected)
+    got = torch.autograd.grad(y, ours, dy)
+    torch.testing.assert_close(got, torch.autograd.grad(expected, eager, dy))
+    torch.compiler.reset()
 
 
 def test_bad_input_is_named():

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lowrank
 from lowrank import ops
 from lowrank.ops import few_rows
+from lowrank.ops.cpu.codebook import goes_by_panels
 from lowrank.ops.few_rows import FewRows
 
 pytestmark = pytest.mark.skipif(
@@ -49,6 +50,11 @@ def test_the_same_bits_as_the_operator(scheme, dtype):
         for shape in ((K,), (1, K), (1, 1, K), (2, 8, K), (16, K)):
             x = torch.randn(shape).to(dtype)
             assert torch.equal(few(made).product(x, None), slow(made, x))
+        for M in (17, 27, 100, 1024):  # as many rows as a prompt has
+            x = torch.randn(M, K).to(dtype)
+            y = few(made).product(x, None)
+            assert y is None or torch.equal(y, slow(made, x))
+            assert (y is None) == goes_by_panels(x, N)
         bias = made.bias if dtype == torch.float32 else None
         x = torch.randn(2, K).to(dtype)
         assert torch.equal(few(made).product(x, bias), slow(made, x, bias))
@@ -59,7 +65,7 @@ def test_the_same_bits_as_the_operator(scheme, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_a_norm_of_the_same_bits_as_the_operators(dtype, plus_one):
-    for H, shape in ((1, (1,)), (63, (1, 1)), (576, (2, 8)), (20, (16,))):
+    for H, shape in ((1, (1,)), (63, (1, 1)), (576, (2, 8)), (20, (16,)), (63, (3, 99))):
         x, weight = torch.randn(*shape, H).to(dtype), torch.randn(H)
         for w in (weight, weight.to(dtype)):
             y = few_rows.rms_norm(x, w, 1e-5, plus_one)
@@ -72,7 +78,7 @@ def test_no_norm_where_somebody_has_to_see_it_or_refuse_it():
     x, weight = torch.randn(2, 63), torch.ones(63)
     assert few_rows.rms_norm(x, weight, 1e-5, False) is not None
     for other in (
-        torch.randn(17, 63), torch.randn(0, 63), torch.randn(2, 62), torch.tensor(1.0),
+        torch.randn(0, 63), torch.randn(2, 62), torch.tensor(1.0),
         torch.randn(63, 2).T, x.double(), x.to("meta"), x.int(),
     ):  # fmt: skip
         assert few_rows.rms_norm(other, weight, 1e-5, False) is None
@@ -100,7 +106,7 @@ def test_not_where_somebody_has_to_see_the_call():
     found, x = few(made), torch.randn(3, 63)
     assert found.product(x, made.bias) is not None
     for other in (
-        torch.randn(17, 63), torch.randn(0, 63), torch.randn(3, 62), torch.randn(63, 3).T,
+        torch.randn(1024, 63), torch.randn(0, 63), torch.randn(3, 62), torch.randn(63, 3).T,
         torch.randn(3, 63).double(), torch.randn(3, 63, device="meta"), nn.Parameter(x).to("meta"),
         torch.tensor(1.0), torch.randn(3, 63).int(), torch.randn(63).to_sparse(),
     ):  # fmt: skip

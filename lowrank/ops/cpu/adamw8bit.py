@@ -33,9 +33,11 @@ def adamw8bit_step(
     by = native.Adamw8bitCoefficients(
         *adamw8bit.coefficients(lr, beta1, beta2, eps, weight_decay, step)
     )
+    # held too: threads that are the first together may each have made maps of their own
+    m_map, v_map = adamw8bit.dynamic_map(True), adamw8bit.dynamic_map(False)
     status = native.load_cpu().lowrank_adamw8bit_step(
-        ctypes.addressof(tensors), len(params), adamw8bit.dynamic_map(True).data_ptr(),
-        adamw8bit.dynamic_map(False).data_ptr(), ctypes.addressof(by), torch.get_num_threads(),
+        ctypes.addressof(tensors), len(params), m_map.data_ptr(), v_map.data_ptr(),
+        ctypes.addressof(by), torch.get_num_threads(),
     )  # fmt: skip
     native.check(status, "adamw8bit_step")
     # Written through pointers: autograd must hear of it from us.

@@ -27,9 +27,10 @@ def lion8bit_step(
     dense = [g.contiguous() for g in grads]  # held until the library returns
     tensors = native.moments8bit_tensors(params, dense, m, m_scale)
     by = native.Lion8bitCoefficients(*lion8bit.coefficients(lr, beta1, beta2, weight_decay))
+    m_map = adamw8bit.dynamic_map(True)  # held too, as in adamw8bit_step
     status = native.load_cpu().lowrank_lion8bit_step(
-        ctypes.addressof(tensors), len(params), adamw8bit.dynamic_map(True).data_ptr(),
-        ctypes.addressof(by), torch.get_num_threads(),
+        ctypes.addressof(tensors), len(params), m_map.data_ptr(), ctypes.addressof(by),
+        torch.get_num_threads(),
     )  # fmt: skip
     native.check(status, "lion8bit_step")
     # Written through pointers: autograd must hear of it from us.

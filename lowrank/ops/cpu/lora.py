@@ -165,27 +165,17 @@ def lora_linear_backward(
     seed: Tensor | None,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx [..., K], dA, dB; with g = scale * dy B[e], each panel of dy serves g and dB at once."""
-    (E, N, R), K = B.shape, A.shape[2]
-    dropout, rows_of_dy = _dropout(p, seed), _matrix(dy, N)
-    rows_of_x = _matrix(x, K) if needs[1] else x
-    M = rows_of_dy.shape[0]
-    wide_A, wide_B = A.float(), B.float()
-    dA = torch.zeros((E, R, K) if needs[1] else (0,), dtype=torch.float32, device="cpu")
-    dBt = torch.zeros((E, R, N) if needs[2] else (0,), dtype=torch.float32, device="cpu")
-    # dx begins as the branch, as y does
-    dtype = dy.dtype if codebook is None else products.panel_dtype(dy.dtype)
-    dx = _room(M, K, dtype, order) if needs[0] else empty(0, dtype=dy.dtype)
-    for e, rows in _rows_of_adapters(M, max(N, K), dy.dtype, order, offsets, dropout):
-        panel = _panel(rows_of_dy, rows, None)
-        if needs[2]:  # (hᵀ dy)ᵀ: twice as fast as dyᵀ h on a skinny h
-            dBt[e].addmm_(h[rows.index].T, panel, alpha=scale)
-        if needs[0] or needs[1]:
-            g = torch.mm(panel, wide_B[e]).mul_(scale)
-        if needs[1]:
-            dA[e].addmm_(g.T, _panel(rows_of_x, rows, dropout))
-        if needs[0]:
-            _put_product(g, wide_A[e], dx, rows, dropout, add=False)
+    """dx [..., K], dA, dB of scale * z A[e]ᵀ B[e]ᵀ, and dx of x Wᵀ."""
+    N, K = B.shape[1], A.shape[2]
+    rows_of_dy, rows_of_x = _matrix(dy, N), _matrix(x, K) if needs[1] else x
+    branch = (rows_of_dy, rows_of_x, h, A.float(), B.float(), scale)
+    in_place = order is None and seed is None and dy.dtype == torch.float32 and all(needs)
+    if in_place and len(rows_of_dy) * max(N, K) <= _PANEL_IN_PLACE:
+        dx, dA, dB = _branch_at_once(*branch)
+    else:
+        # dx begins as the branch, as y does
+        dtype = dy.dtype if codebook is None else products.panel_dtype(dy.dtype)
+        dx, dA, dB = _branch_by_panels(*branch, order, offsets, _dropout(p, seed), needs, dtype)
     if needs[0]:
         if codebook is not None:
             packed = (weight, absmax, absmax_scale, codebook)
@@ -193,8 +183,50 @@ def lora_linear_backward(
         elif weight is not None:
             dx.addmm_(rows_of_dy, weight)
         dx = dx.to(dy.dtype).view(*dy.shape[:-1], K)
-    dB = dBt.mT.contiguous() if needs[2] else dBt
     return dx, dA.to(A.dtype), dB.to(B.dtype)
+
+
+def _branch_at_once(
+    dy: Tensor, x: Tensor, h: Tensor, A: Tensor, B: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dA and dB of the only adapter and of rows that are one panel where they lie.
+
+    A step of a model is hundreds of these: asking for panels takes as long as these products.
+    """
+    g = torch.mm(dy, B[0]).mul_(scale)
+    dBt = torch.mm(h.T, dy).mul_(scale)  # (hᵀ dy)ᵀ: twice as fast as dyᵀ h on a skinny h
+    return torch.mm(g, A[0]), torch.mm(g.T, x)[None], dBt.T.contiguous()[None]
+
+
+def _branch_by_panels(
+    dy: Tensor,
+    x: Tensor,
+    h: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    order: Tensor | None,
+    offsets: Tensor | None,
+    dropout: native.Dropout | None,
+    needs: list[bool],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of any: with g = scale * dy B[e], each panel of dy serves g and dB at once."""
+    (E, N, R), K, M = B.shape, A.shape[2], dy.shape[0]
+    dA = torch.zeros((E, R, K) if needs[1] else (0,), dtype=torch.float32, device="cpu")
+    dBt = torch.zeros((E, R, N) if needs[2] else (0,), dtype=torch.float32, device="cpu")
+    dx = _room(M, K, dtype, order) if needs[0] else empty(0, dtype=dy.dtype)
+    for e, rows in _rows_of_adapters(M, max(N, K), dy.dtype, order, offsets, dropout):
+        panel = _panel(dy, rows, None)
+        if needs[2]:  # (hᵀ dy)ᵀ: twice as fast as dyᵀ h on a skinny h
+            dBt[e].addmm_(h[rows.index].T, panel, alpha=scale)
+        if needs[0] or needs[1]:
+            g = torch.mm(panel, B[e]).mul_(scale)
+        if needs[1]:
+            dA[e].addmm_(g.T, _panel(x, rows, dropout))
+        if needs[0]:
+            _put_product(g, A[e], dx, rows, dropout, add=False)
+    return dx, dA, dBt.mT.contiguous() if needs[2] else dBt
 
 
 def _rows_of_adapters(

@@ -1,4 +1,9 @@
-"""What stands between a block's products: norms, turns of pairs by their positions, gates."""
+"""What stands between a block's products: norms, turns of pairs by their positions, gates.
+
+`rms_norm`, `rotate` and `gated` change nothing in place that a gradient needs: torch.compile traces
+them, and makes their gradients and one kernel of them and their neighbours, for a device whose
+backends have none of their own (`dispatch.call`).
+"""
 
 from __future__ import annotations
 
@@ -26,9 +31,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> tuple[Ten
     arXiv:1910.07467, eq. 4.
     """
     wide = _widened(x)
-    mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-    rstd = mean_square.add_(eps).rsqrt_()
-    y = (wide * rstd).mul_(_effective(weight, wide, plus_one))
+    mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1]
+    rstd = (mean_square + eps).rsqrt()
+    y = wide * rstd * _effective(weight, wide, plus_one)
     return y.to(x.dtype).contiguous(), rstd.contiguous()
 
 
@@ -61,7 +66,7 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[
 
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """act(gate) * up.   Shazeer, arXiv:2002.05202, eq. 6."""
-    return ACTIVATIONS[activation][0](gate).mul_(up).contiguous()
+    return (ACTIVATIONS[activation][0](gate) * up).contiguous()
 
 
 def gated_backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
@@ -80,12 +85,10 @@ def _effective(weight: Tensor, wide: Tensor, plus_one: bool) -> Tensor:
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    y = x.new_empty(x.shape)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     turned = cos.shape[-1]
-    y[..., turned:] = x[..., turned:]
-    torch.mul(x[..., :turned], cos, out=y[..., :turned])
-    (a, b), (ya, yb) = x[..., :turned].chunk(2, -1), y[..., :turned].chunk(2, -1)
-    ya.addcmul_(b, sin, value=-sign)
-    yb.addcmul_(a, sin, value=sign)
-    return y
+    a, b = x[..., :turned].chunk(2, -1)
+    cos_a, cos_b = cos.chunk(2, -1)
+    ya = torch.addcmul(a * cos_a, b, sin, value=-sign)
+    yb = torch.addcmul(b * cos_b, a, sin, value=sign)
+    return torch.cat((ya, yb, x[..., turned:]), -1).contiguous()
