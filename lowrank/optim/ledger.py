@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lowrank.optim.layout import Chunk, Part, plan
 from lowrank.optim.pages import PageStore
+from lowrank.optim.rings import Visit
 from lowrank.optim.rules import Rule
 
 States = dict[str, Tensor]
+Use = Callable[[list[Part], dict[str, list[Tensor]]], None]
 
 
 class Ledger:
@@ -23,34 +24,46 @@ class Ledger:
         self._chunks: list[Chunk] = []
         self._where: dict[Tensor, list[int]] = {}
         self._rules: dict[Tensor, Rule] = {}
+        self._views: dict[int, list[tuple[Part, States]]] = {}
 
     def __contains__(self, p: Tensor) -> bool:
         return p in self._where
 
-    def visit(
-        self, rule: Rule, params: Sequence[Tensor]
-    ) -> Iterator[tuple[list[Part], dict[str, list[Tensor]]]]:
-        """Parts of these parameters and their states, until all of them were there once.
+    def walk(self, rule: Rule, params: Sequence[Tensor], use: Use) -> None:
+        """Give `use` parts of these parameters and their states, until it had all of them once.
 
-        The states may be changed until the next parts are asked for.
+        It may change the states. Several threads may be in it at once, with other parts.
         """
         self._lay_out(rule, params)
         wanted = set(params)
+
+        def visited(visits: list[Visit]) -> None:
+            parts: list[Part] = []
+            states: dict[str, list[Tensor]] = {}
+            for visit in visits:
+                if visit.blank:
+                    self._chunks[visit.chunk].fill(visit.memory)
+                for part, views in self._viewed(visit):
+                    if part.p in wanted:
+                        parts.append(part)
+                        for name, view in views.items():
+                            states.setdefault(name, []).append(view)
+            use(parts, states)
+
         numbers = dict.fromkeys(number for p in params for number in self._where[p])
-        with closing(self.store.visit(list(numbers))) as visits:
-            for some in visits:
-                parts: list[Part] = []
-                states: dict[str, list[Tensor]] = {}
-                for number, memory, blank in some:
-                    chunk = self._chunks[number]
-                    if blank:
-                        chunk.fill(memory)
-                    for part in chunk.parts:
-                        if part.p in wanted:
-                            parts.append(part)
-                            for name, place in part.places.items():
-                                states.setdefault(name, []).append(place.view(memory))
-                yield parts, states
+        self.store.walk(list(numbers), visited)
+
+    def _viewed(self, visit: Visit) -> list[tuple[Part, States]]:
+        """The parts of a chunk and their states; made once where memory stays what it is."""
+        viewed = self._views.get(visit.chunk) if visit.stays else None
+        if viewed is None:
+            viewed = [
+                (part, {name: place.view(visit.memory) for name, place in part.places.items()})
+                for part in self._chunks[visit.chunk].parts
+            ]
+        if visit.stays:
+            self._views[visit.chunk] = viewed
+        return viewed
 
     def read(self, params: Sequence[Tensor]) -> dict[Tensor, States]:
         """Copies of the states of these parameters, in the host's memory."""

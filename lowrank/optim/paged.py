@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
+from threading import Lock
 from typing import Any, NoReturn
 
 import torch
@@ -23,6 +24,8 @@ from lowrank.optim.shards import local, sharded, share
 from lowrank.optim.tiers import check_page_dir
 
 Limit = int | Budget | None
+
+_copied = Lock()  # a copy that goes back has the pieces of others as they were
 
 
 class Paged(RuleOptimizer):
@@ -72,9 +75,11 @@ class Paged(RuleOptimizer):
                     f"{params[0].device}: save state_dict() before moving, and load it after"
                 )
         grads = {local(p): local(p.grad) for p in params if local(p).numel()}
-        with closing(ledger.visit(rule, list(grads))) as visits:
-            for parts, states in visits:
-                _step(rule, parts, grads, states, step, numbers)
+
+        def use(parts: list[Part], states: dict[str, list[Tensor]]) -> None:
+            _step(rule, parts, grads, states, step, numbers)
+
+        ledger.walk(rule, list(grads), use)
 
     def state_dict(self) -> dict[str, Any]:
         """As the resident twin's, with tensors on the host that are copies of what is in pages."""
@@ -264,13 +269,15 @@ def _step(
     numbers: Mapping[str, Any],
 ) -> None:
     """Step parts of parameters. What is cut into pieces is contiguous, or a copy that goes back."""
-    cut = {part.p: part.p.contiguous() for part in parts if part.piece is not None}
-    params = [part.of(cut.get(part.p, part.p)) for part in parts]
-    grads = []
-    for part in parts:
-        grad = grads_of[part.p]
-        grads.append(part.of(grad.contiguous() if part.p in cut else grad))
-    rule.step(params, grads, states, step=step, **numbers)
-    for p, dense in cut.items():
-        if dense is not p:
-            p.copy_(dense)
+    cut = {part.p for part in parts if part.piece is not None}
+    with nullcontext() if all(p.is_contiguous() for p in cut) else _copied:
+        dense = {p: p.contiguous() for p in cut}
+        params = [part.of(dense.get(part.p, part.p)) for part in parts]
+        grads = []
+        for part in parts:
+            grad = grads_of[part.p]
+            grads.append(part.of(grad.contiguous() if part.p in cut else grad))
+        rule.step(params, grads, states, step=step, **numbers)
+        for p, copy in dense.items():
+            if copy is not p:
+                p.copy_(copy)

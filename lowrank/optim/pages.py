@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,23 +16,16 @@ from lowrank.errors import ConfigError, TrainingError
 
 from .budget import Budget, Memory
 from .homes import Homes
-from .rings import DeviceRing, MappedRing, Ring
+from .rings import Away, DeviceRing, Ring, Use, Visit
 from .streams import streams_of
 from .tiers import Home, anonymous
+from .workers import Workers
 
 logger = logging.getLogger("lowrank.optim")
 
 LARGEST, SMALLEST = 8 << 20, 64 << 10  # bytes of a chunk
 SHARE = 6  # one chunk takes this part of a budget that is not large: two may share it
 CALM_STEPS = 50  # without a shortage before chunks come back; twice as many each time they do
-
-
-class Visit(NamedTuple):
-    """A chunk while its memory may be read and written on the device; `blank`: never written."""
-
-    chunk: int
-    memory: Tensor
-    blank: bool
 
 
 @dataclass(eq=False)
@@ -69,6 +61,8 @@ class PageStore:
             self._budget, self._name = host_budget, "host_budget"
         self._homes = Homes(self._streams is not None, host_budget, page_dir, self.chunk_bytes)
         self._slots = self._homes.slots
+        if self._streams is None:
+            self._slots = max(2, min(self._slots, torch.get_num_threads()))
         self._memory = Memory(device)
         self._chunks: list[_Chunk] = []
         self._ring: Ring | None = None
@@ -98,49 +92,40 @@ class PageStore:
             self._chunks.append(_Chunk(size, is_near, home=None if is_near else next(left)))
         return range(first, len(self._chunks))
 
-    def visit(self, numbers: Sequence[int]) -> Iterator[list[Visit]]:
-        """The chunks of these numbers a few at a time, each with its memory on the device.
+    def walk(self, numbers: Sequence[int], use: Use) -> None:
+        """Give `use` the chunks of these numbers, a few at a time, with their memory on the device.
 
-        What is computed with that before the next few are asked for may change it. Chunks at home
-        come ahead of their turn and go back after it; those on the device are spread among them.
+        What it computes with that may change it. Chunks at home come ahead of their turn and go
+        back after it. On a CPU several threads may be in `use` at once, with other chunks.
         """
         self._check()
-        self._allocate([self._chunks[i] for i in numbers])
-        near = [i for i in numbers if self._chunks[i].near]
-        away = [i for i in numbers if not self._chunks[i].near]
-        if away:
+        chunks = self._chunks
+        self._allocate([chunks[i] for i in numbers])
+        if not all(chunks[i].near for i in numbers):
             self._open_ring()  # there is none yet if memory for it was short when they went home
-        turns = max(len(away), 1)
-        begun = taken = given = 0
+        near, away = [], []
+        for i in numbers:
+            memory, home = chunks[i].memory, chunks[i].home
+            if chunks[i].near:
+                assert memory is not None
+                near.append(Visit(i, memory, chunks[i].blank))
+            else:
+                assert home is not None
+                away.append(Away(i, home, chunks[i].blank))
+
+        def written(visits: list[Visit]) -> None:
+            use(visits)
+            for visit in visits:
+                chunks[visit.chunk].blank = False
+
+        if not away:
+            written(near)
+            return
+        assert self._ring is not None
         try:
-            for turn in range(turns):
-                while begun < min(len(away), given + self._slots):
-                    self._begin(away[begun])
-                    begun += 1
-                visits = [
-                    self._visit(i)
-                    for i in near[turn * len(near) // turns : (turn + 1) * len(near) // turns]
-                ]
-                if away:
-                    visits.append(self._visit(away[turn]))
-                    taken += 1
-                yield visits
-                for visit in visits:
-                    self._chunks[visit.chunk].blank = False
-                if away:
-                    self._give(away[turn])
-                    given += 1
-            if self._ring is not None:
-                self._ring.settle()
+            self._ring.walk(near, away, written)
         except OSError as error:
             raise self._lost(error) from error
-        except BaseException:
-            for i in away[given:taken]:
-                self._give(i)
-            for i in away[taken:begun]:  # nothing stays on its way
-                self._visit(i)
-                self._give(i)
-            raise
 
     def shrink(self, nbytes: int | None) -> int:
         """Move chunks home until `nbytes` of the device are free or only a ring is left there.
@@ -243,24 +228,6 @@ class PageStore:
                 "make the optimizer in the process that steps it"
             )
 
-    def _begin(self, number: int) -> None:
-        chunk = self._chunks[number]
-        assert self._ring is not None and chunk.home is not None
-        self._ring.begin(chunk.home, load=not chunk.blank)
-
-    def _visit(self, number: int) -> Visit:
-        chunk = self._chunks[number]
-        if chunk.near:
-            assert chunk.memory is not None
-            return Visit(number, chunk.memory, chunk.blank)
-        assert self._ring is not None and chunk.home is not None
-        return Visit(number, self._ring.take(chunk.home), chunk.blank)
-
-    def _give(self, number: int) -> None:
-        chunk = self._chunks[number]
-        assert self._ring is not None and chunk.home is not None
-        self._ring.give(chunk.home)
-
     def _allocate(self, chunks: Sequence[_Chunk]) -> None:
         """Memory for chunks that are to be on the device; where that is short, they go home."""
         for chunk in chunks:
@@ -285,7 +252,7 @@ class PageStore:
             self._move_home(int(missing))
         self._slots = self._budget.slots(self, self.chunk_bytes, self._name, self._slots)
         if self._streams is None:
-            self._ring = MappedRing()
+            self._ring = Workers(self._slots)
             return
         try:
             slots = [self._new(self.chunk_bytes) for _ in range(self._slots)]

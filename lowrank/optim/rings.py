@@ -1,15 +1,15 @@
-"""A few chunks at a time on their way: begun ahead of their use, and brought home behind it.
+"""A few chunks at a time on their way to a GPU: begun ahead of their use, brought home behind it.
 
-Every ring answers `begin(home, load)`, which starts to bring what is at home (or, without `load`,
-only makes room), `take`, the memory that what is computed next may use, and `give`, which starts
-to bring it back. Homes are taken in the order in which they were begun.
+`begin(home, load)` starts to bring what is at home (or, without `load`, only makes room), `take` is
+the memory that what is computed next may use, and `give` starts to bring it back. Homes are taken
+in the order in which they were begun.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -17,48 +17,34 @@ from .streams import Streams
 from .tiers import Home, drop, populate
 
 
+class Visit(NamedTuple):
+    """A chunk while its memory may be read and written on the device; `blank`: never written."""
+
+    chunk: int
+    memory: Tensor
+    blank: bool
+    stays: bool = False  # the memory is that of every visit to this chunk
+
+
+class Away(NamedTuple):
+    """A chunk that is to be visited, and is at home."""
+
+    chunk: int
+    home: Home
+    blank: bool
+
+
+Use = Callable[[list[Visit]], None]
+
+
 class Ring(Protocol):
-    """What a store asks of each."""
+    """What a store asks of each: Workers on a CPU, DeviceRing on a GPU."""
 
-    def begin(self, home: Home, load: bool) -> None: ...
+    def walk(self, near: Sequence[Visit], away: Sequence[Away], use: Use) -> None:
+        """Give `use` all of these, a few at a time, and bring home those that were away."""
 
-    def take(self, home: Home) -> Tensor: ...
-
-    def give(self, home: Home) -> None: ...
-
-    def settle(self) -> None: ...
-
-    def drain(self) -> None: ...
-
-
-class MappedRing:
-    """On a CPU a chunk is used where its file is mapped: a thread populates pages, and drops them.
-
-    The thread does one thing after another, so that pages are dropped before others come.
-    """
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "lowrank-pages")
-        self._populated: dict[Home, Future[None]] = {}
-        self._dropped: list[Future[None]] = []
-
-    def begin(self, home: Home, load: bool) -> None:
-        self._populated[home] = self._thread.submit(populate, home.memory)
-
-    def take(self, home: Home) -> Tensor:
-        self._populated.pop(home).result()
-        return home.memory
-
-    def give(self, home: Home) -> None:
-        self._dropped.append(self._thread.submit(drop, home.memory))
-
-    def settle(self) -> None:
-        """After a step no thread works and nothing mapped is resident."""
-        for future in self._dropped:
-            future.result()
-        self._dropped.clear()
-
-    drain = settle
+    def drain(self) -> None:
+        """Wait until everything is at home."""
 
 
 class _Slot:
@@ -97,9 +83,6 @@ class StagingRing:
         slot = self._at.pop(home)
         slot.free = home.written = self._writer.submit(_write, home, slot.memory, after)
 
-    def settle(self) -> None:
-        """The threads go on between the steps."""
-
     def drain(self) -> None:
         for slot in self._slots:
             if slot.free is not None:
@@ -136,6 +119,31 @@ class DeviceRing:
         self._next = 0
         self._at: dict[Home, _Slot] = {}
 
+    def walk(self, near: Sequence[Visit], away: Sequence[Away], use: Use) -> None:
+        """Those that are away in turn, the near spread among them."""
+        turns = len(away)
+        begun = taken = given = 0
+        try:
+            for turn, (chunk, home, blank) in enumerate(away):
+                while begun < min(turns, given + len(self._slots)):
+                    self.begin(away[begun].home, load=not away[begun].blank)
+                    begun += 1
+                visits = near[turn * len(near) // turns : (turn + 1) * len(near) // turns]
+                visit = Visit(chunk, self.take(home), blank)
+                taken += 1
+                use([*visits, visit])
+                self.give(home)
+                given += 1
+        except OSError:
+            raise
+        except BaseException:
+            for _, home, _ in away[given:taken]:
+                self.give(home)
+            for _, home, _ in away[taken:begun]:  # nothing stays on its way
+                self.take(home)
+                self.give(home)
+            raise
+
     def begin(self, home: Home, load: bool) -> None:
         slot = self._at[home] = self._slots[self._next % len(self._slots)]
         self._next += 1
@@ -162,9 +170,6 @@ class DeviceRing:
             self._staging().give(home, slot.free)
         else:
             slot.free = home.written = self._streams.save(home.memory, source, done)
-
-    def settle(self) -> None:
-        """The streams go on between the steps."""
 
     def drain(self) -> None:
         """Wait, on the host too, until everything is at home; then the memory may be freed."""

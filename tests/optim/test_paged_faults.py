@@ -223,11 +223,14 @@ def test_a_directory_in_memory_is_told_of(monkeypatch, caplog):
     assert any("lies in memory" in r.getMessage() for r in caplog.records) == in_memory
 
 
-def test_resident_memory_grows_by_no_more_than_the_budget_and_two_chunks(tmp_path):
+@pytest.mark.parametrize("threads", [1, 3])
+def test_resident_memory_grows_by_no_more_than_the_budget_and_two_chunks(threads, tmp_path):
     state, budget = 34_000_000, 3_400_000
     script = f"""
 import torch
 from lowrank.optim import PagedAdamW8bit
+
+torch.set_num_threads({threads})
 
 def status(name):
     with open("/proc/self/status") as file:
