@@ -16,7 +16,7 @@ from .io.quantized import save_quantized as save_quantized
 from .models.generate import generate as generate
 from .models.generate import stream as stream
 from .models.loading import load_model as load_model
-from .models.loading import open_weights as open_weights
+from .models.opening import open_weights as open_weights
 from .models.saving import save_model as save_model
 from .models.tokenizer import load_tokenizer as load_tokenizer
 from .nn.kinds import register_layer as register_layer

@@ -25,7 +25,7 @@ class TargetError(LowrankError, ValueError):
 
 
 class WeightError(LowrankError, ValueError):
-    """A weight cannot be quantized or merged: NaN, inf, or the wrong shape for its layer."""
+    """A weight cannot be quantized, merged or used: NaN, inf, or a shape other than its layer's."""
 
 
 class FileFormatError(LowrankError, ValueError):

@@ -147,7 +147,9 @@ def _ending(error: BaseException) -> tuple[int, str]:
     line = _one_line(error)
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, line or "interrupted; no file is half written"
-    if is_out_of_memory(error) or is_out_of_memory(error.__cause__):
+    if isinstance(error, LowrankError) and is_out_of_memory(error.__cause__):
+        return OUT_OF_MEMORY, f"error: {line}"  # with what to change
+    if is_out_of_memory(error):
         return OUT_OF_MEMORY, (
             "error: out of memory: try a smaller model, batch, rank or length; torch says: " + line
         )

@@ -125,6 +125,7 @@ def report(result: Any) -> str:
         f"loss {result.losses[0]:.4f} → {result.losses[-1]:.4f} over {len(result.losses)} steps"
     ]
     if len(result.eval_losses) > 1:
-        (_, before), (_, after) = result.eval_losses[0], result.eval_losses[-1]
+        (_, before), (_, last) = result.eval_losses[0], result.eval_losses[-1]
+        after = result.metrics.get("eval_loss_after", last)  # of what is saved
         lines.append(f"held-out loss {before:.4f} → {after:.4f}")
     return "\n".join([*lines, f"saved in {result.output_dir}"])

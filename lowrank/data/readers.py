@@ -52,8 +52,14 @@ def _json(path: Path) -> Found:
             yield f"{path}: item {i}", row
         return
     for number, line in enumerate(raw.split(b"\n"), 1):
-        if line.strip():
-            yield f"{path}:{number}", _parse(line, path, number)
+        if not line.strip():
+            continue
+        if number == 1 and line.strip() == b"{":  # written to be read by people
+            raise DataError(
+                f"{path}:1: expected a whole object in each line, or one list of objects; got an "
+                "object of several lines: write one a line"
+            )
+        yield f"{path}:{number}", _parse(line, path, number)
 
 
 def _csv(path: Path) -> Found:

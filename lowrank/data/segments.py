@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from lowrank.data.chat import CHATML
 from lowrank.errors import DataError, LowrankError, MissingPackageError
 
 Segment = tuple[str, bool]  # text, and whether it is learned
@@ -164,9 +165,18 @@ def _cut(text: str, spans: Sequence[tuple[int, int]]) -> list[Segment]:
 
 def _render(tokenizer: Tokenizer, messages: list[Any], cue: bool, tools: list[Any] | None) -> str:
     render = tokenizer.apply_chat_template
-    # that of transformers encodes the text unless told not to
-    plain = {"tokenize": False} if "tokenize" in inspect.signature(render).parameters else {}
-    text = render(messages, add_generation_prompt=cue, tools=tools, **plain)
+    taken, options = inspect.signature(render).parameters, {}
+    if "tokenize" in taken:  # that of transformers encodes the text unless told not to
+        options["tokenize"] = False
+    if "chat_template" in taken and not getattr(tokenizer, "chat_template", None):
+        options["chat_template"] = CHATML
+    try:
+        text = render(messages, add_generation_prompt=cue, tools=tools, **options)
+    except LowrankError:
+        raise
+    except Exception as error:  # whatever a tokenizer that is not ours raises
+        reason = " ".join(str(error).split())
+        raise DataError(f"messages: the chat template refuses them: {reason}") from error
     if not isinstance(text, str):
         raise DataError(f"apply_chat_template must return text; got {type(text).__name__}")
     return text

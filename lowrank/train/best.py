@@ -6,7 +6,7 @@ As transformers' load_best_model_at_end and EarlyStoppingCallback count it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -28,22 +28,20 @@ class Best:
         self, parameters: Mapping[str, nn.Parameter], config: TrainConfig, history: History
     ) -> None:
         self._parameters, self._config, self._history = parameters, config, history
-        self._metric = "eval_" + config.metric_for_best_model.removeprefix("eval_")
+        self._metric = metric_name(config)
         self._greater = config.greater_is_better
         if self._greater is None:
             self._greater = not self._metric.endswith("loss")
         self._kept: dict[str, Tensor] = {}
 
+    def check(self) -> None:
+        """ConfigError if an evaluation does not have what is to be compared."""
+        check_metric(self._config, self._history.evaluations[-1].keys() - {"step"})
+
     def look(self) -> bool:
         """Judge the last evaluation; whether the run is to end, for want of a better one."""
         history, config = self._history, self._config
         evaluation = history.evaluations[-1]
-        if self._metric not in evaluation:
-            found = ", ".join(name for name in evaluation if name != "step")
-            raise ConfigError(
-                f"metric_for_best_model is {config.metric_for_best_model!r}, but an evaluation has "
-                f"{found}: name one of them, or return it from compute_metrics"
-            )
         value, best = evaluation[self._metric], history.best_metric
         gain = math.inf if best is None else value - best if self._greater else best - value
         if gain > config.early_stopping_threshold:
@@ -75,3 +73,17 @@ class Best:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Keep what `state_dict` gave."""
         self._kept = {n: local(cut(v, self._parameters[n])) for n, v in state.items()}
+
+
+def check_metric(config: TrainConfig, found: Iterable[str]) -> None:
+    """ConfigError if `found`, the names in an evaluation, lacks config.metric_for_best_model."""
+    if metric_name(config) not in found:
+        raise ConfigError(
+            f"metric_for_best_model is {config.metric_for_best_model!r}, but an evaluation has "
+            f"{', '.join(sorted(found))}: name one of them, or return it from compute_metrics"
+        )
+
+
+def metric_name(config: TrainConfig) -> str:
+    """What an evaluation calls the metric that is compared."""
+    return "eval_" + config.metric_for_best_model.removeprefix("eval_")

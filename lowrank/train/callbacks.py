@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from lowrank.errors import ConfigError
+
 if TYPE_CHECKING:
     from lowrank.train.loop import Loop
 
@@ -34,6 +36,20 @@ class Callback:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Before on_train_begin of a run that goes on; not called if there was no such callback."""
+
+
+def listed(callbacks: Iterable[Callback]) -> list[Callback]:
+    """The callbacks as a list; ConfigError for what has not a Callback's methods."""
+    found = list(callbacks) if isinstance(callbacks, Iterable) else None
+    methods = [name for name in vars(Callback) if not name.startswith("_")]
+    for callback in [callbacks] if found is None else found:
+        has = not isinstance(callback, type) and all(hasattr(callback, name) for name in methods)
+        if found is None or not has:
+            raise ConfigError(
+                "callbacks: expected a list of objects of classes derived from Callback; got "
+                f"{callback!r:.80}"
+            )
+    return found or []
 
 
 class Callbacks(Callback):

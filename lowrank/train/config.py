@@ -11,10 +11,12 @@ from lowrank.train.rules import (
     check_not_reentrant,
     check_together,
     grouped_by,
+    refuses_unknown,
     respell,
 )
 
 
+@refuses_unknown
 @dataclass
 class TrainConfig:
     """Settings of one training run. A value that cannot be is a ConfigError naming its field.
@@ -89,10 +91,11 @@ class TrainConfig:
     token_cache: a directory that keeps tokenized data for the next run; auto: the user's own, if
         tokenizing took over two seconds; none: nowhere.
     save_strategy: no, or a checkpoint after every save_steps steps or every epoch; and at the end.
-    save_steps: steps between checkpoints.
+    save_steps: steps between checkpoints, or a share of all if below 1.
     save_total_limit: checkpoints that are kept, the newest; None: all.
     resume: auto: go on from the newest checkpoint in output_dir, if any; or a checkpoint's path.
-    logging_steps: steps between lines of the log; metrics.jsonl has every step.
+    logging_steps: steps between lines of the log, or a share of all if below 1; metrics.jsonl has
+        every step.
     disable_tqdm: lines of the log in place of the progress bar, as where there is no terminal.
     report_to: what is told of every step: tensorboard, wandb, trackio, a list of them, or none.
     project: what that files the run under.
@@ -154,10 +157,10 @@ class TrainConfig:
     dataset_text_field: str | None = None
     token_cache: str | Path | None = "auto"
     save_strategy: str = "steps"
-    save_steps: int = 500
+    save_steps: int | float = 500
     save_total_limit: int | None = 2
     resume: str | Path | None = None
-    logging_steps: int = 10
+    logging_steps: int | float = 10
     disable_tqdm: bool = False
     report_to: str | list[str] | None = None
     project: str = "lowrank"

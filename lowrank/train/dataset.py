@@ -102,6 +102,13 @@ def model_number(model: nn.Module, name: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
+def padding_token(tokenizer: Tokenizer | None, model: nn.Module) -> int:
+    """What rows are padded with, where attention is masked: the tokenizer's, or any."""
+    pad, words = getattr(tokenizer, "pad_token_id", None), model_number(model, "vocab_size")
+    # one that was added to the tokenizer alone is no row of the embedding
+    return 0 if pad is None or (words is not None and pad >= words) else pad
+
+
 def _cache_path(
     config: TrainConfig,
     examples: Examples,

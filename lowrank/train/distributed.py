@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lowrank import errors
 from lowrank.errors import ConfigError, LowrankError, TrainingError
+from lowrank.train.gloo import Connections, settle_at_exit
 
 logger = logging.getLogger("lowrank.train")
 
@@ -108,7 +109,9 @@ class Ranks:
         self._device = torch.device("cpu")
         if self.size > 1:
             # of our own: what goes wrong here closes no connection of the caller's
-            self._group = self._tried(dist.new_group, timeout=timedelta(seconds=timeout))
+            with Connections() as self._connections:
+                self._group = self._tried(dist.new_group, timeout=timedelta(seconds=timeout))
+            settle_at_exit()
             if dist.get_backend(self._group) == "nccl":
                 self._device = torch.device("cuda", torch.cuda.current_device())
 
@@ -238,6 +241,7 @@ class Ranks:
         except BaseException as error:
             gone = self._group is not None and error is not self._known
             if gone and dist.get_backend(self._group) == "gloo":  # NCCL would wait for the others
+                self._connections.close()
                 dist.destroy_process_group(self._group)
             raise
 

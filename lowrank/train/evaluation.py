@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
+from lowrank.data import TokenizedExamples
 from lowrank.errors import ConfigError
 from lowrank.train.config import TrainConfig
 from lowrank.train.distributed import Ranks
@@ -18,6 +18,7 @@ from lowrank.train.loss import BatchLoss
 from lowrank.train.precision import Precision
 from lowrank.train.relief import free_cached
 from lowrank.train.remedies import is_out_of_memory
+from lowrank.train.schedule import whole_steps
 from lowrank.train.sharding import rest
 
 logger = logging.getLogger("lowrank.train")
@@ -120,6 +121,22 @@ def is_due(config: TrainConfig, history: History, total_steps: int, examples: in
         return True
     if config.evaluates_by == "epoch":
         return history.epoch_is_over(examples)
-    every = config.eval_steps or config.logging_steps
-    every = int(every) if every >= 1 else math.ceil(every * total_steps)
+    every = whole_steps(config.eval_steps or config.logging_steps, total_steps)
     return config.evaluates_by == "steps" and steps % every == 0
+
+
+def check_evaluated(
+    config: TrainConfig,
+    eval_data: TokenizedExamples | None,
+    compute_metrics: ComputeMetrics | None,
+) -> None:
+    """ConfigError for settings or metrics that need held-out data, if there is none."""
+    asked = {
+        "compute_metrics": compute_metrics is not None,
+        "load_best_model_at_end": config.load_best_model_at_end,
+        "early_stopping_patience": config.early_stopping_patience,
+        "eval_strategy": config.evaluates_by in ("steps", "epoch"),
+    }
+    for name, is_asked in asked.items():
+        if is_asked and eval_data is None:
+            raise ConfigError(f"{name} needs held-out data; got none: pass eval_data")

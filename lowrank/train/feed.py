@@ -9,6 +9,9 @@ import torch
 
 from lowrank.data import Batch, Sampler, TokenizedExamples, collate
 from lowrank.data.sampler import Rows
+from lowrank.progress import bar
+from lowrank.train.config import TrainConfig
+from lowrank.train.distributed import Ranks
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,10 @@ class Feed:
         )
 
     def in_order(self, batch_size: int) -> Iterator[Batch]:
-        """Every example once, as they lie."""
+        """Every example once, as they lie; a bar shows how many are done, if that takes long."""
         numbers = range(self.rank, len(self.data), self.ranks)
-        for start in range(0, len(numbers), batch_size):
+        starts = range(0, len(numbers), batch_size)
+        for start in bar("evaluating", starts, len(starts)):
             yield self._batch([[i] for i in numbers[start : start + batch_size]])
 
     def _idle(self, rows: Rows, total: int, size: int) -> list[Batch]:
@@ -94,3 +98,25 @@ class Feed:
         numbers = [i for batch in batches for i in batch.numbers]
         named = ", ".join(self.data.where(i) for i in numbers[:most])
         return named if len(numbers) <= most else f"{named} and {len(numbers) - most} more"
+
+
+def feed_of(
+    config: TrainConfig,
+    device: torch.device,
+    ranks: Ranks,
+    end_to_end: bool,
+    pad_token_id: int,
+    data: TokenizedExamples,
+    batch_size: int,
+) -> Feed:
+    """What a run of these settings, which the `ranks` share, is fed of `data`."""
+    sampler = Sampler(
+        data.lengths,
+        batch_size,
+        config.gradient_accumulation_steps * ranks.size,
+        config.seed if config.data_seed is None else config.data_seed,
+        pack_to=config.max_length if config.packing else None,
+        group_by_length=config.group_by_length,
+    )
+    in_step = config.parallel == "fsdp"
+    return Feed(data, sampler, device, end_to_end, pad_token_id, ranks.rank, ranks.size, in_step)

@@ -48,20 +48,18 @@ FREE = {
     "project",
     "run_name",
 }
-# of these, what may differ between processes that train together
-OF_A_RANK = {"device_budget", "host_budget", "page_dir", "token_cache", "disable_tqdm"}
 # of an adapter's config, what says where it comes from and not what it computes
 _FREE_OF_ADAPTERS = {"base_model_name_or_path", "inference_mode", "revision", "auto_mapping"}
 
 
-def identity(
+def outline(
     model: nn.Module,
     config: TrainConfig,
     train_data: TokenizedExamples,
     eval_data: TokenizedExamples | None,
     ranks: int = 1,
 ) -> dict[str, Any]:
-    """All that must agree, as JSON has it: {kind: {name: value}}."""
+    """All that must agree but for weights, as JSON has it: {kind: {name: value}}."""
     settings = {k: v for k, v in config.to_dict().items() if k not in FREE}
     settings["examples in a step"] = (
         config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks
@@ -70,17 +68,19 @@ def identity(
         "settings": settings,
         **{f"adapter {name!r}": _adapter(model, name) for name in trained_adapters(model)},
         "trained tensors": {
-            name: f"{list(p.shape)} {str(p.dtype).removeprefix('torch.')}"
-            for name, p in model.named_parameters()
-            if p.requires_grad
+            name: in_words(p) for name, p in model.named_parameters() if p.requires_grad
         },
-        "model": {"frozen weights": frozen_hash(model)},
         "data": {
             "training": train_data.fingerprint,
             "held out": None if eval_data is None else eval_data.fingerprint,
         },
     }
     return json.loads(json.dumps(found, default=sorted))  # tuples are lists and sets sorted there
+
+
+def in_words(tensor: Tensor) -> str:
+    """Its shape and dtype."""
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
@@ -97,7 +97,7 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
             absent = defaults.get(name) if kind == "settings" else None
             old, new = there[kind].get(name, absent), here[kind].get(name, absent)
             if old != new:
-                found.append(_in_words(kind, name, old, new))
+                found.append(_difference(kind, name, old, new))
     return found
 
 
@@ -156,7 +156,7 @@ def _row_hashes(tensor: Tensor) -> bytes:
     return hashes.numpy().tobytes()
 
 
-def _in_words(kind: str, name: str, old: Any, new: Any) -> str:
+def _difference(kind: str, name: str, old: Any, new: Any) -> str:
     if kind == "model":
         return "the frozen weights are others: another base model, or quantized otherwise"
     if kind == "data":

@@ -27,6 +27,7 @@ from lowrank.train.relief import free_cached, make_room
 from lowrank.train.remedies import is_out_of_memory
 from lowrank.train.resume import Resumed
 from lowrank.train.saving import Saver
+from lowrank.train.schedule import whole_steps
 from lowrank.train.update import Update
 
 
@@ -185,7 +186,7 @@ class Loop:
     def _save_is_due(self) -> bool:
         if self.config.save_strategy == "epoch":
             return self.history.epoch_is_over(len(self.feed.data))
-        return self.history.steps % self.config.save_steps == 0
+        return self.history.steps % whole_steps(self.config.save_steps, self.total_steps) == 0
 
     def _evaluate(self) -> None:
         """Record an evaluation, if there is held-out data and no interrupt, and judge it."""
@@ -203,6 +204,8 @@ class Loop:
                 )
         self.history.evaluations.append({"step": steps, **found})
         self.record.evaluation()
+        if self.best is not None:
+            self.best.check()
         # as in transformers, a model that has not been trained is no candidate
         if self.best is not None and steps and self.best.look():
             without = self.history.evaluations_without_gain

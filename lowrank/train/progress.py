@@ -8,9 +8,13 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from lowrank.train.schedule import whole_steps
+
 logger = logging.getLogger("lowrank.train")
 
 _RECENT = 20  # steps that speed and time left are taken from
+# all of it within 80 columns, the bar in what is left of a wider terminal
+_FORMAT = "{n_fmt}/{total_fmt} {bar} {elapsed}<{remaining}{postfix}"
 
 
 def peak_memory() -> int:
@@ -28,13 +32,14 @@ def peak_memory() -> int:
 
 
 class Progress:
-    """A tqdm bar if stderr is a terminal and tqdm is there; else a log line every `every` steps.
+    """A tqdm bar if stderr is a terminal and tqdm is there; else a log line every `every` steps,
+    or that share of `total`.
 
     `done`: steps that were taken before, by a run that this one goes on with.
     """
 
-    def __init__(self, total: int, every: int, disable: bool, done: int = 0) -> None:
-        self._total, self._every, self._bar = total, every, None
+    def __init__(self, total: int, every: int | float, disable: bool, done: int = 0) -> None:
+        self._total, self._every, self._bar = total, whole_steps(every, total), None
         self._recent: deque[tuple[int, float]] = deque(maxlen=_RECENT)  # tokens, seconds
         if disable or not sys.stderr.isatty():
             return
@@ -42,31 +47,31 @@ class Progress:
             from tqdm import tqdm
         except ImportError:
             return
-        self._bar = tqdm(
-            total=total, initial=done, desc="training", unit="step", dynamic_ncols=True
-        )
+        self._bar = tqdm(total=total, initial=done, dynamic_ncols=True, bar_format=_FORMAT)
 
     def step(self, line: dict[str, Any]) -> None:
         """Show a finished step from its line of metrics.jsonl."""
         memory = line.get("peak_device_memory_bytes", line["peak_memory_bytes"])
-        what = (
-            f"loss {line['loss']:.4f}, lr {line['learning_rate']:.2e}, "
-            f"grad norm {line['grad_norm']:.3f}"
-        )
+        loss, rate, norm = line["loss"], line["learning_rate"], line["grad_norm"]
+        if self._bar is not None:
+            what = f"loss {loss:.4f} lr {rate:.1e} norm {norm:.2f}"
+        else:
+            what = f"loss {loss:.4f}, lr {rate:.2e}, grad norm {norm:.3f}"
         self.show(line["step"], what, line["tokens"], line["seconds"], memory)
 
     def show(self, step: int, what: str, tokens: int, seconds: float, memory: int) -> None:
         """Show `what` of a finished step, its speed, the memory in bytes, and the time left."""
         self._recent.append((tokens, seconds))
         tokens, seconds = (sum(values) for values in zip(*self._recent, strict=True))
-        shown = f"{what}, {tokens / seconds:.0f} tokens/s, {memory / 2**30:.2f} GiB"
+        speed, used = f"{tokens / seconds:.0f}", f"{memory / 2**30:.2f} GiB"
         if self._bar is not None:
-            self._bar.set_postfix_str(shown, refresh=False)
+            self._bar.set_postfix_str(f"{what} {speed} tok/s {used}", refresh=False)
             self._bar.update()
         elif step % self._every == 0 or step in (1, self._total):
             left = seconds / len(self._recent) * (self._total - step)
             more = f", {duration(left)} left" if step < self._total else ""
-            logger.info("step %d/%d: %s%s", step, self._total, shown, more)
+            shown = f"{what}, {speed} tokens/s, {used}{more}"
+            logger.info("step %d/%d: %s", step, self._total, shown)
 
     def line(self, text: str, level: int = logging.INFO) -> None:
         """Say something without breaking the bar."""

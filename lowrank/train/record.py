@@ -52,7 +52,7 @@ class Record:
         history: History,
         total_steps: int,
         examples: int,
-        log_every: int,
+        log_every: int | float,
         quiet: bool,
         device: torch.device,
         trackers: Trackers | None = None,

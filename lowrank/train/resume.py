@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from lowrank.train.checkpoint import (
     verify_checkpoint,
 )
 from lowrank.train.config import TrainConfig
+from lowrank.train.distributed import Ranks
 from lowrank.train.history import History
 from lowrank.train.identity import differences
 from lowrank.train.run import metrics_lines
@@ -93,7 +95,29 @@ class Resumed:
             remove_checkpoints(_later(self.path))
 
 
-def find_checkpoint(config: TrainConfig) -> Path | None:
+def find_resumed(
+    config: TrainConfig, ranks: Ranks, identity: Callable[[], dict[str, Any]], total_steps: int
+) -> Resumed | None:
+    """The run to go on with, if there is one; ConfigError if it is not this one.
+
+    The first of the ranks looks for it; identity() is what this run must agree in.
+    """
+    path = _find_checkpoint(config) if ranks.first else None
+    path = ranks.exchange(path)[0]
+    if path is None:
+        return None
+    resumed = Resumed(path)
+    resumed.check(identity())
+    done = resumed.history.steps
+    if done > total_steps:
+        raise ConfigError(
+            f"{path} cannot be resumed: it has taken {done} steps, and this run is to take "
+            f"{total_steps}: raise max_steps or num_train_epochs"
+        )
+    return resumed
+
+
+def _find_checkpoint(config: TrainConfig) -> Path | None:
     """The checkpoint that config.resume means; None: begin with the first step.
 
     ConfigError if there is none at a path that was given, or if output_dir has later ones than it
@@ -112,8 +136,11 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     path = Path(config.resume)
     if not (path / MANIFEST).is_file() and checkpoints(path):  # the output_dir of a run
         return newest_checkpoint(path)
-    if not path.is_dir():
-        raise ConfigError(f"resume: expected 'auto' or a checkpoint's directory; no such: {path}")
+    if not (path / MANIFEST).is_file():
+        lacks = f"has no {MANIFEST}" if path.is_dir() else "is no directory"
+        raise ConfigError(
+            f"resume: expected 'auto' or a checkpoint's directory; got {path}, which {lacks}"
+        )
     later = [p.name for p in _later(path)] if path.parent.resolve() == output.resolve() else []
     if later and not config.overwrite_output_dir:
         raise ConfigError(

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from lowrank.errors import ConfigError
 from lowrank.train.distributed import PARALLEL
 from lowrank.train.optimizer import BUDGETS, OPTIMIZERS
 from lowrank.train.schedule import SCHEDULES, SHAPES
 from lowrank.train.trackers import TRACKERS, tracker_names
+
+T = TypeVar("T")
 
 
 class Rule(NamedTuple):
@@ -49,6 +54,11 @@ STEPS_OR_SHARE = Rule(
     "a whole number of steps, or a share below 1",
     NUMBER,
     lambda v: 0 <= v < math.inf and (v < 1 or v == int(v)),
+)
+STEPS_OR_PART = Rule(
+    "a whole number of at least 1, or a share below it",
+    NUMBER,
+    lambda v: 0 < v < math.inf and (v < 1 or v == int(v)),
 )
 BYTES = Rule("a number of bytes, at least two chunks of 65536", (int,), lambda v: v >= 2 << 16)
 PATH = Rule("a path", (str, Path), lambda v: bool(str(v)))
@@ -89,13 +99,7 @@ RULES: dict[str, Rule] = {
     "neftune_noise_alpha": optional(POSITIVE),
     "max_length": WHOLE,
     "eval_strategy": optional(one_of(("no", "steps", "epoch"))),
-    "eval_steps": optional(
-        Rule(
-            "a whole number of at least 1, or a share below it",
-            NUMBER,
-            lambda v: 0 < v < math.inf and (v < 1 or v == int(v)),
-        )
-    ),
+    "eval_steps": optional(STEPS_OR_PART),
     "metric_for_best_model": Rule("a name", (str,), bool),
     "greater_is_better": optional(SWITCH),
     "early_stopping_patience": optional(WHOLE),
@@ -105,10 +109,10 @@ RULES: dict[str, Rule] = {
     "dataset_text_field": optional(TEXT),
     "token_cache": optional(PATH),
     "save_strategy": one_of(("no", "steps", "epoch")),
-    "save_steps": WHOLE,
+    "save_steps": STEPS_OR_PART,
     "save_total_limit": optional(WHOLE),
     "resume": optional(Rule("'auto' or a path", (str, Path), lambda v: bool(str(v)))),
-    "logging_steps": WHOLE,
+    "logging_steps": STEPS_OR_PART,
     "report_to": Rule(
         f"none or some of {', '.join(TRACKERS)}",
         (str, list, type(None)),
@@ -141,6 +145,24 @@ def respell(config: Any, other: str, value: Any) -> None:
             "leave one out"
         )
     setattr(config, name, value)
+
+
+def refuses_unknown(cls: type[T]) -> type[T]:
+    """Class decorator: a keyword that the dataclass has not is a ConfigError with the nearest."""
+    init = cls.__init__
+    known = [name for name in inspect.signature(init).parameters if name != "self"]
+
+    @functools.wraps(init)
+    def __init__(self: T, *args: Any, **given: Any) -> None:
+        for name in given:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else "leave it out"
+                raise ConfigError(f"{cls.__name__} has no field {name!r}: {hint}")
+        init(self, *args, **given)
+
+    cls.__init__ = __init__  # type: ignore[method-assign]
+    return cls
 
 
 def grouped_by(strategy: Any) -> bool:

@@ -91,9 +91,12 @@ def lr_multiplier(
 
 def warmup_steps(total: int, steps: int | float, ratio: float) -> int:
     """Steps of warmup: `steps`, a share of `total` if below 1; `ratio` of `total` if it is 0."""
-    if steps >= 1:
-        return int(steps)
-    return math.ceil(total * (steps or ratio))
+    return whole_steps(steps, total) if steps else math.ceil(total * ratio)
+
+
+def whole_steps(steps: int | float, total: int) -> int:
+    """A number of steps, or as many as a share of `total` is if it is below 1."""
+    return int(steps) if steps >= 1 else math.ceil(steps * total)
 
 
 def _share(step: float, total: float) -> float:

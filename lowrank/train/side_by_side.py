@@ -24,6 +24,7 @@ from lowrank.train.interrupt import Interrupt
 from lowrank.train.loss import losses_of_copies, takes_copies
 from lowrank.train.progress import Progress, peak_memory
 from lowrank.train.record import Record
+from lowrank.train.remedies import Remedies
 from lowrank.train.run import CONFIG, RESULTS, RunDirectory
 from lowrank.train.seeds import set_seed
 from lowrank.train.trainer import Trainer
@@ -79,6 +80,16 @@ class Trainee:
     trainer: Trainer
     history: History = field(default_factory=History)
     failure: str | None = None
+    remedies: Remedies = field(default_factory=Remedies)
+    record: Record = field(init=False)  # when its training begins
+
+    @property
+    def config(self) -> TrainConfig:
+        return self.trainer.config
+
+    @property
+    def total_steps(self) -> int:
+        return self.trainer.total_steps
 
     @property
     def eval_loss(self) -> float | None:
@@ -104,7 +115,6 @@ class SideBySide:
         self._evaluation = first.evaluation
         self._total_steps, self._config = first.total_steps, first.config
         self._updates: dict[str, Update] = {}
-        self._records: dict[str, Record] = {}
         self._runs: dict[str, RunDirectory] = {}
 
     def run(self) -> bool:
@@ -121,6 +131,7 @@ class SideBySide:
                 whole = self._steps(progress)
             progress.close()
             for trainee in self._living():
+                trainee.remedies.on_train_end(trainee)
                 self._save(trainee, interrupted=not whole)
         finally:
             progress.close()
@@ -140,7 +151,7 @@ class SideBySide:
         run = RunDirectory(trainer.config.output_dir)
         run.write_json(CONFIG, trainer.resolved())
         self._runs[name] = run
-        self._records[name] = Record(
+        trainee.record = Record(
             run, trainee.history, self._total_steps, len(trainer.train_data),
             self._config.logging_steps, True, trainer.device, progress=progress, name=name,
         )  # fmt: skip
@@ -183,8 +194,8 @@ class SideBySide:
         for trainee in self._living():
             loss_value, norm, rate = found[trainee.adapter]
             trainee.history.add(counts, loss_value, seconds)
-            record = self._records[trainee.adapter]
-            record.step(counts, loss_value, norm, rate, seconds)
+            trainee.record.step(counts, loss_value, norm, rate, seconds)
+            trainee.remedies.on_step_end(trainee)
             shown.append(f"{trainee.adapter} {loss_value:.4f}")
         tokens = counts.tokens * len(living)
         progress.show(
@@ -223,7 +234,8 @@ class SideBySide:
                     raise TrainingError(f"the held-out loss is {loss}: look at data and weights")
                 found = {"step": trainee.history.steps, "eval_loss": loss}
                 trainee.history.evaluations.append(found)
-                self._records[trainee.adapter].evaluation()
+                trainee.record.evaluation()
+                trainee.remedies.on_evaluate(trainee)
 
     def _losses(self, batch: Batch, living: list[Trainee]) -> Tensor:
         """The sums of the losses of `batch`, one for each adapter."""
@@ -240,7 +252,7 @@ class SideBySide:
             yield
         except TrainingError as error:
             trainee.failure = str(error)
-            self._records[trainee.adapter].say(f"given up: {error}")
+            trainee.record.say(f"given up: {error}")
             for parameter in trainee.trainer.parameters.values():
                 parameter.grad = None
 
@@ -256,7 +268,7 @@ class SideBySide:
                 tokenizer.save(run.path)
             run.plot()
             parameters = trainee.trainer.parameters.values()
-            result = self._records[name].result(parameters, interrupted)
+            result = trainee.record.result(parameters, interrupted)
             run.write_json(RESULTS, result.metrics)
 
 

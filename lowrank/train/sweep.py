@@ -64,8 +64,11 @@ def sweep(
     longer: train the best two again, with so many times the steps; 1: not.
     Files go to config.output_dir: a directory for each adapter, and sweep.md, .json and .png.
     """
-    grid = {"r": list(RANKS)} if grid is None else {name: list(v) for name, v in grid.items()}
+    grid = {"r": RANKS} if grid is None else grid
+    if eval_data is None:
+        raise ConfigError("eval_data: a sweep compares held-out losses; got None: pass some")
     _check(model, lora, config, grid, side_by_side, longer)
+    grid = {name: list(values) for name, values in grid.items()}
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     runner = _Runner(model, lora, config, (train_data, eval_data), tokenizer, side_by_side)
     result = SweepResult(Path(config.output_dir), grid)
@@ -239,6 +242,8 @@ def _check(
     for name, values in grid.items():
         if name not in _LORA | _TRAIN or name in _FIXED:
             raise ConfigError(f"grid: expected fields of LoRAConfig and TrainConfig; got {name!r}")
+        if not isinstance(values, Sequence) or isinstance(values, str):
+            raise ConfigError(f"grid: expected a list of values of {name}; got {values!r}")
         if not values or len(values) > len({repr(value) for value in values}):
             raise ConfigError(f"grid: expected different values of {name}; got {list(values)!r}")
         for value in values:

@@ -195,6 +195,9 @@ def _words(result: SweepResult) -> list[str]:
         f"{best.eval_loss:.4f}. Elbow: {elbow.name}, the smallest rank with {ELBOW:.0%} of that "
         "improvement.",
     ]
+    ranks = {t.r for t in result.ranking}
+    if len(ranks) > 1 and best.r == max(ranks):
+        said.append("No larger rank was tried: more may be better still, or more steps.")
     longer = [t for t in result.trials if t.stage == "longer" and t.eval_loss is not None]
     if longer:
         first = min(longer, key=lambda t: t.eval_loss)

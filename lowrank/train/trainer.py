@@ -6,26 +6,26 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from lowrank.data import Sampler, TokenizedExamples
 from lowrank.data.examples import Formatting
 from lowrank.data.segments import Tokenizer
 from lowrank.errors import ConfigError, TrainingError
 from lowrank.io.versions import processor, versions
 from lowrank.optim.shards import is_sharded
 from lowrank.optim.tiers import check_page_dir
-from lowrank.train.best import Best
-from lowrank.train.callbacks import Callback, Callbacks
+from lowrank.train.agreement import check_alike, check_weights
+from lowrank.train.best import Best, check_metric
+from lowrank.train.callbacks import Callback, Callbacks, listed
 from lowrank.train.config import TrainConfig
-from lowrank.train.dataset import Data, model_number, take_template, tokenized
+from lowrank.train.dataset import Data, padding_token, take_template, tokenized
 from lowrank.train.distributed import Ranks
-from lowrank.train.evaluation import ComputeMetrics, Evaluation
-from lowrank.train.feed import Feed
+from lowrank.train.evaluation import ComputeMetrics, Evaluation, check_evaluated
+from lowrank.train.feed import feed_of
 from lowrank.train.gradients import (
     check_checkpointing,
     check_values,
@@ -33,7 +33,7 @@ from lowrank.train.gradients import (
     trainable_parameters,
 )
 from lowrank.train.history import History
-from lowrank.train.identity import OF_A_RANK, identity, untrained_hash
+from lowrank.train.identity import frozen_hash, outline
 from lowrank.train.interrupt import Interrupt
 from lowrank.train.lock import RunLock
 from lowrank.train.loop import Loop
@@ -44,7 +44,7 @@ from lowrank.train.packing import check_packing, log_packing
 from lowrank.train.precision import Precision, check_master_weights
 from lowrank.train.record import Record, TrainResult
 from lowrank.train.remedies import Remedies, is_out_of_memory, out_of_memory
-from lowrank.train.resume import Resumed, find_checkpoint
+from lowrank.train.resume import Resumed, find_resumed
 from lowrank.train.run import CONFIG, RESULTS, RunDirectory, UnwrittenDirectory, check_output_dir
 from lowrank.train.saving import Saver
 from lowrank.train.seeds import deterministic, set_seed
@@ -81,6 +81,8 @@ class Trainer:
         processing_class: Tokenizer | None = None,
         formatting_func: Formatting | None = None,
     ) -> None:
+        if not isinstance(config, TrainConfig):
+            raise ConfigError(f"config: expected a TrainConfig; got {config!r:.80}")
         self.ranks = Ranks(config.parallel, config.ddp_timeout)
         with self.ranks.together():
             if self.ranks.first:
@@ -95,7 +97,7 @@ class Trainer:
             self.tokenizer = processing_class if tokenizer is None else tokenizer
             if config.chat_template_path is not None:
                 take_template(self.tokenizer, config.chat_template_path)
-            self.callbacks = list(callbacks)
+            self.callbacks = listed(callbacks)
             self.parameters = trainable_parameters(model)
             if config.fp16:
                 check_master_weights(self.parameters)
@@ -115,7 +117,9 @@ class Trainer:
             if config.neftune_noise_alpha is not None:
                 input_embedding(model)
             self.precision = Precision(config, self.device)
-            self.feed = self._feed_of(self.train_data, config.per_device_train_batch_size)
+            pad = padding_token(self.tokenizer, model)
+            feed = partial(feed_of, config, self.device, self.ranks, self._end_to_end, pad)
+            self.feed = feed(self.train_data, config.per_device_train_batch_size)
             if config.packing:
                 log_packing(self.feed.sampler)
             self.total_steps = config.max_steps
@@ -125,25 +129,31 @@ class Trainer:
                 )
             self.evaluation = None
             if self.eval_data is not None:
-                feed = self._feed_of(self.eval_data, config.per_device_eval_batch_size)
                 self.evaluation = Evaluation(
                     model,
                     batch_loss(model),
-                    feed,
+                    feed(self.eval_data, config.per_device_eval_batch_size),
                     self.precision,
                     compute_metrics,
                     config.auto_find_batch_size,
                     self.ranks,
                 )
-            self._check_evaluated()
+            check_evaluated(config, self.eval_data, compute_metrics)
+            if self._judges and compute_metrics is None:
+                check_metric(config, ["eval_loss"])
+            several = self.ranks.size > 1 or self._sharded
+            if several:
+                rows = self.feed.sampler.rows_per_epoch
+                check_alike(self.ranks, rows, self._outline, model, config)
             if self._sharded and getattr(model, "unread", None) is not None:
                 self._cut(compiles)
-            self._check_ranks()
+            if several:
+                check_weights(self.ranks, self._identity, model)
             if self._sharded:
                 self._cut(compiles)
             else:
                 self.ranks.send(shared_tensors(model))
-            self._find_resumed()
+            self._resumed()
 
     def train(self) -> TrainResult:
         """Run all steps, evaluating before and after; save; return losses and metrics.
@@ -165,7 +175,7 @@ class Trainer:
         directory = Path(self.config.output_dir)
         if self.ranks.first:
             held.enter_context(contextlib.closing(RunLock(directory)))
-        resumed = self._find_resumed()
+        resumed = self._resumed()
         if not self.ranks.first:
             return UnwrittenDirectory(directory), resumed
         lines = None
@@ -270,58 +280,18 @@ class Trainer:
         """Whether evaluations are compared with one another."""
         return self.config.load_best_model_at_end or bool(self.config.early_stopping_patience)
 
-    def _check_evaluated(self) -> None:
-        """ConfigError for settings or metrics that need held-out data, if there is none."""
-        asked = {
-            "load_best_model_at_end": self.config.load_best_model_at_end,
-            "early_stopping_patience": self.config.early_stopping_patience,
-            "eval_strategy": self.config.evaluates_by in ("steps", "epoch"),
-        }
-        for name, is_asked in asked.items():
-            if is_asked and self.eval_data is None:
-                raise ConfigError(f"{name} needs held-out data; got none: pass eval_data")
+    @cached_property
+    def _outline(self) -> dict[str, Any]:
+        data = (self.train_data, self.eval_data)
+        return outline(self.model, self.config, *data, self.ranks.size)
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
         """What a run that goes on with this one must agree in."""
-        data = (self.train_data, self.eval_data)
-        return identity(self.model, self.config, *data, self.ranks.size)
+        return {**self._outline, "model": {"frozen weights": frozen_hash(self.model)}}
 
-    def _check_ranks(self) -> None:
-        """ConfigError if there are more ranks than rows, or if not all are to do the same."""
-        ranks, rows = self.ranks, self.feed.sampler.rows_per_epoch
-        if ranks.size == 1 and not self._sharded:
-            return
-        if rows < ranks.size:
-            raise ConfigError(
-                f"{ranks.size} processes are to share the training data, and each needs a row of "
-                f"it; got {rows}: start no more processes than that"
-            )
-        found = self._identity
-        contents = {
-            "training data": found["data"]["training"],
-            "held-out data": found["data"]["held out"],
-            "frozen weights": untrained_hash(self.model),
-        }
-        adapters = {kind: found[kind] for kind in found if kind.startswith("adapter ")}
-        settings = {name: v for name, v in self.config.to_dict().items() if name not in OF_A_RANK}
-        ranks.check_same({**settings, **adapters, **found["trained tensors"]}, contents)
-
-    def _find_resumed(self) -> Resumed | None:
-        """The run to go on with, if there is one; ConfigError if it is not this one."""
-        path = find_checkpoint(self.config) if self.ranks.first else None
-        path = self.ranks.exchange(path)[0]
-        if path is None:
-            return None
-        resumed = Resumed(path)
-        resumed.check(self._identity)
-        done = resumed.history.steps
-        if done > self.total_steps:
-            raise ConfigError(
-                f"{path} cannot be resumed: it has taken {done} steps, and this run is to take "
-                f"{self.total_steps}: raise max_steps or num_train_epochs"
-            )
-        return resumed
+    def _resumed(self) -> Resumed | None:
+        return find_resumed(self.config, self.ranks, lambda: self._identity, self.total_steps)
 
     def _save(self, run: RunDirectory, result: TrainResult) -> None:
         """Save what was trained, the tokenizer, the plot and the results; say where they lie."""
@@ -351,6 +321,7 @@ class Trainer:
             "train_examples_cut": self.train_data.truncated,
             "train_examples_dropped": self.train_data.dropped,
             "train_data_sha256": self.train_data.fingerprint,
+            "eval_data_sha256": self.eval_data.fingerprint if self.eval_data is not None else None,
             "padding_free": self._end_to_end,
             "model": type(self.model).__name__,
             "trainable_parameters": sum(p.numel() for p in self.parameters.values()),
@@ -359,20 +330,3 @@ class Trainer:
             "processor": processor(self.device),
             "versions": versions(),
         }
-
-    def _feed_of(self, data: TokenizedExamples, batch_size: int) -> Feed:
-        config = self.config
-        sampler = Sampler(
-            data.lengths,
-            batch_size,
-            config.gradient_accumulation_steps * self.ranks.size,
-            config.seed if config.data_seed is None else config.data_seed,
-            pack_to=config.max_length if config.packing else None,
-            group_by_length=config.group_by_length,
-        )
-        pad = getattr(self.tokenizer, "pad_token_id", None)
-        words = model_number(self.model, "vocab_size")
-        # one that was added to the tokenizer alone is no row of the embedding; it is masked anyway
-        pad = 0 if pad is None or (words is not None and pad >= words) else pad
-        share = (self.ranks.rank, self.ranks.size)
-        return Feed(data, sampler, self.device, self._end_to_end, pad, *share, self._sharded)

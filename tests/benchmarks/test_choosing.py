@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,18 @@ MADE = results.RESULTS / "choosing"
 
 
 def rows(file: str, case: str) -> dict[str, dict]:
-    """A case's trials by the value that was tried, as the page spells it."""
-    found = json.loads((MADE / f"{file}.json").read_text())["rows"]
-    return {number(*row["settings"].values()): row for row in found if row["case"] == case}
+    """A case's trials by the value that was tried, as the page spells it; losses are means over
+    the seeds.
+    """
+    trials: dict[str, list[dict]] = {}
+    for row in json.loads((MADE / f"{file}.json").read_text())["rows"]:
+        if row["case"] == case:
+            trials.setdefault(number(*row["settings"].values()), []).append(row)
+    means = ("train_loss", "eval_loss")
+    return {
+        value: found[0] | {key: statistics.mean(row[key] for row in found) for key in means}
+        for value, found in trials.items()
+    }
 
 
 def number(value: str | float) -> str:
@@ -77,6 +87,32 @@ def test_the_table_of_modules():
     assert lines[-1][0] == "`all-linear`, r = 4"
     for row, (_, *cells) in zip([*found.values(), rank_4], lines, strict=True):
         assert cells == [f"{row['parameters']:,}", f"{row['eval_loss']:.3f}"]
+
+
+def test_what_the_page_says_of_seeds():
+    """How far a seed is from the mean, and that each has the order of the tables, but for what the
+    text names.
+    """
+    unsettled = {("stories260K-5e-3", "rank"): "32.0", ("stories260K", "learning_rate"): "0.01"}
+    for file in ("stories260K", "stories260K-5e-3"):
+        found = json.loads((MADE / f"{file}.json").read_text())["rows"]
+        for case in {row["case"] for row in found}:
+            trials = [row for row in found if row["case"] == case]
+            mean = rows(file, case)
+            far = max(
+                abs(row["eval_loss"] - mean[number(*row["settings"].values())]["eval_loss"])
+                for row in trials
+            )
+            assert far < (0.14 if case.startswith("dropout") else 0.04)
+            for seed in (1, 2, 3):
+                own = {
+                    number(*row["settings"].values()): row["eval_loss"]
+                    for row in trials
+                    if row["seed"] == seed
+                }
+                own.pop(unsettled.get((file, case), ""), None)
+                order = sorted(own, key=lambda value: mean[value]["eval_loss"])
+                assert order == sorted(own, key=own.__getitem__), (file, case, seed)
 
 
 def test_losses_before_training():

@@ -78,9 +78,17 @@ def test_a_loss_that_is_not_finite_has_a_status_of_its_own(run, tiny, data, tmp_
     assert "the loss is nan" in answer(run("train", *words), status=5)["error"]
 
 
+def without_room() -> Exception:
+    """As the Trainer ends a run, with what to change."""
+    error = lowrank.errors.TrainingError("out of memory in step 2: try less")
+    error.__cause__ = MemoryError("no room")
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "status", "says"),
     [
+        (without_room(), 3, "out of memory in step 2: try less"),
         (torch.OutOfMemoryError("no room"), 3, "out of memory"),
         (lowrank.errors.MissingPackageError("pip install it"), 4, "pip install it"),
         (KeyboardInterrupt(), 130, "interrupted"),
@@ -96,4 +104,5 @@ def test_what_ends_a_command_has_its_status(run, tiny, monkeypatch, error, statu
     outcome = run("generate", "--model", tiny, "--prompt", "a", "--json")
     found = answer(outcome, status)
     assert says in found["error"] and found["status"] == status
+    assert found["error"].count("out of memory") <= 1
     assert ("Traceback" in outcome.err) is (status == 70)

@@ -148,6 +148,13 @@ def test_a_list_that_is_not_json_names_its_line(tmp_path):
         load_examples(path)
 
 
+def test_an_object_of_several_lines_is_told_from_a_broken_one(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps({"data": [{"text": "a"}]}, indent=2), encoding="utf-8")
+    with pytest.raises(DataError, match=f"^{path}:1: expected a whole object in each line, or one"):
+        load_examples(path)
+
+
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(DataError, match="nowhere.jsonl: no such file"):
         load_examples(tmp_path / "nowhere.jsonl")

@@ -164,6 +164,12 @@ def test_a_tokenizer_of_transformers(backend):
     )
     for row in ({"messages": conversation(2, True)}, {"text": words(5)}, INSTRUCTION):
         assert tokenize(row, theirs) == tokenize(row, ours(backend, CHATML))
+    theirs.chat_template = None  # ChatML stands in for none, and an instruction has headings
+    for row in ({"messages": conversation(2, True)}, INSTRUCTION):
+        assert tokenize(row, theirs) == tokenize(row, ours(backend, None))
+    theirs.chat_template = "{{ raise_exception('roles\\n must alternate') }}"
+    with pytest.raises(DataError, match="messages: the chat template refuses them: roles must alt"):
+        tokenize({"messages": conversation(2, True)}, theirs)
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,11 @@ python -m tests.train.faulty_ranks FOLDER SEED RANK SIZE STORE PARALLEL FAULT
 
 from __future__ import annotations
 
-import gc
 import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -43,6 +43,10 @@ def in_a_step(model: nn.Module, act: Callable[[], None], training: bool = True, 
     model.model.layers[1].register_forward_pre_hook(hook)
 
 
+def fail() -> None:
+    raise KeyError("of this rank alone")
+
+
 def no_room() -> None:
     """No file of this process may be longer than a few bytes: a disk that is full."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
@@ -74,6 +78,8 @@ def main(
         in_a_step(model, lambda: os.kill(os.getpid(), signal.SIGSTOP))
     if fault == "silent":
         more = {"ddp_timeout": 5.0}
+    if fault == "fails and lives on" and last:
+        in_a_step(model, fail)
     if fault == "disk full" and first:
         callbacks = [AtStep(6, lambda loop: no_room())]
     if fault == "killed in a save" and first:
@@ -89,10 +95,10 @@ def main(
     trainer = Trainer(model, config, data, data[:5], callbacks=callbacks)
     try:
         trainer.train()
+    except KeyError:
+        time.sleep(1000)
     finally:
         room()
-    del trainer, model  # whose groups have threads, which have to end before the process does
-    gc.collect()
     dist.destroy_process_group()
 
 

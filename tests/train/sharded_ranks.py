@@ -6,6 +6,7 @@ python -m tests.train.sharded_ranks FOLDER SEED RANK SIZE CASE ...
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from lowrank.models.config import DecoderConfig
 from lowrank.models.decoder import Decoder
 from lowrank.optim import AdamW8bit, Lion8bit, PagedAdamW8bit
 from lowrank.optim.shards import cut, local, put, whole
-from lowrank.train import shard
+from lowrank.train import TrainConfig, shard
 
 from . import ranks
 from .ranks import CONSTANT, Case, rows, train
@@ -122,6 +123,20 @@ def loaded(case: Case) -> dict:
     return {"found": found, **trained}
 
 
+def refused(case: Case) -> dict:
+    """Before anything is cut or sent every rank is told in what they do not agree."""
+    said = []
+    wrong: list[dict] = [{"r": 3}, {"quantizer": "int8"}, {"parallel": "ddp"}, {"seed": 3}]
+    for own in wrong:
+        own = own if case.rank else {}
+        model = lowrank.load_model(TINY, quantizer=own.pop("quantizer", "nf4"), sharded=True)
+        r = own.pop("r", 2)
+        lowrank.inject(model, lowrank.LoRAConfig(r=r, target_modules=["q_proj"]))
+        config = TrainConfig(case.folder / "run", **{"parallel": "fsdp", **own})
+        said.append(ranks.error_of(partial(train, model, config, rows(case.seed))))
+    return {"said": said, "wrote": (case.folder / "run").exists()}
+
+
 def compiled(case: Case) -> dict:
     """Block by block; what gathers a block stays outside of its graph."""
     backend = "eager" if case.ranks > 1 else None
@@ -220,7 +235,7 @@ def optimizers(case: Case) -> dict:
     return {"same": found}
 
 
-CASES = equal, full, options, half_precision, resumed, half, other_half, optimizers, loaded
+CASES = equal, full, options, half_precision, resumed, half, other_half, optimizers, loaded, refused
 
 if __name__ == "__main__":
     others = compiled, ranks.not_finite, ranks.best, ranks.stories, ranks.smollm2

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from lowrank.errors import ConfigError
 from lowrank.train import Callback, TrainConfig, Trainer
 from lowrank.train.history import History
 
@@ -40,6 +41,20 @@ def run(path, rows, *callbacks, **settings):
     settings = {"max_steps": 4, "per_device_train_batch_size": 2, "eval_steps": 2, **settings}
     trainer = Trainer(Small(), TrainConfig(path, **settings), rows, rows[:3], callbacks=callbacks)
     return trainer.train()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [Callback(), [Callback], [print], Callback],
+    ids=["no list", "a class in it", "no callback", "a class"],
+)
+def test_what_is_no_list_of_callbacks_is_refused(tmp_path, generator, wrong):
+    with pytest.raises(ConfigError, match="^callbacks: expected a list of objects of classes deri"):
+        Trainer(Small(), TrainConfig(tmp_path), examples(4, generator), callbacks=wrong)
+    with pytest.raises(ConfigError, match="^config: expected a TrainConfig; got {'output_dir'"):
+        Trainer(Small(), {"output_dir": "out"}, examples(4, generator))
+    with pytest.raises(ConfigError, match="^compute_metrics needs held-out data"):
+        Trainer(Small(), TrainConfig(tmp_path), examples(4, generator), compute_metrics=dict)
 
 
 def test_the_order_of_the_calls(tmp_path, generator):

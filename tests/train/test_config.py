@@ -30,7 +30,7 @@ from lowrank.train import TrainConfig
         ("load_best_model_at_end", 1), ("metric_for_best_model", ""),
         ("greater_is_better", 0), ("early_stopping_patience", 0),
         ("early_stopping_threshold", -1.0), ("lr_scheduler_kwargs", 3),
-        ("completion_only_loss", "no"), ("logging_steps", 0),
+        ("completion_only_loss", "no"), ("logging_steps", 0), ("save_steps", 1.5),
         ("disable_tqdm", 2), ("report_to", "mlflow"), ("project", ""), ("run_name", 3),
         ("label_smoothing_factor", 1.0), ("neftune_noise_alpha", 0),
         ("torch_compile", "yes"), ("torch_compile_backend", ""),
@@ -42,6 +42,19 @@ def test_a_setting_that_cannot_be_is_refused_by_name(name, value):
     with pytest.raises(ConfigError, match=f"^{name} must be .*; got ") as caught:
         TrainConfig(**{"output_dir": "out", name: value})
     assert repr(value) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, hint",
+    [
+        ("learning_rates", "did you mean 'learning_rate'\\?"),
+        ("max_seq_len", "did you mean 'max_seq_length'\\?"),
+        ("tf32", "leave it out"),
+    ],
+)
+def test_a_setting_that_there_is_not_is_refused_by_name(name, hint):
+    with pytest.raises(ConfigError, match=f"^TrainConfig has no field '{name}': {hint}$"):
+        TrainConfig("out", **{name: 1})
 
 
 def test_every_setting_is_described():

@@ -165,7 +165,12 @@ def test_metrics_that_are_none(tmp_path, generator):
     wanted = config(tmp_path / "b", eval_steps=1, metric_for_best_model="bleu")
     wanted.load_best_model_at_end = True
     with pytest.raises(ConfigError, match="metric_for_best_model is 'bleu', but .* has eval_loss:"):
-        Trainer(Small(), wanted, rows, rows).train()
+        Trainer(Small(), wanted, rows, rows)
+    trainer = Trainer(Small(), wanted, rows, rows, compute_metrics=lambda _: {"rouge": 0.5})
+    with pytest.raises(ConfigError, match="'bleu', but .* has eval_loss, eval_rouge:"):
+        trainer.train()
+    lines = (tmp_path / "b" / "run" / "metrics.jsonl").read_text()
+    assert '"step": 0' in lines and '"step": 1' not in lines
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ LOST = "lost the others: one has ended, or has not answered for "
 def launch(
     folder, seed: int, parallel: str, fault: str = "none", timeout: float = 120
 ) -> list[tuple[int, str]]:
-    """Status and words of two processes; whichever has not ended when one has is given that long.
+    """Status and words of two processes; each is given that long.
 
-    One that has been stopped is killed then.
+    The second is killed when the first has ended, if it would not end by itself.
     """
     folder.mkdir(exist_ok=True)
     store = folder / f"store-{time.monotonic_ns()}"
@@ -33,9 +33,9 @@ def launch(
         files.append((folder / f"{rank}.txt").open("w+"))
         more = [str(rank), "2", str(store), parallel, fault]
         processes.append(subprocess.Popen([*words, *more], stderr=files[-1], stdout=files[-1]))
-    first = processes[0] if fault == "silent" else None
+    alone = fault in ("silent", "fails and lives on")
     try:
-        for process in [first] if first else processes:
+        for process in processes[:1] if alone else processes:
             process.wait(timeout=timeout)
     finally:
         for process in processes:
@@ -118,6 +118,15 @@ def test_disk_full(tmp_path, whole, seed_of_all, parallel):
     assert "OSError: [Errno 27] File too large: '" in first[1]
     assert f"rank 1 of 2 has {LOST}" in second[1]
     assert_goes_on(tmp_path, whole, seed_of_all, parallel)
+
+
+@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=slow), "fsdp"])
+def test_fails_and_lives_on(tmp_path, seed_of_all, parallel):
+    """The others lose it at once, though its model in parts holds on to its connections."""
+    begin = time.monotonic()
+    (status, said), _ = launch(tmp_path, seed_of_all, parallel, "fails and lives on")
+    assert status == 1 and f"rank 0 of 2 has {LOST}60 seconds" in said
+    assert time.monotonic() - begin < 60
 
 
 @slow

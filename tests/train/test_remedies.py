@@ -8,7 +8,7 @@ import torch
 import lowrank
 from lowrank.errors import TrainingError
 from lowrank.train import Callback, TrainConfig, Trainer
-from lowrank.train.remedies import instability, out_of_memory, underfitting
+from lowrank.train.remedies import instability, out_of_memory, overfitting, underfitting
 
 from .support import VOCAB, Small
 
@@ -19,9 +19,9 @@ def chain(count: int, step: int, generator: torch.Generator) -> list[dict]:
     return [{"input_ids": [2 + (int(s) + step * i) % 13 for i in range(12)]} for s in starts]
 
 
-def noise(count: int, generator: torch.Generator) -> list[dict]:
+def noise(count: int, generator: torch.Generator, words: int = VOCAB) -> list[dict]:
     """Texts of which nothing follows from anything: learned by heart, or not at all."""
-    ids = torch.randint(2, VOCAB, (count, 12), generator=generator)
+    ids = torch.randint(2, words, (count, 12), generator=generator)
     return [{"input_ids": row} for row in ids.tolist()]
 
 
@@ -65,12 +65,15 @@ def test_noise_alone_is_no_alarm(generator, batch_noise):
     for _ in range(20):
         losses = 2.0 + batch_noise * torch.rand(400, generator=generator)
         config = TrainConfig("nowhere")
-        assert all(instability(losses[:n].tolist(), config) is None for n in range(1, 401, 7))
+        before = losses.mean().item()
+        for n in [*range(1, 16), *range(16, 401, 7)]:
+            assert instability(losses[:n].tolist(), config, before) is None
 
 
 def test_overfitting(tmp_path, generator, caplog):
+    rows, held_out = noise(8, generator, words=20), noise(32, generator, words=20)
     run(
-        tmp_path, noise(8, generator), noise(32, generator), max_steps=80, learning_rate=2e-2,
+        tmp_path, rows, held_out, max_steps=80, learning_rate=2e-2,
         lr_scheduler_type="constant", eval_steps=10,
     )  # fmt: skip
     (line,) = said(caplog)
@@ -83,6 +86,29 @@ def test_overfitting_that_only_the_end_shows(tmp_path, generator, caplog):
     run(tmp_path, rows, noise(32, generator), max_steps=120, learning_rate=2e-2)
     (line,) = said(caplog)
     assert line.startswith("overfitting: the held-out loss rose from ") and "step 0 " in line
+    assert "stop earlier (a smaller eval_steps shows where), raise lora_dropout" in line
+
+
+def test_losses_that_both_rose_are_no_overfitting():
+    assert overfitting([3.7, 3.7, 9.0], [(0, 3.7), (3, 6.6)], ended=True) is None
+    assert "stop earlier" in overfitting([3.7, 3.0, 2.0], [(0, 3.7), (3, 6.6)], ended=True)
+
+
+def test_a_rate_too_high_shows_in_the_first_steps(tmp_path, generator, caplog):
+    """Though the loss falls again, when the rate does; "before" is the held-out loss."""
+    rows = chain(40, 5, generator)
+    settings = {"learning_rate": 10.0, "warmup_ratio": 0.05, "max_grad_norm": 0.0}
+    result = run(tmp_path, rows, rows, max_steps=40, **settings)
+    line = said(caplog)[0]
+    assert line.startswith(f"instability: the loss rose from {result.eval_losses[0][1]:.3g} to ")
+    assert int(line.partition("by step ")[2].partition(":")[0]) < 15
+    assert "halve learning_rate (10 → 5)" in line
+
+
+def test_a_loss_that_rose_and_came_back_wants_no_higher_rate():
+    config = TrainConfig("nowhere", learning_rate=3.0)
+    line = underfitting([4.6, 4.6, 26.7, 21.1, 11.7, 11.2, 5.1, 5.9, 3.8, 3.6, 5.7, 4.6], config)
+    assert line.startswith("the training loss rose, 4.6000 to 15.") and "(3 → 0.3)" in line
 
 
 def test_underfitting(tmp_path, generator, caplog):

@@ -111,8 +111,11 @@ def test_which_checkpoint(out, rows, base, tmp_path, caplog):
     older, newest = out / "checkpoint-4", out / "checkpoint-6"
     with pytest.raises(ConfigError, match="checkpoint-4 is not the newest: checkpoint-6 would be"):
         train(out, rows, adapted(base), resume=older)
-    with pytest.raises(ConfigError, match="expected 'auto' or a checkpoint's directory; no such"):
+    wanted = "expected 'auto' or a checkpoint's directory; got .*, which"
+    with pytest.raises(ConfigError, match=f"{wanted} is no directory"):
         train(out, rows, adapted(base), resume=out / "checkpoint-5")
+    with pytest.raises(ConfigError, match=f"{wanted} has no MANIFEST.json"):
+        train(tmp_path / "none", rows, adapted(base), resume=tmp_path)
     with pytest.raises(ConfigError, match=r"already holds a run .* set resume=\"auto\" to go on"):
         train(out, rows, adapted(base))
     elsewhere = train(tmp_path / "new", rows, adapted(base), resume=out)  # the newest in there

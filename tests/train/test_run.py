@@ -6,9 +6,11 @@ import copy
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ import lowrank
 from lowrank.errors import ConfigError
 from lowrank.io.atomic import write_files
 from lowrank.train import TrainConfig, Trainer, check_output_dir
+from lowrank.train.checkpoint import checkpoints
 from lowrank.train.run import RunDirectory
 
 from .support import Bytes, Small, examples, metrics_lines
@@ -142,16 +145,44 @@ def test_a_bar_on_a_terminal_lines_elsewhere(tmp_path, generator, monkeypatch, c
     steps = [r.getMessage().split(":")[0] for r in caplog.records if "grad norm" in r.getMessage()]
     assert steps == ["step 1/25", "step 10/25", "step 20/25", "step 25/25"]
 
+    caplog.clear()
+    run(tmp_path / "shares", generator, max_steps=25, logging_steps=0.5, save_steps=0.4)
+    steps = [r.getMessage().split(":")[0] for r in caplog.records if "grad norm" in r.getMessage()]
+    assert steps == ["step 1/25", "step 13/25", "step 25/25"]
+    assert [path.name for path in checkpoints(tmp_path / "shares" / "run")] == [
+        "checkpoint-25", "checkpoint-20",
+    ]  # fmt: skip
+
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("LINES", "24")
     caplog.clear()
     run(tmp_path / "b", generator)
-    for shown in ("4/4", "loss ", "lr ", "grad norm ", " tokens/s", " GiB", "held-out loss"):
-        assert shown in terminal.text
+    assert "held-out loss" in terminal.text
+    last = [line for line in re.split(r"[\r\n]+", terminal.text) if line.startswith("4/4 ")][-1]
+    assert len(last) <= 80
+    assert re.search(r"\d\d:\d\d<\d\d:\d\d, loss \S+ lr \S+ norm \S+ \d+ tok/s \S+ GiB$", last)
     assert "grad norm" not in caplog.text
     monkeypatch.setitem(sys.modules, "tqdm", None)
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     run(tmp_path / "c", generator)
     assert "\r" not in terminal.text and "step 4/4: loss" in caplog.text
+
+
+def test_a_bar_over_an_evaluation_that_takes_long(tmp_path, generator, monkeypatch):
+    pytest.importorskip("tqdm", reason="needs tqdm: pip install tqdm")
+
+    class Slow(Small):
+        def forward(self, input_ids):
+            time.sleep(0.8)
+            return super().forward(input_ids)
+
+    rows = examples(4, generator)
+    config = TrainConfig(tmp_path / "run", per_device_eval_batch_size=1)
+    trainer = Trainer(Slow(), config, rows, rows)
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    trainer.evaluate()
+    assert "evaluating: " in terminal.text and "4/4" in terminal.text
 
 
 class Interrupted(Small):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -148,6 +149,20 @@ def test_loaded(two, folder, seed_of_all, tmp_path):  # noqa: F811
     checkpoint = folder / "loaded" / "run" / "checkpoint-2"
     config = ranks.Case(tmp_path, seed_of_all).settings("more", max_steps=3, resume=checkpoint)
     assert len(Trainer(model, config, ranks.rows(seed_of_all)).train().losses) == 3
+
+
+def test_refused(two):
+    expected = [
+        "r of adapter 'default' is 3 on rank 1 and 2 on rank 0; .*",
+        r"\.packed is None on rank 1 and '.* uint8' on rank 0; .*; and \d+ more: start all of them",
+        "parallel is 'ddp' on rank 1 and 'fsdp' on rank 0: start all of them with the same sett",
+        "seed is 3 on rank 1 and .* on rank 0: start all of them with the same sett",
+    ]
+    for found in two:
+        assert not found.wrote and len(found.said) == len(expected)
+        for line, wanted in zip(found.said, expected, strict=True):
+            assert line.startswith("ConfigError: the 2 processes are not of one run: ")
+            assert re.search(wanted, line), line
 
 
 @pytest.mark.slow

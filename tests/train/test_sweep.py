@@ -180,6 +180,15 @@ def test_one_that_diverges_is_given_up_alone(tmp_path, generator):
     assert single.trials[0].losses == pytest.approx(good.losses, rel=1e-5)
 
 
+def test_each_says_what_ails_it(tmp_path, generator, caplog):
+    grid = {"r": [2], "learning_rate": [1e-9, 1e-8]}
+    settings = {"max_steps": 12, "per_device_train_batch_size": 9}
+    small_sweep(tmp_path, generator, grid=grid, gradient_accumulation_steps=1, **settings)
+    for rate in ("1e-09", "1e-08"):
+        line = f"r2-learning_rate-{rate}: underfitting: the training loss hardly moved, "
+        assert sum(message.startswith(line) for message in caplog.messages) == 1
+
+
 class Interrupted(Small):
     """Sends SIGINT in forward number `at`."""
 
@@ -246,12 +255,13 @@ def test_best_elbow_and_what_is_tried_next(tmp_path):
     losses = {8: 2.5, 16: 2.008, 32: 2.005, 64: 2.0}
     result = SweepResult(tmp_path, {}, [trial(r, loss) for r, loss in losses.items()])
     assert result.best.r == 64 and result.elbow.r == 16  # 1.98 of 2
-    assert refined(result) == [48, 96]
+    assert refined(result) == [48, 96] and "No larger rank was tried" in str(result)
     result.trials += [trial(48, 1.99), trial(96, 2.5), trial(16, 1.0, "longer")]
     assert (result.best.r, result.elbow.r) == (48, 16) and refined(result) == [40, 56]
     assert [t.r for t in result.ranking] == [48, 64, 32, 16, 8, 96]
     text = str(result)
     assert "Best: r48, 1.9900. Elbow: r16" in text and "Trained longer: r16, 1.0000." in text
+    assert "No larger rank" not in text
 
     mixed = [
         trial(8, 2.0, rate=1),
@@ -266,12 +276,19 @@ def test_best_elbow_and_what_is_tried_next(tmp_path):
     assert worse.elbow is worse.best is worse.trials[1]
 
 
+def test_a_sweep_needs_held_out_data(tmp_path, generator):
+    with pytest.raises(ConfigError, match="^eval_data: a sweep compares held-out losses; got None"):
+        sweep(Small(), lowrank.LoRAConfig(), config(tmp_path), examples(4, generator), None)
+
+
 @pytest.mark.parametrize(
     ("grid", "options", "message"),
     [
         ({"rank": [8]}, {}, "fields of LoRAConfig and TrainConfig; got 'rank'"),
         ({"output_dir": ["a"]}, {}, "got 'output_dir'"),
         ({"r": []}, {}, "different values of r"),
+        ({"r": 8}, {}, "grid: expected a list of values of r; got 8"),
+        ({"target_modules": "head"}, {}, "grid: expected a list of values of target_modules"),
         ({"r": [8, 8]}, {}, "different values of r"),
         ({"r": [8, 0]}, {}, "^r: expected"),
         ({"learning_rate": [-1.0]}, {}, "learning_rate must be"),
