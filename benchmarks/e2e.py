@@ -33,7 +33,7 @@ Adapters are r=16, alpha 32, on every linear layer; a cosine schedule falls from
 fine-tuning from 5e-5. Held out are {held_out} pairs for the loss (mean per token of the
 sentence), and {meanings} meanings for BLEU (sacrebleu over all sentences that people wrote for
 one; the data set's own tokens), written greedily. Memory is the peak of training above that of a
-process with `import torch` done. Mean over seeds ± standard deviation.
+process with `import torch` done. Mean over seeds ± standard deviation.{apart}
 
 {table}
 
@@ -46,11 +46,15 @@ Before training the held-out loss is {before}.
 `python -m benchmarks.e2e --page docs/e2e.md` makes this page; what is done already is not run
 again. {machine}
 """
+APART = """
+Tokens a second are those of short runs with nothing beside them (`--steps {steps} --seeds 0
+--output FOLDER`, then `--speeds FOLDER`)."""
 
 
 def main(argv: list[str] | None = None) -> int:
     given = parser().parse_args(argv)
     try:
+        alone = None if given.speeds is None else _alone(given.speeds, given.methods)
         gguf, data = _inputs()
     except MissingInputError as error:
         print(f"python -m benchmarks.e2e: {error}", file=sys.stderr)
@@ -80,10 +84,11 @@ def main(argv: list[str] | None = None) -> int:
             flush=True,
         )
         done.append(found)
-    print("\n" + table(done))
+    alone = alone or done
+    print("\n" + table(done, alone))
     if given.page is not None:
         picture = given.page.with_suffix(".png")
-        given.page.write_text(page(done, picture.name), encoding="utf-8")
+        given.page.write_text(page(done, alone, picture.name), encoding="utf-8")
         draw(done, picture)
     return 0
 
@@ -105,12 +110,20 @@ def parser() -> argparse.ArgumentParser:
         default=ROOT / "benchmarks" / "results" / "e2e",
         help="folder of a JSON file for each run (%(default)s)",
     )
+    made.add_argument(
+        "--speeds",
+        type=Path,
+        default=None,
+        metavar="FOLDER",
+        help="take tokens/s from the runs there, which had the machine for themselves",
+    )
     made.add_argument("--page", type=Path, default=None, help="write the page there: docs/e2e.md")
     return made
 
 
-def table(done: list[dict]) -> str:
-    """A row for each method, as Markdown."""
+def table(done: list[dict], alone: list[dict]) -> str:
+    """A row for each method, as Markdown; tokens/s are those of the runs that were `alone`."""
+    speeds = _by_method(alone)
     lines = [
         "| | trained | held-out loss | BLEU | peak MB | tokens/s |",
         "|---|---:|---:|---:|---:|---:|",
@@ -122,13 +135,13 @@ def table(done: list[dict]) -> str:
             _spread([run["loss_after"] for run in runs], 4),
             _spread([run["bleu"] for run in runs], 1),
             f"{statistics.mean(run['peak_bytes'] for run in runs) / 1e6:.0f}",
-            f"{statistics.median(run['tokens_per_second'] for run in runs):.0f}",
+            f"{statistics.median(run['tokens_per_second'] for run in speeds[method]):.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def page(done: list[dict], picture: str) -> str:
+def page(done: list[dict], alone: list[dict], picture: str) -> str:
     """docs/e2e.md, with the file of `draw` beside it."""
     first = done[0]
     here = machine.describe()
@@ -137,7 +150,8 @@ def page(done: list[dict], picture: str) -> str:
     return PAGE.format(
         **{name: first[name] for name in ("steps", "batch", "held_out", "meanings")},
         seeds=len({run["seed"] for run in done}),
-        table=table(done),
+        apart="" if alone is done else APART.format(steps=alone[0]["steps"]),
+        table=table(done, alone),
         before=", ".join(f"{loss:.4f} ({name})" for name, loss in before.items()),
         noise=noise(done),
         picture=picture,
@@ -146,7 +160,7 @@ def page(done: list[dict], picture: str) -> str:
 
 
 def noise(done: list[dict]) -> str:
-    """Whether QLoRA differs from LoRA by more than the seeds do, in a sentence."""
+    """Whether QLoRA differs from LoRA by more than the seeds do, and from where it began."""
     methods = _by_method(done)
     if not {"lora", "qlora"} <= set(methods):
         return ""
@@ -158,7 +172,16 @@ def noise(done: list[dict]) -> str:
         parts.append(
             f"{name} by {statistics.mean(gaps):+.{digits}f} (LoRA's seeds: ± {spread:.{digits}f})"
         )
-    return f"With the same seeds QLoRA differs from LoRA in {' and in '.join(parts)}."
+    before, after = (
+        statistics.mean(run[key] for run in methods["qlora"])
+        - statistics.mean(run[key] for run in methods["lora"])
+        for key in ("loss_before", "loss_after")
+    )
+    return (
+        f"With the same seeds QLoRA differs from LoRA in {' and in '.join(parts)}. Rounding the "
+        f"weights to 4 bits changes the loss by {before:+.4f} before training, and training leaves "
+        f"{after:+.4f} of that."
+    )
 
 
 def draw(done: list[dict], path: Path) -> None:
@@ -198,6 +221,14 @@ def _read(path: Path, run: Run) -> dict | None:
     found = json.loads(path.read_text())
     same = all(found.get(name) == value for name, value in run.settings().items())
     return found if same else None
+
+
+def _alone(folder: Path, methods: list[str]) -> list[dict]:
+    """The runs in the folder, at least one of each method."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    if without := set(methods) - {run["method"] for run in found}:
+        raise MissingInputError(f"{folder}: expected a run of each method; none of {without}")
+    return found
 
 
 def _run(run: Run) -> dict:
