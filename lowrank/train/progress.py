@@ -63,14 +63,15 @@ class Progress:
         """Show `what` of a finished step, its speed, the memory in bytes, and the time left."""
         self._recent.append((tokens, seconds))
         tokens, seconds = (sum(values) for values in zip(*self._recent, strict=True))
-        speed, used = f"{tokens / seconds:.0f}", f"{memory / 2**30:.2f} GiB"
+        speed, used = tokens / seconds, memory / 2**30
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{what} {speed} tok/s {used}", refresh=False)
+            narrow = f"{speed:.0f}" if speed < 9999.5 else f"{speed / 1000:.0f}k"
+            self._bar.set_postfix_str(f"{what} {narrow} tok/s {used:.3g} GiB", refresh=False)
             self._bar.update()
         elif step % self._every == 0 or step in (1, self._total):
             left = seconds / len(self._recent) * (self._total - step)
             more = f", {duration(left)} left" if step < self._total else ""
-            shown = f"{what}, {speed} tokens/s, {used}{more}"
+            shown = f"{what}, {speed:.0f} tokens/s, {used:.2f} GiB{more}"
             logger.info("step %d/%d: %s", step, self._total, shown)
 
     def line(self, text: str, level: int = logging.INFO) -> None:

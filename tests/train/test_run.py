@@ -161,8 +161,15 @@ def test_a_bar_on_a_terminal_lines_elsewhere(tmp_path, generator, monkeypatch, c
     assert "held-out loss" in terminal.text
     last = [line for line in re.split(r"[\r\n]+", terminal.text) if line.startswith("4/4 ")][-1]
     assert len(last) <= 80
-    assert re.search(r"\d\d:\d\d<\d\d:\d\d, loss \S+ lr \S+ norm \S+ \d+ tok/s \S+ GiB$", last)
+    assert re.search(r"\d\d:\d\d<\d\d:\d\d, loss \S+ lr \S+ norm \S+ \d+k? tok/s \S+ GiB$", last)
     assert "grad norm" not in caplog.text
+    for speed, shown in [(9999, "9999 tok/s"), (9999.5, "10k tok/s"), (123_456, "123k tok/s")]:
+        progress = Progress(9999, every=1, disable=False)
+        line = {"loss": 12.3456, "learning_rate": 1e-3, "grad_norm": 1.234, "step": 1}
+        progress.step(line | {"tokens": speed, "seconds": 1.0, "peak_memory_bytes": 12 * 2**30})
+        progress.close()
+        last = [line for line in re.split(r"[\r\n]+", terminal.text) if line.startswith("1/9999 ")][-1]
+        assert shown in last and "12 GiB" in last and len(last) <= 80
     monkeypatch.setitem(sys.modules, "tqdm", None)
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     run(tmp_path / "c", generator)
