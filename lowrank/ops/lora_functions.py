@@ -63,9 +63,10 @@ def lora_linear(
         )  # fmt: skip
         kernel = dispatch.straight("lora_linear", args, "dtt?t?iddf??f?")
         # a kernel is found only where all that is checked below holds, but this
-        if kernel is not None and A.dtype == B.dtype == torch.float32:
-            if bias is None or bias.dtype == x.dtype:
-                return kernel(*args)[0]
+        if kernel is not None and A.dtype == B.dtype == torch.float32 and (
+            bias is None or bias.dtype == x.dtype
+        ):
+            return kernel(*args)[0]
     check_tensors(x=x, A=A, B=B)
     if x.dim() == 0:
         raise ShapeError("x: expected [..., K]; got a scalar")

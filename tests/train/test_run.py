@@ -21,6 +21,7 @@ from lowrank.errors import ConfigError
 from lowrank.io.atomic import write_files
 from lowrank.train import TrainConfig, Trainer, check_output_dir
 from lowrank.train.checkpoint import checkpoints
+from lowrank.train.progress import Progress
 from lowrank.train.run import RunDirectory
 
 from .support import Bytes, Small, examples, metrics_lines
@@ -154,8 +155,9 @@ def test_a_bar_on_a_terminal_lines_elsewhere(tmp_path, generator, monkeypatch, c
     ]  # fmt: skip
 
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("COLUMNS", "80")  # where tqdm, before 4.70, looks
     monkeypatch.setenv("LINES", "24")
+    monkeypatch.setattr(os, "get_terminal_size", lambda *_: os.terminal_size((80, 24)))
     caplog.clear()
     run(tmp_path / "b", generator)
     assert "held-out loss" in terminal.text
@@ -168,8 +170,9 @@ def test_a_bar_on_a_terminal_lines_elsewhere(tmp_path, generator, monkeypatch, c
         line = {"loss": 12.3456, "learning_rate": 1e-3, "grad_norm": 1.234, "step": 1}
         progress.step(line | {"tokens": speed, "seconds": 1.0, "peak_memory_bytes": 12 * 2**30})
         progress.close()
-        last = [line for line in re.split(r"[\r\n]+", terminal.text) if line.startswith("1/9999 ")][-1]
-        assert shown in last and "12 GiB" in last and len(last) <= 80
+        lines = re.split(r"[\r\n]+", terminal.text)
+        last = [line for line in lines if line.startswith("1/9999 ")][-1]
+        assert f" {shown} 12 GiB" in last and len(last) <= 80
     monkeypatch.setitem(sys.modules, "tqdm", None)
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     run(tmp_path / "c", generator)
