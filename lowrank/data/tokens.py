@@ -95,6 +95,7 @@ def tokenize_all(
     completion_only_loss: bool = True,
     assistant_only_loss: bool | None = None,
     vocab_size: int | None = None,
+    disable_tqdm: bool = False,
 ) -> TokenizedExamples:
     """Tokenize every example once; those with nothing to learn are dropped and counted in `notes`.
 
@@ -109,7 +110,7 @@ def tokenize_all(
     offsets, labelled, places = [0], [], []
     seen: Counter[str] = Counter()
     begin = begin_of(tokenizer)
-    for i, example in enumerate(bar("tokenizing", examples, len(examples))):
+    for i, example in enumerate(bar("tokenizing", examples, len(examples), disable_tqdm)):
         try:
             ids, labels, turns = _tokenize(
                 example,

@@ -96,7 +96,8 @@ class TrainConfig:
     resume: auto: go on from the newest checkpoint in output_dir, if any; or a checkpoint's path.
     logging_steps: steps between lines of the log, or a share of all if below 1; metrics.jsonl has
         every step.
-    disable_tqdm: lines of the log in place of the progress bar, as where there is no terminal.
+    disable_tqdm: lines of the log in place of the progress bar, as where there is no terminal; none
+        over tokenizing and evaluating.
     report_to: what is told of every step: tensorboard, wandb, trackio, a list of them, or none.
     project: what that files the run under.
     run_name: what that calls the run; None: the name of output_dir.

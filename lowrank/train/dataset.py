@@ -73,7 +73,7 @@ def tokenized(
     found = None if path is None else load_tokens(path, examples)
     if found is None:
         begin = time.perf_counter()
-        found = tokenize_all(examples, tokenizer, **options)
+        found = tokenize_all(examples, tokenizer, **options, disable_tqdm=config.disable_tqdm)
         took = time.perf_counter() - begin
         if path is not None and (not _is_auto(config) or took > _WORTH_KEEPING):
             save_tokens(path, found, examples)

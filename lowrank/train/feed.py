@@ -29,7 +29,7 @@ class Feed:
     end_to_end: the examples of a batch one behind the other, not in padded rows. Of `ranks` that
     share the work, `rank` takes every so-many-th row of a step, and of the data in their order.
     Those `in_step` compute as many batches as one another, as each has a part of the weights: one
-    with fewer of its own computes another's too, for nothing.
+    with fewer of its own computes another's too, for nothing. If `quiet`, no bar is drawn.
     """
 
     def __init__(
@@ -42,10 +42,12 @@ class Feed:
         rank: int = 0,
         ranks: int = 1,
         in_step: bool = False,
+        quiet: bool = False,
     ) -> None:
         self.data, self.sampler, self.device = data, sampler, device
         self.end_to_end, self.pad_token_id = end_to_end, pad_token_id
         self.rank, self.ranks, self.in_step = rank, ranks, in_step
+        self._quiet = quiet
 
     def of_step(self, consumed: int, batch_size: int | None = None) -> list[Batch]:
         """The batches of the step that comes after `consumed` examples.
@@ -78,7 +80,7 @@ class Feed:
         """Every example once, as they lie; a bar shows how many are done, if that takes long."""
         numbers = range(self.rank, len(self.data), self.ranks)
         starts = range(0, len(numbers), batch_size)
-        for start in bar("evaluating", starts, len(starts)):
+        for start in bar("evaluating", starts, len(starts), self._quiet):
             yield self._batch([[i] for i in numbers[start : start + batch_size]])
 
     def _idle(self, rows: Rows, total: int, size: int) -> list[Batch]:
@@ -118,5 +120,6 @@ def feed_of(
         pack_to=config.max_length if config.packing else None,
         group_by_length=config.group_by_length,
     )
-    in_step = config.parallel == "fsdp"
-    return Feed(data, sampler, device, end_to_end, pad_token_id, ranks.rank, ranks.size, in_step)
+    share = (ranks.rank, ranks.size, config.parallel == "fsdp")
+    quiet = config.disable_tqdm or not ranks.first
+    return Feed(data, sampler, device, end_to_end, pad_token_id, *share, quiet)

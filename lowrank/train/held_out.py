@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import nn
 
 from lowrank.data import Sampler, TokenizedExamples
-from lowrank.progress import bar
 from lowrank.train.evaluation import Evaluation
 from lowrank.train.feed import Feed
 from lowrank.train.loss import batch_loss, packs
@@ -22,15 +21,6 @@ def held_out_loss(model: nn.Module, data: TokenizedExamples, batch_size: int = 8
     sampler = Sampler(data.lengths, batch_size, accumulation=1, seed=0)
     feed = Feed(data, sampler, device, end_to_end=packs(model), pad_token_id=0)
     evaluation = Evaluation(model, batch_loss(model), feed, Precision(None, device), halves=True)
-    progress = bar("evaluating", total=-(-len(data) // batch_size))
-
-    def tick() -> bool:
-        if progress is not None:
-            progress.update()
-        return False  # goes on
-
-    found = evaluation.metrics(tick)
-    if progress is not None:
-        progress.close()
+    found = evaluation.metrics()
     assert found is not None
     return found["eval_loss"]

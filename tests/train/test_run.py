@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import lowrank
 from lowrank.errors import ConfigError
 from lowrank.io.atomic import write_files
-from lowrank.train import TrainConfig, Trainer, check_output_dir
+from lowrank.train import TrainConfig, Trainer, check_output_dir, held_out_loss
 from lowrank.train.checkpoint import checkpoints
 from lowrank.train.progress import Progress
 from lowrank.train.run import RunDirectory
@@ -177,6 +177,29 @@ def test_a_bar_on_a_terminal_lines_elsewhere(tmp_path, generator, monkeypatch, c
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     run(tmp_path / "c", generator)
     assert "\r" not in terminal.text and "step 4/4: loss" in caplog.text
+
+
+@pytest.mark.parametrize("disable_tqdm", [False, True])
+def test_bars_over_tokenizing_and_evaluating(tmp_path, monkeypatch, disable_tqdm):
+    """One over each; none where they are not wanted."""
+    tqdm = pytest.importorskip("tqdm", reason="needs tqdm: pip install tqdm")
+    drawn, bar = [], tqdm.tqdm
+
+    def at_once(*args, **options):
+        drawn.append((options["desc"], bool(options["disable"])))
+        return bar(*args, **options | {"delay": 0})
+
+    monkeypatch.setattr(tqdm, "tqdm", at_once)
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    config = TrainConfig(tmp_path / "run", token_cache="none", disable_tqdm=disable_tqdm)
+    model, rows = Small(), [{"text": "a few words"}] * 3
+    trainer = Trainer(model, config, rows, rows, tokenizer=Bytes())
+    trainer.evaluate()
+    names = ["tokenizing", "tokenizing", "evaluating"]
+    assert drawn == [(name, disable_tqdm) for name in names]
+    assert all((f"{name}: " in terminal.text) != disable_tqdm for name in names)
+    held_out_loss(model, trainer.eval_data)
+    assert drawn[3:] == [("evaluating", False)]
 
 
 def test_a_bar_over_an_evaluation_that_takes_long(tmp_path, generator, monkeypatch):
