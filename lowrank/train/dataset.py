@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,21 @@ logger = logging.getLogger("lowrank.train")
 Data = str | Path | Sequence[Mapping[str, Any]] | TokenizedExamples
 
 _WORTH_KEEPING = 2.0  # seconds: what is tokenized faster is not written to the user's cache
+
+
+@contextmanager
+def template_kept(tokenizer: Tokenizer | None) -> Iterator[None]:
+    """If what is inside fails, the tokenizer has the chat template again that it has now."""
+    nothing = object()
+    before = getattr(tokenizer, "chat_template", nothing)
+    try:
+        yield
+    except BaseException:
+        if before is nothing and hasattr(tokenizer, "chat_template"):
+            del tokenizer.chat_template
+        elif getattr(tokenizer, "chat_template", nothing) != before:
+            tokenizer.chat_template = before  # type: ignore[union-attr]
+        raise
 
 
 def take_template(tokenizer: Tokenizer | None, path: str | Path) -> None:

@@ -22,7 +22,7 @@ from lowrank.train.agreement import check_alike, check_weights
 from lowrank.train.best import Best, check_metric
 from lowrank.train.callbacks import Callback, Callbacks, listed
 from lowrank.train.config import TrainConfig
-from lowrank.train.dataset import Data, padding_token, take_template, tokenized
+from lowrank.train.dataset import Data, padding_token, take_template, template_kept, tokenized
 from lowrank.train.distributed import Ranks
 from lowrank.train.evaluation import ComputeMetrics, Evaluation, check_evaluated
 from lowrank.train.feed import feed_of
@@ -84,7 +84,9 @@ class Trainer:
         if not isinstance(config, TrainConfig):
             raise ConfigError(f"config: expected a TrainConfig; got {config!r:.80}")
         self.ranks = Ranks(config.parallel, config.ddp_timeout)
-        with self.ranks.together():
+        self.tokenizer = processing_class if tokenizer is None else tokenizer
+        # outside: what fails may be another rank
+        with template_kept(self.tokenizer), self.ranks.together():
             if self.ranks.first:
                 check_output_dir(config.output_dir, config.overwrite_output_dir, config.resume)
             check_checkpointing(model, config.gradient_checkpointing)
@@ -94,7 +96,6 @@ class Trainer:
             if config.page_dir is not None:
                 check_page_dir(config.page_dir)
             self.model, self.config = model, config
-            self.tokenizer = processing_class if tokenizer is None else tokenizer
             if config.chat_template_path is not None:
                 take_template(self.tokenizer, config.chat_template_path)
             self.callbacks = listed(callbacks)

@@ -300,6 +300,22 @@ def test_a_template_that_cannot_be_taken(tmp_path, write, words):
     assert not hasattr(tokenizer, "chat_template") and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("had", [None, "{{ messages }}", "nothing"])
+def test_a_trainer_that_cannot_be_made_leaves_the_tokenizer_as_it_was(tmp_path, had):
+    tokenizer = Bytes()
+    if had != "nothing":
+        tokenizer.chat_template = had
+    (tmp_path / "t.jinja").write_text("{{ messages[0].content }}")
+    config = TrainConfig(tmp_path / "out", max_steps=1, chat_template_path=tmp_path / "t.jinja")
+    before = dict(vars(tokenizer))
+    for wrong in ([{"text": "a"}, {"text": 3}], tmp_path / "none.jsonl"):
+        with pytest.raises(DataError):
+            Trainer(Small(), config, ROWS, wrong, tokenizer=tokenizer)
+        assert vars(tokenizer) == before
+    Trainer(Small(), config, ROWS, tokenizer=tokenizer)
+    assert tokenizer.chat_template == "{{ messages[0].content }}"
+
+
 def test_formatting_func_and_text_field_reach_the_data(tmp_path):
     rows = [{"q": "a?", "a": "b", "body": "cc"}, {"q": "d?", "a": "e", "body": "f"}]
     config = TrainConfig(tmp_path / "a", max_steps=1)
