@@ -132,6 +132,11 @@ class DecoderConfig:
             ids = value if name == "eos_token_id" and isinstance(value, tuple) else (value,)
             if not all(i is None or is_integer(i) for i in ids):
                 raise ConfigError(f"{name}: expected a token id or none; got {value!r}")
+        if beyond := [i for i in self.eos_token_ids if not 0 <= i < self.vocab_size]:
+            raise ConfigError(
+                f"eos_token_id: expected token ids below vocab_size={self.vocab_size}, or none; "
+                f"got {beyond[0]}, which no text can end with"
+            )
         if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
             raise ConfigError(
                 f"hidden_act: expected one of {', '.join(ACTIVATIONS)}; got {self.hidden_act!r}"
@@ -266,9 +271,7 @@ class DecoderConfig:
     def eos_token_ids(self) -> frozenset[int]:
         """Every id that ends a generation; empty if the config names none."""
         eos = self.eos_token_id
-        if eos is None:
-            return frozenset()
-        return frozenset(eos) if isinstance(eos, tuple) else frozenset((eos,))
+        return frozenset(eos if isinstance(eos, tuple) else (eos,)) - {None}
 
 
 def rope_frequencies(
@@ -348,6 +351,8 @@ def _layers(raw: Raw, family: Family, fields: Mapping[str, Any]) -> dict[str, An
         if raw.get(name) is not None and not is_integer(raw[name]):
             raise ConfigError(f"{name}: expected an integer; got {raw[name]!r}")
     for name in _EACH_LAYER:
+        if raw.get(name) is not None and not isinstance(raw[name], list):
+            _check_each_layer(name, raw[name], len(layers))  # refuses it, whether it is read or not
         if isinstance(fields.get(name), list):
             found[name] = tuple(fields[name])
             if name == "no_rope_layers":  # of a larger model, it may be
@@ -370,7 +375,7 @@ def _layers(raw: Raw, family: Family, fields: Mapping[str, Any]) -> dict[str, An
 def _check_each_layer(name: str, value: Any, count: int) -> None:
     if not isinstance(value, tuple) or len(value) != count:
         got = f"{len(value)}" if isinstance(value, tuple) else repr(value)
-        raise ConfigError(f"{name}: expected {count}, one a layer; got {got}")
+        raise ConfigError(f"{name}: expected a list of {count}, one a layer; got {got}")
     one, other = _EACH_LAYER[name]
     for entry in value:
         if not isinstance(entry, type(one)) or entry not in (one, other):

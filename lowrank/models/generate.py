@@ -103,6 +103,7 @@ def generate_ids(
 ) -> list[list[int]]:
     """The ids written after each prompt, up to and without the first of `ends`."""
     rooms = _rooms(model, prompts, max_new_tokens)
+    _check_ends("ends", ends, model.config.vocab_size)
     written: list[list[int]] = [[] for _ in prompts]
     open_rows = set(range(len(prompts)))
     with closing(_steps(model, prompts, max(rooms), sampling, open_rows)) as steps:
@@ -127,7 +128,8 @@ def _pieces(
     stop = _checked_stop(stop)
     ids = [_encode(tokenizer, prompt) for prompt in prompts]
     rooms = _rooms(model, ids, max_new_tokens)
-    ends = {*model.config.eos_token_ids, tokenizer.eos_token_id}
+    ends = {*model.config.eos_token_ids, tokenizer.eos_token_id} - {None}
+    _check_ends("tokenizer.eos_token_id", ends, model.config.vocab_size)
     if tokenizer.chat_template is None and not isinstance(prompts[0], str):
         ends.add(tokenizer.backend.token_to_id(_END_OF_TURN))
     writings = [Writing(tokenizer, ends, stop, room) for room in rooms]
@@ -232,6 +234,14 @@ def _rooms(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int
                 f"got {min(prompt)} to {max(prompt)}: use the model's own tokenizer"
             )
     return [min(max_new_tokens, positions - len(prompt) + 1) for prompt in prompts]
+
+
+def _check_ends(name: str, ends: Set[int], vocab_size: int) -> None:
+    if beyond := [end for end in ends if not 0 <= end < vocab_size]:
+        raise ConfigError(
+            f"{name}: expected token ids below the model's vocab_size={vocab_size}; got "
+            f"{beyond[0]}, which no text can end with: use the model's own tokenizer"
+        )
 
 
 def _each(prompt: Any) -> list[Any]:

@@ -18,7 +18,7 @@ class Writing:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, ends: Set[int | None], stop: Sequence[str], most: int
+        self, tokenizer: Tokenizer, ends: Set[int], stop: Sequence[str], most: int
     ) -> None:
         self._tokenizer, self._ends, self._stop, self._most = tokenizer, ends, stop, most
         self._ids: list[int] = []

@@ -127,11 +127,18 @@ ROPE = {"rope_theta": 1e4}
         (
             "gemma2",
             {"layer_types": ["full_attention"]},
-            "layer_types: expected 3, one a layer; got 1",
+            "layer_types: expected a list of 3, one a layer; got 1",
         ),
         ("gemma2", {"layer_types": ["odd"] * 3}, "layer_types: expected each .*; got 'odd'"),
         ("gemma2", {"layer_types": [[]] * 3}, "layer_types: expected each"),
-        ("gemma2", {"layer_types": "full"}, "layer_types: expected 3, one a layer; got 'full'"),
+        *(
+            (
+                name,
+                {"layer_types": "full_attention"},
+                "layer_types: expected a list of 3, one a layer; got 'full_attention'",
+            )
+            for name in ("gemma2", "qwen2", "qwen2-window", "llama")
+        ),
         ("gemma2", {"sliding_window": None}, "sliding_window: expected a number .* layer_types"),
         (
             "gemma2",
@@ -151,9 +158,17 @@ ROPE = {"rope_theta": 1e4}
             "rope_parameters: expected an object",
         ),
         ("gemma3", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar: expected a positive"),
-        ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers: expected 3, one a layer; got 1"),
+        (
+            "smollm3",
+            {"no_rope_layers": [1]},
+            "no_rope_layers: expected a list of 3, one a layer; got 1",
+        ),
         ("smollm3", {"no_rope_layers": [1, 0, 2]}, "no_rope_layers: expected each 0 or 1; got 2"),
-        ("smollm3", {"no_rope_layers": 7}, "no_rope_layers: expected 3, one a layer; got 7"),
+        (
+            "smollm3",
+            {"no_rope_layers": 7},
+            "no_rope_layers: expected a list of 3, one a layer; got 7",
+        ),
         (
             "qwen2-window",
             {"layer_types": None, "max_window_layers": "x"},

@@ -124,7 +124,8 @@ def test_writing_ends_at_any_end_token(saved):
     assert len(free) == 20
     end = free[11]
     first = free.index(end)
-    (ended, other) = generate_ids(model, [[5, 6, 7], [9]], 20, ends={end, 601})
+    never = next(t for t in range(600) if t not in free)
+    (ended, other) = generate_ids(model, [[5, 6, 7], [9]], 20, ends={end, never})
     assert ended == free[:first]
     assert end not in other
 
@@ -376,10 +377,16 @@ def test_a_model_that_gives_no_numbers_writes_nothing(saved, temperature, value)
         generate_ids(model, free, 3, sampling=Sampling(temperature))
 
 
-def test_ids_of_another_models_tokenizer_are_refused(saved):
-    model, _, _ = saved
+def test_ids_of_another_models_tokenizer_are_refused(saved, monkeypatch):
+    model, _, tokenizer = saved
     with pytest.raises(DataError, match="prompt 1: .*vocab_size=600; got 3 to 600: use the model"):
         generate_ids(model, [[1, 599], [3, 600]], 4)
+    for end in (600, -1):
+        with pytest.raises(ConfigError, match=f"^ends: .*vocab_size=600; got {end}, which no text"):
+            generate_ids(model, [[5]], 4, ends={2, end})
+        monkeypatch.setattr(Tokenizer, "eos_token_id", end)
+        with pytest.raises(ConfigError, match=f"^tokenizer.eos_token_id: expected .* got {end}, "):
+            lowrank.generate(model, tokenizer, "def")
 
 
 def test_a_prompt_beyond_the_models_positions_is_refused(saved):
