@@ -3,11 +3,13 @@
 import copy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowrank import ops
 from lowrank.errors import ConfigError, DtypeError
 from lowrank.optim import AdamW, AdamW8bit, Lion, Lion8bit
 from tests.optim.steps import KINDS, copied, gradients, parameters, same, states, stepped
@@ -33,6 +35,18 @@ print(sorted(name for name in ("torch._dynamo", "torch._inductor", "sympy") if n
 @pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__)
 def kind(request):
     return request.param
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "Lion8bit"])
+def test_the_page_says_which_backends_have_a_kernel(name):
+    page = Path(__file__).parents[2] / "docs" / "optimizers.md"
+    row = next(
+        line for line in page.read_text().splitlines() if f"`{name}`, `Paged{name}` |" in line
+    )
+    op, cells = f"{name.lower()}_step", row.split("|")[2:5]
+    found = dict(line.strip().split(": ", 1) for line in ops.explain(op).splitlines()[1:])
+    for backend, cell in zip(("cpu", "triton", "cuda"), cells, strict=True):
+        assert (found[backend] == f"has no {op}") == (cell.strip() == "torch")
 
 
 class Calls(TorchDispatchMode):
