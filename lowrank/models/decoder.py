@@ -215,7 +215,7 @@ class Decoder(Part):
         if body.positions is not None:
             h = h + body.positions(plans[0].positions)
         blocks, last = body.blocks, len(body.blocks) - 1
-        if self.placement is None:
+        if self.placement is None and (rows is None or rows.shape[1] == 1):
             y = self.at_once.run(blocks, h, plans, cache)
             h, blocks = (h, blocks) if y is None else (y, [])
         for i, block in enumerate(blocks):

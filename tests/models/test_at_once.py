@@ -213,6 +213,15 @@ def test_what_has_to_be_seen_is_seen(quantized, calls):
     assert len(calls) == 2
 
 
+@torch.inference_mode()
+def test_positions_that_are_kept_twice(quantized):
+    model = quantized("llama")
+    ids, keep = tokens(2, 1), torch.tensor([0, 0, 0])
+    once = model(ids, cache=KVCache(model.config, 2, 4))
+    kept = model(ids, logits_to_keep=keep, cache=KVCache(model.config, 2, 4))
+    torch.testing.assert_close(kept, once.expand(2, 3, -1))
+
+
 def test_gradients_run_one_by_one(quantized, calls):
     model = quantized("llama", adapter=True)
     model(tokens(1, 1), cache=KVCache(model.config, 1, 4)).sum().backward()
