@@ -123,6 +123,10 @@ class MemoryPlan:
         """
         return self.count_writing()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a pickle, which takes the count and not what counts."""
+        return vars(self) | {"writing": self.writing, "count_writing": None}
+
     def fits(self, card: Card) -> bool:
         """Whether the run finds room on such a card."""
         return self.peak <= card.total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 
@@ -58,6 +59,12 @@ def test_keys_and_values_grow_with_the_text_but_not_past_a_window(dtype):
     assert writing(plain, 6, 512, dtype=dtype) > writing(plain, 3, 512, dtype=dtype)
     cache = KVCache(window, 3, 8192, dtype=dtype, device="meta")
     assert sum(t.nbytes for t in (*cache.keys, *cache.values)) == 3 * (512 + 64) * of_position
+
+
+def test_a_plan_can_be_pickled():
+    plan = plan_memory(config(), lowrank.LoRAConfig(r=8), device="cpu", max_length=64)
+    other = pickle.loads(pickle.dumps(plan))
+    assert (other.components, other.writing) == (plan.components, plan.writing)
 
 
 @pytest.mark.slow
