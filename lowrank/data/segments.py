@@ -174,6 +174,8 @@ def _render(tokenizer: Tokenizer, messages: list[Any], cue: bool, tools: list[An
         text = render(messages, add_generation_prompt=cue, tools=tools, **options)
     except LowrankError:
         raise
+    except ImportError as error:  # of jinja2
+        raise MissingPackageError(" ".join(str(error).split())) from error
     except Exception as error:  # whatever a tokenizer that is not ours raises
         reason = " ".join(str(error).split())
         raise DataError(f"messages: the chat template refuses them: {reason}") from error

@@ -6,7 +6,7 @@ import pytest
 
 from lowrank.data import load_examples, tokenize, tokenize_all
 from lowrank.data.chat import CHATML, render_spans
-from lowrank.errors import DataError
+from lowrank.errors import DataError, MissingPackageError
 
 from .test_tokens import CHATML as MARKED
 from .test_tokens import NO_CUE, SPECIAL, conversation, ours, words
@@ -170,6 +170,17 @@ def test_a_tokenizer_of_transformers(backend):
     theirs.chat_template = "{{ raise_exception('roles\\n must alternate') }}"
     with pytest.raises(DataError, match="messages: the chat template refuses them: roles must alt"):
         tokenize({"messages": conversation(2, True)}, theirs)
+
+
+def test_a_package_that_templates_need_is_no_template_that_refuses(backend, monkeypatch):
+    def apply_chat_template(messages, add_generation_prompt=False, tools=None):
+        raise ImportError("apply_chat_template requires jinja2\n to be installed.")
+
+    tokenizer = ours(backend, CHATML)
+    monkeypatch.setattr(tokenizer, "apply_chat_template", apply_chat_template)
+    monkeypatch.setattr(tokenizer, "assistant_spans", lambda *_: None)
+    with pytest.raises(MissingPackageError, match="^apply_chat_template requires jinja2 to be"):
+        tokenize({"messages": conversation(2, True)}, tokenizer)
 
 
 @pytest.mark.parametrize(
