@@ -13,10 +13,9 @@ from lowrank import ops
 from lowrank.ops import few_rows
 from lowrank.ops.cpu.codebook import goes_by_panels
 from lowrank.ops.few_rows import FewRows
+from tests.ops.isas import needs_library
 
-pytestmark = pytest.mark.skipif(
-    "is not built" in ops.explain("codebook_linear"), reason="the native library is not built"
-)
+pytestmark = needs_library
 SCHEMES = [("nf4", {}), ("nf4", {"double_quant": False}), ("fp4", {"block_size": 128})]
 
 
