@@ -4,6 +4,7 @@
 #include "attend_impl.h"
 #include "codebook_impl.h"
 #include "elementwise_impl.h"
+#include "linear_backward_impl.h"
 #include "linear_impl.h"
 #include "linear_int16_impl.h"
 #include "moments8bit_impl.h"
@@ -17,6 +18,7 @@ constexpr lowrank::Kernels ALL_KERNELS{
     quantize,
     dequantize,
     linear,
+    linear_backward,
     products,
     linear_int16,
     attend_newest,

@@ -202,6 +202,20 @@ int32_t lowrank_codebook_lora_linear(const void* x, int32_t dtype, int64_t M, co
   });
 }
 
+int32_t lowrank_codebook_lora_backward(const float* dy, const float* x, int64_t M,
+                                       const uint8_t* packed, const void* absmax,
+                                       const float* absmax_scale, const float* codebook,
+                                       int64_t codebook_rows, int64_t N, int64_t K,
+                                       int64_t block_size, const lowrank_lora* lora, float* dx,
+                                       int32_t add, float* dA, float* dB, int32_t threads) {
+  const CodebookWeight w{packed, absmax, absmax_scale, codebook, codebook_rows, N, K, block_size};
+  if (!valid_sizes(w, threads) || M < 1 || N < 1 || K < 1) return LOWRANK_BAD_ARGUMENT;
+  if (!dy || !packed || !absmax || (!lora && (dA || dB))) return LOWRANK_BAD_ARGUMENT;
+  if (lora && (lora->R < 1 || !lora->A || !lora->B || lora->dropout)) return LOWRANK_BAD_ARGUMENT;
+  if ((dA && !x) || (dB && !lora->h)) return LOWRANK_BAD_ARGUMENT;
+  return kernels().linear_backward(dy, x, M, w, lora, {dx, dA, dB, add != 0}, threads);
+}
+
 int32_t lowrank_codebook_products(const void* x, int32_t dtype, int64_t M, int64_t K,
                                   const lowrank_product* products, int64_t count,
                                   void* const* ys, int32_t threads) {

@@ -28,6 +28,12 @@ struct Norm {
   bool plus_one;
 };
 
+// What a product's backward writes; null what is not needed. dx is added to with `add`.
+struct LinearGradients {
+  float *dx, *dA, *dB;
+  bool add;
+};
+
 struct Kernels {
   void (*quantize)(const void* weight, int32_t dtype, int64_t stride, const CodebookWeight& shape,
                    uint8_t* packed, float* absmax, int32_t threads);
@@ -35,6 +41,8 @@ struct Kernels {
                      int32_t threads);
   int32_t (*linear)(const void* x, int32_t dtype, int64_t M, const CodebookWeight& w,
                     const float* bias, const lowrank_lora* lora, void* y, int32_t threads);
+  int32_t (*linear_backward)(const float* dy, const float* x, int64_t M, const CodebookWeight& w,
+                             const lowrank_lora* lora, const LinearGradients& to, int32_t threads);
   int32_t (*products)(const void* x, int32_t dtype, int64_t M, int64_t K,
                       const lowrank_product* products, int64_t count, void* const* ys,
                       int32_t threads);

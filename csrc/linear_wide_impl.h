@@ -10,27 +10,23 @@
 // then not fetched once more for a product as short as R.
 #pragma once
 
-#include "rows_impl.h"
+#include "multiply_impl.h"
 
 namespace {
 
-constexpr int STRIPE = BLOCK_V * W;
-constexpr int DEPTH = 256;       // of K, decoded at once
-constexpr int ROOM = DEPTH + 64;  // and of R, beside the last of K
-constexpr int WIDE_M = 512;      // rows of x in one pass over the weight
-constexpr int WIDE_BLOCKS = 24;  // of BLOCK_N rows, decoded at once
-constexpr int DOWN_N = W == 16 ? 8 : 4;  // rows of A that are multiplied together
+constexpr int WIDE_M = 512;  // rows of x in one pass over the weight
+constexpr int WIDE_BLOCKS = 384 / BLOCK_N / W * W;  // of BLOCK_N rows, decoded at once
+constexpr int DOWN_N = W == 16 ? 8 : 4;             // rows of A that are multiplied together
 static_assert(WIDE_BLOCKS * BLOCK_N % W == 0 && 16 % W == 0, "tiles of W x W are transposed");
 
-// Elements k0 <= k < k0 + length of row n, k0 a multiple of 256; `ahead` bytes on is read next.
+// Elements k0 <= k < k0 + length of row n, k0 a multiple of CHUNK; `ahead` bytes on is read next.
 inline void decode_stretch(const CodebookWeight& w, int64_t n, int64_t k0, int64_t length,
                            const Table& table, int64_t ahead, float* to) {
   const uint8_t* packed = w.packed + (n * padded(w.K) + k0) / 2;
   RowScales scales(w, n);
-  for (int64_t k = 0; k < length;) {
-    const BlockTable block(table, scales[block_of(w, k0 + k)]);
-    const int64_t end = smaller(k + w.block_size, length);
-    for (; k < end; k += CHUNK) {
+  for (int64_t k = 0, b = block_of(w, k0); k < length; ++b) {
+    const BlockTable block(table, scales[b]);
+    for (const int64_t end = smaller((b + 1) * w.block_size - k0, length); k < end; k += CHUNK) {
       prefetch(packed + k / 2, ahead);
       decode32(packed + k / 2, block, to + k);
     }
@@ -64,41 +60,6 @@ void lay_dropped(const T* x, int64_t count, int64_t K, int64_t k0, int64_t m0,
   }
   for (int64_t k = 0; k < SPAN; ++k)
     for (int m = 0; m < STRIPE; ++m) to[k * STRIPE + m] = room[m][k];
-}
-
-// sums[n, m] += w[n] . x[m] over `length` of K, for ROWS rows of w and V vectors of a stripe of x.
-template <int ROWS, int V>
-inline void multiply_vectors(const float (*w)[ROOM], const float* x, int64_t length, float* sums) {
-  Vec s[ROWS][V];
-#pragma GCC unroll 32
-  for (int n = 0; n < ROWS; ++n)
-    for (int v = 0; v < V; ++v) s[n][v] = set1(0);
-  for (int64_t k = 0; k < length; ++k, x += STRIPE) {
-    Vec xs[V];
-    for (int v = 0; v < V; ++v) xs[v] = load(x + v * W);
-#pragma GCC unroll 32
-    for (int n = 0; n < ROWS; ++n) {
-      const Vec wn = set1(w[n][k]);
-      for (int v = 0; v < V; ++v) s[n][v] = fma(wn, xs[v], s[n][v]);
-    }
-  }
-#pragma GCC unroll 32
-  for (int n = 0; n < ROWS; ++n) {
-    for (int v = 0; v < V; ++v) {
-      float* to = sums + n * STRIPE + v * W;
-      store(to, add(load(to), s[n][v]));
-    }
-  }
-}
-
-// The same of a stripe's `count` rows of x: the last stripe is seldom full.
-template <int ROWS, int V = BLOCK_V>
-inline void multiply_stripe(const float (*w)[ROOM], const float* x, int64_t count, int64_t length,
-                            float* sums) {
-  if constexpr (V > 1) {
-    if (count <= (V - 1) * W) return multiply_stripe<ROWS, V - 1>(w, x, count, length, sums);
-  }
-  multiply_vectors<ROWS, V>(w, x, length, sums);
 }
 
 // Some rows of x, M <= WIDE_M, and what is to be multiplied with them.
@@ -149,14 +110,17 @@ void wide_down(const WideProduct<T>& p, int64_t part, int64_t s0, int64_t s1,
       copy_stretch(lora.A, K, smaller(r0 + r, lora.R - 1), k0, length, rows[r]);
     for (int64_t i = s0; i < s1; ++i) {
       const int64_t m = i * STRIPE, count = p.rows_in(i);
+      const auto down = [&](const float* of_A, const float* x, int64_t over) {
+        const Sums to{sums_of(i), STRIPE, DOWN_N, (count + W - 1) / W * W, true};
+        multiply_rows<DOWN_N>(ByRow{of_A}, x, STRIPE, over, to);
+      };
       if (!lora.dropout) {
-        multiply_stripe<DOWN_N>(rows, p.stripe(i) + k0 * STRIPE, count, length, sums_of(i));
+        down(rows[0], p.stripe(i) + k0 * STRIPE, length);
         continue;
       }
       for (int64_t k = 0; k < length; k += SPAN) {
         lay_dropped(p.x + m * K, count, K, k0 + k, p.first + m, lora.dropout, room.dropped);
-        multiply_stripe<DOWN_N>(reinterpret_cast<float (*)[ROOM]>(rows[0] + k), room.dropped,
-                                count, smaller(SPAN, length - k), sums_of(i));
+        down(rows[0] + k, room.dropped, smaller(SPAN, length - k));
       }
     }
   }
@@ -180,8 +144,8 @@ void wide_rows(const WideProduct<T>& p, const Table& shared, int64_t n0, int64_t
   const auto sums_of = [&](int64_t stripe, int64_t b) {
     return room.sums + (stripe * WIDE_BLOCKS + b) * BLOCK_N * STRIPE;
   };
-  memset(room.sums, 0, size_t(stripes * WIDE_BLOCKS * BLOCK_N * STRIPE) * sizeof(float));
   const int64_t width = Kp + p.rank();
+  if (width == 0) memset(room.sums, 0, size_t(stripes * WIDE_BLOCKS * BLOCK_N * STRIPE) * 4);
   for (int64_t k0 = 0, length; k0 < width; k0 += length) {
     const int64_t of_w = k0 < Kp ? smaller(DEPTH, Kp - k0) : 0;  // of them decoded
     const bool last = k0 + of_w >= Kp;
@@ -196,10 +160,14 @@ void wide_rows(const WideProduct<T>& p, const Table& shared, int64_t n0, int64_t
       }
       if (of_B) copy_stretch(p.lora->B, p.rank(), n, k0 + of_w - Kp, of_B, to + of_w);
     }
-    for (int64_t i = 0; i < stripes; ++i)
-      for (int64_t b = 0; b < blocks; ++b)
-        multiply_stripe<BLOCK_N>(room.decoded[b], p.stripe(i) + k0 * STRIPE, p.rows_in(i), length,
-                                 sums_of(i, b));
+    for (int64_t i = 0; i < stripes; ++i) {
+      const int64_t whole = (p.rows_in(i) + W - 1) / W * W;  // vectors
+      for (int64_t b = 0; b < blocks; ++b) {
+        const Sums to{sums_of(i, b), STRIPE, BLOCK_N, whole, k0 > 0};
+        multiply_rows<BLOCK_N>(ByRow{room.decoded[b][0]}, p.stripe(i) + k0 * STRIPE, STRIPE, length,
+                               to);
+      }
+    }
   }
   for (int64_t m0 = 0; m0 < p.M; m0 += W) {
     for (int64_t n = n0; n < n1; n += W) {
@@ -216,24 +184,6 @@ void wide_rows(const WideProduct<T>& p, const Table& shared, int64_t n0, int64_t
   }
 }
 
-// Floats that a thread keeps from call to call: a model's forward keeps what each product gives, so
-// fresh memory would lie elsewhere in every layer, and be faulted in.
-struct Scratch {
-  float* at = nullptr;
-  size_t size = 0;
-  ~Scratch() { free(at); }
-
-  float* of(size_t floats) {
-    if (floats > size) {
-      floats = (floats + 15) / 16 * 16;  // whole lines of 64 bytes, as aligned_alloc asks
-      free(at);
-      at = static_cast<float*>(aligned_alloc(64, floats * sizeof(float)));
-      size = at ? floats : 0;
-    }
-    return at;
-  }
-};
-
 // One pass over the weight; returns false where memory is short.
 template <class T>
 bool wide_multiply(WideProduct<T> p, int32_t threads) {
@@ -242,8 +192,7 @@ bool wide_multiply(WideProduct<T> p, int32_t threads) {
   const int64_t for_decoded = WIDE_BLOCKS * BLOCK_N * ROOM;  // of a thread, like the next two
   const int64_t for_sums = WIDE_BLOCKS * BLOCK_N * stripes * STRIPE;
   const int64_t for_rows = for_decoded + for_sums + SPAN * STRIPE;
-  thread_local Scratch scratch;
-  p.laid = scratch.of(size_t(for_x + threads * for_rows));
+  p.laid = kept_scratch(size_t(for_x + threads * for_rows));
   if (!p.laid) return false;
 #pragma omp parallel num_threads(threads) if (w.N * w.K > WORTH_THREADS)
   {

@@ -14,7 +14,7 @@
 
 #include <stdint.h>
 
-#define LOWRANK_ABI 6
+#define LOWRANK_ABI 7
 
 #if defined(__GNUC__)
 #define LOWRANK_EXPORT __attribute__((visibility("default")))
@@ -113,6 +113,16 @@ LOWRANK_EXPORT int32_t lowrank_codebook_lora_linear(
     const float* absmax_scale, const float* codebook, int64_t codebook_rows, int64_t N, int64_t K,
     int64_t block_size, const float* bias, const struct lowrank_lora* lora, void* y,
     int32_t threads);
+
+// dx [M, K] = dy [M, N] w + scale * g A of the same with g = dy B, or added to dx with `add`; dA [R, K]
+// = scale * g^T x and dB [N, R] = scale * dy^T h. All float32 and contiguous, x [M, K] and h [M, R]
+// as in the forward, without dropout. Without `lora` it is dx = dy w alone. Null what is not needed:
+// dx, dA and dB, then x, of dA alone, and h, of dB.
+LOWRANK_EXPORT int32_t lowrank_codebook_lora_backward(
+    const float* dy, const float* x, int64_t M, const uint8_t* packed, const void* absmax,
+    const float* absmax_scale, const float* codebook, int64_t codebook_rows, int64_t N, int64_t K,
+    int64_t block_size, const struct lowrank_lora* lora, float* dx, int32_t add, float* dA,
+    float* dB, int32_t threads);
 
 // One of several products of the same x, with an adapter or, where A is null, without one: a weight
 // [N, K], bias [N] or null, A [R, K], B [N, R], all contiguous.

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int W = 16;
 constexpr int TILE_M = 4;  // rows of x held in accumulators, beside 4 rows of the weight
-constexpr int BLOCK_N = 14, BLOCK_V = 2;  // the same for many: rows of the weight, vectors of x
+constexpr int BLOCK_N = 8, BLOCK_V = 3;  // the same for many: rows of the weight, vectors of x
 using Vec = __m512;
 
 inline __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }

@@ -141,6 +141,6 @@ class _Found(Watched):
 
     def _products(self, layers: list[nn.Module], K: int) -> list[native.Product]:
         found = [self.product(layer) for layer in layers]
-        if any(its_K != K for _, its_K in found):
+        if any(layer.K != K for _, layer in found):
             raise NotTheKernels
         return [product for product, _ in found]

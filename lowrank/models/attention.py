@@ -45,7 +45,7 @@ class Attention(Part):
             self.have(q_norm=make_norm(config, D), k_norm=make_norm(config, D))
 
     def forward(self, x: Tensor, plan: Plan, rows: Tensor | None = None) -> Tensor:
-        return self.to_out.products(self.attended(x, plan, rows), self.out)[0]
+        return self.projected(self.attended(x, plan, rows))
 
     def attended(self, x: Tensor, plan: Plan, rows: Tensor | None = None) -> Tensor:
         """What the last projection projects: the heads side by side."""
@@ -63,6 +63,10 @@ class Attention(Part):
         if plan.cache is not None:
             k, v = plan.cache.extend(self.layer, k, v)
         return take(attend(q, k, v, plan, self.scale, self.softcap).flatten(2), rows)
+
+    def projected(self, attended: Tensor) -> Tensor:
+        """What the last projection makes of that."""
+        return self.to_out.products(attended, self.out)[0]
 
     def heads(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values, each [B, S, its heads, D]."""

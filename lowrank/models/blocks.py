@@ -38,11 +38,15 @@ class MLP(Part):
         self.have(down=nn.Linear(I, H, bias=bias))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.to_out.products(self.activated(x), self.down)[0]
+        return self.projected(self.activated(x))
 
     def parts(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
         """What makes of x what the last projection projects, and that projection."""
-        return self.activated, self.down
+        return self.activated, self.projected
+
+    def projected(self, activated: Tensor) -> Tensor:
+        """What the last projection makes of them."""
+        return self.to_out.products(activated, self.down)[0]
 
     def activated(self, x: Tensor) -> Tensor:
         """What the last projection projects, [..., I]."""
@@ -99,13 +103,13 @@ class Block(Part):
             return (to_last(self.mlp_norm(x)),)
 
         def both(x: Tensor) -> tuple[Tensor, Tensor]:
-            x = take(x, rows) + self.attention.out(*attended(x))
+            x = take(x, rows) + self.attention.projected(*attended(x))
             return x, *activated(x)
 
         if not selective:
             return torch.add(*recompute(both, [self], [last], x))
         within = [self.attention_norm, self.attention]
-        x = take(x, rows) + recompute(attended, within, [self.attention.out], x)[0]
+        x = take(x, rows) + recompute(attended, within, [self.attention.projected], x)[0]
         return x + recompute(activated, [self.mlp_norm, self.mlp], [last], x)[0]
 
 
@@ -158,7 +162,7 @@ class ParallelBlock(Block):
             return take(x, rows), attended, to_last(self._to_mlp(x, normed, rows))
 
         # there is no sum in the middle; dropout draws for `out` after it did for the MLP
-        x, attention, mlp = recompute(both, [self], [self.attention.out, last], x)
+        x, attention, mlp = recompute(both, [self], [self.attention.projected, last], x)
         return x + attention + mlp
 
     def _to_mlp(self, x: Tensor, normed: Tensor, rows: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from lowrank.nn.lora_linear import LoRALinear
 from lowrank.nn.quant_linear import QuantLinear
 from lowrank.nn.small import AtHand, at_hand_of
-from lowrank.ops import native
+from lowrank.ops import many_rows, native
 from lowrank.ops.few_rows import has_to_be_seen
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -76,8 +76,10 @@ class Watched:
         """Whether the kernel may be given x, and nobody has to see that modules are called."""
         return x.dtype in self.dtypes and not has_to_be_seen(x) and not _has_any_global_hook()
 
-    def product(self, layer: nn.Module | None) -> tuple[native.Product, int]:
-        """The product of a layer, without x, and its K; raises NotTheKernels where it has none.
+    def product(self, layer: nn.Module | None) -> tuple[native.Product, many_rows.Layer]:
+        """The product of a layer, without x, twice: as the kernel of few rows has it, and of many.
+
+        Raises NotTheKernels where it has none.
 
         That is of QuantLinear whose codes the kernel multiplies, or LoRALinear around it with one
         adapter of plain LoRA.
@@ -96,7 +98,9 @@ class Watched:
         self.see(layer._modules, "base_layer", at_hand.base)
         return self._product(at_hand.base, at_hand)
 
-    def _product(self, base: QuantLinear, adapter: AtHand | None) -> tuple[native.Product, int]:
+    def _product(
+        self, base: QuantLinear, adapter: AtHand | None
+    ) -> tuple[native.Product, many_rows.Layer]:
         few = base.few()
         self.see(vars(base), "few_rows", vars(base)["few_rows"])
         self.see(vars(base), "compute_dtype", vars(base).get("compute_dtype"))
@@ -111,12 +115,17 @@ class Watched:
             self.dtypes &= {float32}
         if bias is not None and not few.takes(bias):
             raise NotTheKernels
-        branch = (None, None, 0, 0.0) if adapter is None else self._adapter(adapter)
-        at = None if bias is None else bias.data_ptr()
-        return native.Product(*few.weight, at, *branch), few.K
+        A, B, scale = (None, None, 0.0) if adapter is None else self._adapter(adapter)
+        at, at_A, at_B = (None if t is None else t.data_ptr() for t in (bias, A, B))
+        R = 0 if A is None else A.shape[0]
+        weight = tuple(few.held.values())
+        return (
+            native.Product(*few.weight, at, at_A, at_B, R, scale),
+            many_rows.Layer(weight, few.sizes, bias, A, B, scale),
+        )
 
-    def _adapter(self, adapter: AtHand) -> tuple[int, int, int, float]:
-        """Pointers of A and B, the rank, and the scale."""
+    def _adapter(self, adapter: AtHand) -> tuple[Tensor, Tensor, float]:
+        """A, B and the scale."""
         name, dropout = adapter.adapter, adapter.dropouts[adapter.adapter]
         self.see(adapter.dropouts, name, dropout)
         self.see(vars(dropout), "training", dropout.training)
@@ -132,4 +141,4 @@ class Watched:
             raise NotTheKernels
         if has_to_be_seen(A, B):
             raise NotTheKernels
-        return A.data_ptr(), B.data_ptr(), A.shape[0], adapter.scaling[name]
+        return A, B, adapter.scaling[name]

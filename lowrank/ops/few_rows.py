@@ -35,12 +35,12 @@ class FewRows:
         self._pointers = tuple(map(_pointer, self._tensors))
         self._shape, codebook = self._tensors[0].shape, self._tensors[3]
         self._N = N
-        self._sizes = (codebook.shape[0], N, K, block_size)
+        self.sizes = (codebook.shape[0], N, K, block_size)
 
     @property
     def weight(self) -> tuple[int | None, ...]:
         """As a native.Product begins: pointers, rows of the codebook, N, block size."""
-        rows, N, _, block_size = self._sizes
+        rows, N, _, block_size = self.sizes
         return (*self._pointers, rows, N, block_size)
 
     @classmethod
@@ -96,7 +96,7 @@ class FewRows:
             return None
         y = x.new_empty((*x.shape[:-1], self._N))
         status = native.load_cpu().lowrank_codebook_linear(
-            at, code, x.numel() // K, *self._pointers, *self._sizes, b, y.data_ptr(),
+            at, code, x.numel() // K, *self._pointers, *self.sizes, b, y.data_ptr(),
             torch.get_num_threads(),
         )  # fmt: skip
         native.check(status, "codebook_linear")

@@ -23,7 +23,7 @@ from lowrank.errors import BackendError, ConfigError
 
 from .adamw8bit import rows_and_columns
 
-ABI = 6
+ABI = 7
 ISAS = ("generic", "avx2", "avx512", "neon")  # enum lowrank_isa
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum lowrank_dtype
 
@@ -173,6 +173,11 @@ FUNCTIONS = {
     "lowrank_codebook_lora_linear": (
         c_void_p, c_int32, c_int64, *_WEIGHT, c_int64, c_int64, c_int64, c_void_p, c_void_p,
         c_void_p, c_int32,
+    ),
+    # dy, x, M, weight, N, K, block_size, lora, dx, add, dA, dB, threads
+    "lowrank_codebook_lora_backward": (
+        c_void_p, c_void_p, c_int64, *_WEIGHT, c_int64, c_int64, c_int64, c_void_p, c_void_p,
+        c_int32, c_void_p, c_void_p, c_int32,
     ),
     # x, dtype, M, K, products, their number, ys, threads
     "lowrank_codebook_products": (

@@ -78,6 +78,11 @@ def _records(library: ctypes.CDLL) -> list[Record]:
         arguments = (x, dtype, 17, *one_table, None, ctypes.byref(lora), y)
         call("codebook_lora_linear", SUMS[dtype], arguments, y, dtype=dtype)
         records.append(("codebook_lora_linear", SUMS[0], _unpacked(h)))
+        if dtype == 0:
+            lora = native.Lora(*addresses, 5, 0.5, None)
+            dx, dA, dB = (bytearray(4 * count) for count in (17 * K, 5 * K, N * 5))
+            arguments = (uniform(17 * N), x, 17, *one_table, ctypes.byref(lora), dx, 0, dA, dB)
+            call("codebook_lora_backward", SUMS[0], arguments, dx, dA, dB)
         ys = [bytearray(size * 2 * N) for _ in range(2)]
         given = [_pointer(b) for b in (*one_table[:4], A, B, *ys)]
         at = [ctypes.addressof(pointer) for pointer in given]

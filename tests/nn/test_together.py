@@ -118,6 +118,78 @@ def test_gradients_are_those_of_the_layers(generator):
     assert all(map(torch.equal, got, wanted))
 
 
+def gradients(ys, x, layers, dys):
+    """Of all that is trained."""
+    trained = [t for t in (x, *nn.ModuleList(layers).parameters()) if t.requires_grad]
+    pairs = [(y, dy) for y, dy in zip(ys, dys, strict=True) if y.requires_grad]
+    outputs, given = zip(*pairs, strict=True)
+    return torch.autograd.grad(outputs, trained, given)
+
+
+@pytest.mark.parametrize("rows", [(17,), (3, 37), (600,)])
+@pytest.mark.parametrize("frozen", ["nothing", "x", "A", "B", "all but x"])
+def test_every_gradient_of_many_rows(generator, rows, frozen):
+    layers = [adapted(45, r=16), quantized(64, bias=False), adapted(7), adapted(30, "fp4", r=1)]
+    x = torch.randn(*rows, K, generator=generator, requires_grad=frozen != "x")
+    for layer in layers:
+        for name, p in layer.named_parameters():
+            of = "A" if "lora_A" in name else "B" if "lora_B" in name else None
+            p.requires_grad_(of is not None and frozen not in (of, "all but x"))
+    ys = Together().products(x, *layers)
+    wide = x.detach().double().requires_grad_(x.requires_grad)
+    right = [exact(layer, wide) for layer in layers]
+    for y, wanted in zip(ys, right, strict=True):
+        torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5)
+        assert y.requires_grad == wanted.requires_grad
+    dys = [torch.randn(y.shape, generator=generator) for y in ys]
+    wanted = gradients(right, wide, layers, [dy.double() for dy in dys])
+    for got, alike in zip(gradients(ys, x, layers, dys), wanted, strict=True):
+        assert (got.double() - alike).norm() <= 1e-6 * alike.norm()
+
+
+@needs_library
+def test_many_rows_are_one_node_that_keeps_what_its_gradients_need(generator):
+    together, layers = Together(), [adapted(45), adapted(7)]
+    x = torch.randn(40, K, generator=generator, requires_grad=True)
+    ys = together.products(x, *layers)
+    assert ys[0].grad_fn is ys[1].grad_fn
+    with torch.no_grad():
+        again = together.products(x, *layers)
+    assert all(map(torch.equal, ys, again))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        for layer in layers:
+            layer.lora_A["default"].weight.requires_grad_(False)
+        together.products(x, *layers)
+    assert not any(t.data_ptr() == x.data_ptr() for t in kept)  # of dA alone
+    with torch.no_grad():
+        layers[0].lora_B["default"].weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        ys[0].sum().backward()
+
+
+@needs_library
+def test_many_rows_and_what_has_to_be_seen_of_them(generator):
+    together, layers = Together(), [adapted(45), adapted(7, lora_dropout=0.5), quantized(5)]
+    x = torch.randn(40, K, generator=generator, requires_grad=True)
+    assert [y.requires_grad for y in together.products(x, *layers)] == [True] * 3
+    layers[2].bias.requires_grad_(False)
+    assert len({y.grad_fn for y in together.products(x, *layers)}) == 3  # dropout is on
+    layers[1].eval()
+    assert len({y.grad_fn for y in together.products(x, *layers)}) == 1
+    layers[2].bias.requires_grad_(True)
+    (y,) = together.products(x, *layers)[2:]
+    assert torch.equal(torch.autograd.grad(y.sum(), layers[2].bias)[0], torch.full((5,), 40.0))
+    layers[2].bias.requires_grad_(False)
+    with Seen() as seen:
+        together.products(x, *layers)
+    assert seen.calls == 3
+    handle = layers[0].register_forward_hook(lambda module, args, y: y + 1)
+    before = together.products(x, *layers)[0]
+    handle.remove()
+    torch.testing.assert_close(together.products(x, *layers)[0] + 1, before)
+
+
 def test_what_the_layers_are_may_change_between_calls(generator):
     together, layers = Together(), [adapted(5), quantized(9)]
     lora, plain = layers

@@ -170,6 +170,44 @@ def test_linear_with_an_adapter(dtype):
         assert ((y - exact).abs() <= allowed).all()
 
 
+def near(got, exact, bound) -> bool:
+    """Each element, of sums whose terms' sizes add up to `bound`."""
+    return bool(((got - exact).abs() <= EPS[torch.float32] * bound + 1e-37).all())
+
+
+def test_backward_with_an_adapter():
+    for N, K, G, weight, w in weights():
+        if 0 in (N, K):
+            continue
+        M, R = random.choice((1, 8, 17, 33)), random.choice((1, 3, 8, 13, 300))
+        dy, x, h, A, B = (torch.randn(s) for s in ((M, N), (M, K), (M, R), (R, K), (N, R)))
+        far = [guarded(t) for t in (dy, x, h, A, B)]
+        has_lora, needs, add = random.random() < 0.7, [random.random() < 0.7 for _ in "xAB"], 0
+        needs = [needs[0], needs[1] and has_lora, needs[2] and has_lora]
+        outs = [unwritten(*s, dtype=torch.float32) for s in ((M, K), (R, K), (N, R))]
+        if random.random() < 0.5:
+            add, _ = 1, outs[0].fill_(2.0)
+        at_h = far[2].data_ptr() if needs[2] else None
+        lora = native.Lora(far[3].data_ptr(), far[4].data_ptr(), at_h, R, 0.5, None)
+        dx, dA, dB = (out if need else None for out, need in zip(outs, needs, strict=True))
+        call(
+            "lowrank_codebook_lora_backward", far[0], far[1] if needs[1] else None, M,
+            *weight_arguments(weight, N, K, G), ctypes.addressof(lora) if has_lora else None, dx,
+            add, dA, dB, random.choice((1, 2)),
+        )  # fmt: skip
+        dy, x, h, A, B, w = (t.double() for t in (dy, x, h, A, B, w))
+        g, bound_g = dy @ B / 2, dy.abs() @ B.abs() / 2
+        if needs[0]:
+            exact, bound = dy @ w + 2.0 * add, dy.abs() @ w.abs() + 2.0 * add
+            if has_lora:
+                exact, bound = exact + g @ A, bound + bound_g @ A.abs()
+            assert near(dx, exact, bound)
+        if needs[1]:
+            assert near(dA, g.T @ x, bound_g.T @ x.abs())
+        if needs[2]:
+            assert near(dB, dy.T @ h / 2, dy.abs().T @ h.abs())
+
+
 def test_softmax_cross_entropy():
     for _ in range(CASES):
         T, V = random.randrange(0, 6), random.choice((1, 2, 15, 16, 17, 63, 64, 1031))

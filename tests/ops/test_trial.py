@@ -43,6 +43,12 @@ static int32_t lora_linear(const void* a, int32_t b, int64_t c, const CodebookWe
   if (f) f->h[f->R] = 0;
   return 0;
 }
+static int32_t linear_backward(const float* a, const float* b, int64_t c, const CodebookWeight& d,
+                               const lowrank_lora* e, const LinearGradients& f, int32_t g) {
+  kernels_generic()->linear_backward(a, b, c, d, e, f, g);
+  f.dB[1] = 0;
+  return 0;
+}
 static int32_t products(const void* a, int32_t b, int64_t c, int64_t d, const lowrank_product* e,
                         int64_t f, void* const* y, int32_t g) {
   return kernels_generic()->products(a, b, c, d, e, f - 1, y, g);
@@ -108,6 +114,7 @@ const Kernels* kernels_avx512() {
   if (!strcmp(broken, "codebook_dequantize")) kernels.dequantize = dequantize;
   if (!strcmp(broken, "codebook_linear")) kernels.linear = linear;
   if (!strcmp(broken, "codebook_lora_linear")) kernels.linear = lora_linear;
+  if (!strcmp(broken, "codebook_lora_backward")) kernels.linear_backward = linear_backward;
   if (!strcmp(broken, "codebook_products")) kernels.products = products;
   if (!strcmp(broken, "attend_newest")) kernels.attend_newest = attend;
   if (!strcmp(broken, "codebook_linear_int16")) kernels.linear_int16 = linear_int16;

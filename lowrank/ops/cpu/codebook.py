@@ -21,7 +21,7 @@ from .refusals import refuse_codebook, refuse_devices, refuse_dtype, refuse_weig
 
 _DIRECT_M = 16  # rows of x up to which decoding inside the product beats a panel and BLAS
 _DIRECT_ISAS = ("avx2", "avx512")  # and where it does, as measured, for more of them too:
-_DECODED_ONCE_M = 384  # for any number, but of a weight that is one panel for so many
+_DECODED_ONCE_M = 512  # for any number, but of a weight that is one panel for so many
 _BLAS_M = 1024  # and with AVX-512 up to here; then panels twice as large and BLAS are faster
 
 
@@ -89,6 +89,11 @@ def is_decoded_once(x: Tensor, N: int) -> bool:
     return rows_of(x) > _DIRECT_M and not goes_by_panels(x, N)
 
 
+def goes_straight_back(dy: Tensor, K: int) -> bool:
+    """Whether the weight of dx = dy W is decoded as it is multiplied."""
+    return dy.dtype == torch.float32 and is_decoded_once(dy, K)
+
+
 def panel_dtype(dtype: torch.dtype) -> torch.dtype:
     """In which x and y of this dtype are multiplied by panels."""
     return dtype if multiplies_bfloat16(dtype) else torch.float32
@@ -122,7 +127,12 @@ def codebook_linear_dx(
     block_size: int,
 ) -> Tensor:
     """dx = dy W for dy [..., N]: [..., K] in the dtype of dy."""
-    return dx_by_panels(dy, (packed, absmax, absmax_scale, codebook), K, block_size)
+    weight = (packed, absmax, absmax_scale, codebook)
+    if goes_straight_back(dy, K):
+        dx = empty(*dy.shape[:-1], K)
+        backward_from_packed(dy.flatten(0, -2), None, weight, K, block_size, None, dx)
+        return dx
+    return dx_by_panels(dy, weight, K, block_size)
 
 
 def dx_by_panels(
@@ -143,6 +153,37 @@ def dx_by_panels(
         for n0, n1, w in panels(weight, K, block_size, dtype):
             dx.addmm_(rows[:, n0:n1], w, beta=beta if n0 == 0 else 1)
     return dx.to(dy.dtype).view(*dy.shape[:-1], K)
+
+
+def add_dx(dy: Tensor, weight: Weight, K: int, block_size: int, dx: Tensor) -> None:
+    """dx += dy W for dy [M, N], dx [M, K] of the panels' dtype."""
+    if goes_straight_back(dy, K):
+        backward_from_packed(dy, None, weight, K, block_size, None, dx, add=True)
+    else:
+        dx_by_panels(dy, weight, K, block_size, dx)
+
+
+def backward_from_packed(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Weight,
+    K: int,
+    block_size: int,
+    lora: int | None,
+    dx: Tensor | None,
+    dA: Tensor | None = None,
+    dB: Tensor | None = None,
+    add: bool = False,
+) -> None:
+    """The gradients of x [M, K], A and B from dy [M, N], straight from packed codes, in float32."""
+    dy = dy.contiguous()
+    kernel = "lowrank_codebook_lora_backward"
+    addresses = [None if t is None else t.data_ptr() for t in (dy, x, dx, dA, dB)]
+    status = getattr(native.load_cpu(), kernel)(
+        *addresses[:2], len(dy), *pointers(weight), dy.shape[1], K, block_size, lora, addresses[2],
+        add, *addresses[3:], torch.get_num_threads(),
+    )  # fmt: skip
+    native.check(status, kernel)
 
 
 def linear_from_packed(

@@ -166,36 +166,50 @@ def lora_linear_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx [..., K], dA, dB of scale * z A[e]ᵀ B[e]ᵀ, and dx of x Wᵀ."""
-    N, K = B.shape[1], A.shape[2]
+    N, K, packed = B.shape[1], A.shape[2], (weight, absmax, absmax_scale, codebook)
     rows_of_dy, rows_of_x = _matrix(dy, N), _matrix(x, K) if needs[1] else x
-    branch = (rows_of_dy, rows_of_x, h, A.float(), B.float(), scale)
-    in_place = order is None and seed is None and dy.dtype == torch.float32 and all(needs)
-    if in_place and len(rows_of_dy) * max(N, K) <= _PANEL_IN_PLACE:
-        dx, dA, dB = _branch_at_once(*branch)
+    native_dx = codebook is not None and products.goes_straight_back(dy, K)
+    if native_dx and order is None and seed is None:
+        branch = (rows_of_dy, rows_of_x, h, packed, block_size, A[0], B[0], scale)
+        dx, dA, dB = _at_once(*branch, needs)
     else:
         # dx begins as the branch, as y does
         dtype = dy.dtype if codebook is None else products.panel_dtype(dy.dtype)
-        dx, dA, dB = _branch_by_panels(*branch, order, offsets, _dropout(p, seed), needs, dtype)
-    if needs[0]:
-        if codebook is not None:
-            packed = (weight, absmax, absmax_scale, codebook)
-            products.dx_by_panels(dy, packed, K, block_size, dx)
-        elif weight is not None:
+        dx, dA, dB = _branch_by_panels(
+            rows_of_dy, rows_of_x, h, A.float(), B.float(), scale, order, offsets,
+            _dropout(p, seed), needs, dtype,
+        )  # fmt: skip
+        if needs[0] and codebook is not None:
+            products.add_dx(rows_of_dy, packed, K, block_size, dx)
+        elif needs[0] and weight is not None:
             dx.addmm_(rows_of_dy, weight)
+    if needs[0]:
         dx = dx.to(dy.dtype).view(*dy.shape[:-1], K)
     return dx, dA.to(A.dtype), dB.to(B.dtype)
 
 
-def _branch_at_once(
-    dy: Tensor, x: Tensor, h: Tensor, A: Tensor, B: Tensor, scale: float
+def _at_once(
+    dy: Tensor,
+    x: Tensor,
+    h: Tensor,
+    weight: Weight,
+    block_size: int,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dA and dB of the only adapter and of rows that are one panel where they lie.
-
-    A step of a model is hundreds of these: asking for panels takes as long as these products.
-    """
-    g = torch.mm(dy, B[0]).mul_(scale)
-    dBt = torch.mm(h.T, dy).mul_(scale)  # (hᵀ dy)ᵀ: twice as fast as dyᵀ h on a skinny h
-    return torch.mm(g, A[0]), torch.mm(g.T, x)[None], dBt.T.contiguous()[None]
+    """dx, dA and dB of the one adapter A [R, K], B [N, R]: dy is read in one product."""
+    A, B, (R, K), N = A.float().contiguous(), B.float().contiguous(), A.shape, B.shape[0]
+    shapes = (len(dy), K), (1, R, K), (1, N, R)
+    made = [empty(*(shape if need else (0,))) for shape, need in zip(shapes, needs, strict=True)]
+    h = h.contiguous()
+    lora = native.Lora(A.data_ptr(), B.data_ptr(), h.data_ptr(), R, scale, None)
+    products.backward_from_packed(
+        dy, x.contiguous(), weight, K, block_size, ctypes.addressof(lora),
+        *(tensor if need else None for tensor, need in zip(made, needs, strict=True)),
+    )  # fmt: skip
+    return tuple(made)
 
 
 def _branch_by_panels(
