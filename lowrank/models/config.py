@@ -132,11 +132,6 @@ class DecoderConfig:
             ids = value if name == "eos_token_id" and isinstance(value, tuple) else (value,)
             if not all(i is None or is_integer(i) for i in ids):
                 raise ConfigError(f"{name}: expected a token id or none; got {value!r}")
-        if beyond := [i for i in self.eos_token_ids if not 0 <= i < self.vocab_size]:
-            raise ConfigError(
-                f"eos_token_id: expected token ids below vocab_size={self.vocab_size}, or none; "
-                f"got {beyond[0]}, which no text can end with"
-            )
         if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
             raise ConfigError(
                 f"hidden_act: expected one of {', '.join(ACTIVATIONS)}; got {self.hidden_act!r}"

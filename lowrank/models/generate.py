@@ -129,7 +129,7 @@ def _pieces(
     ids = [_encode(tokenizer, prompt) for prompt in prompts]
     rooms = _rooms(model, ids, max_new_tokens)
     ends = {*model.config.eos_token_ids, tokenizer.eos_token_id} - {None}
-    _check_ends("tokenizer.eos_token_id", ends, model.config.vocab_size)
+    _check_ends("eos_token_id", ends, model.config.vocab_size)
     if tokenizer.chat_template is None and not isinstance(prompts[0], str):
         ends.add(tokenizer.backend.token_to_id(_END_OF_TURN))
     writings = [Writing(tokenizer, ends, stop, room) for room in rooms]
@@ -239,8 +239,8 @@ def _rooms(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int
 def _check_ends(name: str, ends: Set[int], vocab_size: int) -> None:
     if beyond := [end for end in ends if not 0 <= end < vocab_size]:
         raise ConfigError(
-            f"{name}: expected token ids below the model's vocab_size={vocab_size}; got "
-            f"{beyond[0]}, which no text can end with: use the model's own tokenizer"
+            f"{name}: expected token ids below vocab_size={vocab_size}; got {beyond[0]}, which no "
+            "text can end with: use the model's own tokenizer, or mend its configuration"
         )
 
 

@@ -128,7 +128,8 @@ class Watched:
         """A, B and the scale."""
         name, dropout = adapter.adapter, adapter.dropouts[adapter.adapter]
         self.see(adapter.dropouts, name, dropout)
-        self.see(vars(dropout), "training", dropout.training)
+        for part in ("training", "p"):  # Identity has no p
+            self.see(vars(dropout), part, vars(dropout).get(part))
         self.see(adapter.scaling, name, adapter.scaling[name])
         factors = []
         for parts in (adapter.As, adapter.Bs):

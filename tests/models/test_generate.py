@@ -385,7 +385,7 @@ def test_ids_of_another_models_tokenizer_are_refused(saved, monkeypatch):
         with pytest.raises(ConfigError, match=f"^ends: .*vocab_size=600; got {end}, which no text"):
             generate_ids(model, [[5]], 4, ends={2, end})
         monkeypatch.setattr(Tokenizer, "eos_token_id", end)
-        with pytest.raises(ConfigError, match=f"^tokenizer.eos_token_id: expected .* got {end}, "):
+        with pytest.raises(ConfigError, match=f"^eos_token_id: expected .* got {end}, "):
             lowrank.generate(model, tokenizer, "def")
 
 

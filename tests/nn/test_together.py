@@ -177,6 +177,12 @@ def test_many_rows_and_what_has_to_be_seen_of_them(generator):
     assert len({y.grad_fn for y in together.products(x, *layers)}) == 3  # dropout is on
     layers[1].eval()
     assert len({y.grad_fn for y in together.products(x, *layers)}) == 1
+    layers[1].train()
+    layers[1].lora_dropout["default"].p = 0.0
+    assert len({y.grad_fn for y in together.products(x, *layers)}) == 1
+    layers[1].lora_dropout["default"].p = 0.1
+    assert len({y.grad_fn for y in together.products(x, *layers)}) == 3
+    layers[1].eval()
     layers[2].bias.requires_grad_(True)
     (y,) = together.products(x, *layers)[2:]
     assert torch.equal(torch.autograd.grad(y.sum(), layers[2].bias)[0], torch.full((5,), 40.0))
