@@ -180,8 +180,8 @@ def lora_linear_backward(
             dx, dA, dB = _branch_at_once(*branch)
         else:
             dtype = dy.dtype if codebook is None else products.panel_dtype(dy.dtype)
-            rest = (order, offsets, _dropout(p, seed), needs, dtype)
-            dx, dA, dB = _branch_by_panels(*branch, *rest)
+            of_rows = (order, offsets, _dropout(p, seed), needs)
+            dx, dA, dB = _branch_by_panels(*branch, *of_rows, dtype)
         if needs[0] and codebook is not None:
             products.add_dx(rows_of_dy, packed, K, block_size, dx)
         elif needs[0] and weight is not None:
@@ -192,16 +192,9 @@ def lora_linear_backward(
 
 
 def _within_product_backward(
-    dy: Tensor,
-    x: Tensor,
-    h: Tensor,
-    weight: Weight,
-    block_size: int,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, h: Tensor, weight: Weight, block_size: int, A: Tensor, B: Tensor,
+    scale: float, needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dA and dB of the one adapter A [R, K], B [N, R]: dy is read in one product."""
     A, B, (R, K), N = A.float().contiguous(), B.float().contiguous(), A.shape, B.shape[0]
     shapes = (len(dy), K), (1, R, K), (1, N, R)
